@@ -1,0 +1,24 @@
+"""Batch normalization whose statistics are exact on any split of the batch.
+
+The functional core. Modules: `jaxbn.linen`.
+"""
+
+from jaxbn._moments import Moments, merge, moments
+from jaxbn._normalize import batch_norm, normalize, standardize
+from jaxbn._running import RunningStats, init_running, update_running
+from jaxbn._sync import sync
+
+__all__ = [
+    "Moments",
+    "RunningStats",
+    "batch_norm",
+    "init_running",
+    "merge",
+    "moments",
+    "normalize",
+    "standardize",
+    "sync",
+    "update_running",
+]
+
+__version__ = "0.1.0"

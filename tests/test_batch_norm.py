@@ -1,0 +1,304 @@
+"""The training formula, its derivative and its synchronization."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+import jaxbn
+from tests import reference
+
+EPSILON = 1e-5
+CHANNELS = 5
+
+
+def problem(*, offset=3.0, dtype=np.float32, empty=0):
+    """x, scale, bias, keep, cotangent; the first `empty` examples masked."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(offset, 2, (16, 3, CHANNELS)), dtype)
+    keep = rng.random((16, 3, 1)) < 0.6
+    keep[:empty] = False
+    # One shard of a single value, whatever the number of devices is.
+    keep[empty : empty + 2] = False
+    keep[empty, 0] = True
+    poison = np.where(rng.random(x.shape) < 0.5, np.nan, np.inf)
+    touched = rng.random((16, 1, 1)) < 0.5
+    x = jnp.where(~keep & touched, poison.astype(x.dtype), x)
+    scale, bias = rng.normal(1, 0.5, (2, CHANNELS)).astype(np.float32)
+    # In the dtype of y, which it is rounded to on its way back.
+    cotangent = jnp.asarray(rng.normal(size=x.shape), dtype)
+    cotangent = np.asarray(cotangent, np.float32)
+    return x, scale, bias, keep, cotangent
+
+
+def value_and_grads(x, scale, bias, keep, cotangent, *, axis_name, pivot=None):
+    def loss(x, scale, bias):
+        y, batch = jaxbn.batch_norm(
+            x,
+            scale,
+            bias,
+            where=keep,
+            axis_name=axis_name,
+            pivot=pivot,
+            epsilon=EPSILON,
+        )
+        return (y.astype(jnp.float32) * cotangent).sum(), (y, batch)
+
+    grads, out = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+    return out, grads
+
+
+@functools.cache
+def sharded(devices, with_pivot=False, check_vma=True):
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+
+    def step(x, scale, bias, keep, cotangent):
+        pivot = jnp.full(CHANNELS, 2.5) if with_pivot else None
+        out, (dx, *affine) = value_and_grads(
+            x, scale, bias, keep, cotangent, axis_name="data", pivot=pivot
+        )
+        if not check_vma:  # then JAX does not know that these are shared
+            affine = jax.lax.psum(affine, "data")
+        return out, (dx, *affine)
+
+    parts, whole = P("data"), P()
+    return jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(parts, whole, whole, parts, parts),
+            out_specs=((parts, whole), (parts, whole, whole)),
+            check_vma=check_vma,
+        )
+    )
+
+
+def assert_matches_float64(got, arguments, *, rtol, y_rtol=None):
+    (y, batch), (dx, dscale, dbias) = got
+    want = reference.batch_norm(*arguments, epsilon=EPSILON)
+    pairs = [
+        ("y", y, want.y, y_rtol or rtol),
+        ("mean", batch.mean, want.mean, rtol),
+        ("var", batch.var, want.var, rtol),
+        ("dx", dx, want.dx, y_rtol or rtol),
+        ("dscale", dscale, want.dscale, rtol),
+        ("dbias", dbias, want.dbias, rtol),
+    ]
+    np.testing.assert_array_equal(batch.count, want.count[0])
+    for name, a, b, tolerance in pairs:
+        scale = np.abs(b).max()
+        error = np.abs(np.asarray(a, np.float64) - b).max()
+        assert error <= tolerance * scale, (name, error, scale)
+
+
+class ExactnessTest(parameterized.TestCase):
+    @parameterized.product(devices=(1, 2, 4, 8), with_pivot=(False, True))
+    def test_uneven_shards_equal_float64(self, devices, with_pivot):
+        arguments = problem(empty=4)  # of 8 devices the first two are empty
+        got = sharded(devices, with_pivot)(*arguments)
+        assert_matches_float64(got, arguments, rtol=1e-5)
+
+    def test_without_vma_tracking(self):
+        arguments = problem(empty=2)
+        got = sharded(8, check_vma=False)(*arguments)
+        assert_matches_float64(got, arguments, rtol=1e-5)
+
+    @parameterized.parameters((jnp.bfloat16, 1e-2), (jnp.float16, 1e-3))
+    def test_narrow_types_are_rounded_once(self, dtype, y_rtol):
+        arguments = problem(dtype=dtype)
+        got = sharded(8)(*arguments)
+        chex.assert_type([got[0][0], got[1][0]], dtype)
+        chex.assert_type(jax.tree.leaves(got[0][1]), jnp.float32)
+        assert_matches_float64(got, arguments, rtol=1e-5, y_rtol=y_rtol)
+
+    def test_large_offset_over_devices(self):
+        arguments = problem(offset=1e4)
+        got = sharded(8)(*arguments)
+        assert_matches_float64(got, arguments, rtol=1e-4)
+
+    def test_bad_pivot_never_underestimates_the_variance(self):
+        arguments = problem(offset=1e3)
+        want = reference.batch_norm(*arguments).var
+        (_, batch), _ = sharded(8, with_pivot=True)(*arguments)
+        assert (np.asarray(batch.var) >= want).all()
+        # 1e-7 (mean / std)^2 of the variance, and some for its sums.
+        assert (np.asarray(batch.var) <= want * (1 + 1e-6 * 500**2)).all()
+
+    def test_pivot_that_is_not_finite_is_ignored(self):
+        x, *_ = problem()
+        x = jnp.nan_to_num(x, posinf=0)
+        norm = functools.partial(jaxbn.batch_norm, axis_name="i")
+        run = jax.vmap(norm, axis_name="i", out_axes=(0, None))
+        want, _ = run(x.reshape(4, 4, 3, CHANNELS))
+        norm = functools.partial(
+            norm, pivot=jnp.array([jnp.nan, jnp.inf, 0, 0, 0])
+        )
+        run = jax.vmap(norm, axis_name="i", out_axes=(0, None))
+        got, _ = run(x.reshape(4, 4, 3, CHANNELS))
+        chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+
+    def test_everything_masked_is_finite(self):
+        x, scale, bias, _, cotangent = problem()
+        x = jnp.nan_to_num(x, posinf=0)
+        keep = np.zeros((16, 1, 1), bool)
+        out, grads = sharded(8)(
+            x, scale, bias, np.broadcast_to(keep, (16, 3, 1)), cotangent
+        )
+        chex.assert_tree_all_finite((out, grads))
+        assert out[1].count == 0
+
+    def test_masked_values_change_nothing(self):
+        x, scale, bias, keep, cotangent = problem()
+        cotangent = cotangent * keep
+        other = jnp.where(keep, x, 7.0)
+        a = sharded(8)(x, scale, bias, keep, cotangent)
+        b = sharded(8)(other, scale, bias, keep, cotangent)
+        chex.assert_trees_all_equal(a[0][1], b[0][1])
+        chex.assert_trees_all_equal(a[1], b[1])
+
+
+class ContextTest(parameterized.TestCase):
+    def test_vmap_axis(self):
+        arguments = problem()
+        split = [
+            a.reshape(8, 2, *a.shape[1:]) if a.ndim == 3 else a
+            for a in arguments
+        ]
+        run = jax.vmap(
+            functools.partial(value_and_grads, axis_name="data"),
+            in_axes=(0, None, None, 0, 0),
+            out_axes=((0, None), (0, 0, 0)),
+            axis_name="data",
+        )
+        (y, batch), (dx, dscale, dbias) = jax.jit(run)(*split)
+        joined = [a.reshape(16, 3, CHANNELS) for a in (y, dx)]
+        got = (joined[0], batch), (joined[1], dscale.sum(0), dbias.sum(0))
+        assert_matches_float64(got, arguments, rtol=1e-5)
+
+    @parameterized.parameters(AxisType.Auto, AxisType.Explicit)
+    def test_global_arrays_under_jit(self, kind):
+        arguments = problem()
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+        sharding = jax.sharding.NamedSharding(mesh, P("data"))
+        run = jax.jit(functools.partial(value_and_grads, axis_name="data"))
+        with jax.set_mesh(mesh):
+            placed = [
+                jax.device_put(a, sharding) if a.ndim == 3 else a
+                for a in arguments
+            ]
+            got = run(*placed)
+        assert_matches_float64(got, arguments, rtol=1e-5)
+
+    def test_two_mesh_axes(self):
+        arguments = problem()
+        mesh = jax.make_mesh(
+            (2, 4), ("host", "chip"), axis_types=(AxisType.Auto,) * 2
+        )
+        parts, whole = P(("host", "chip")), P()
+        run = jax.shard_map(
+            functools.partial(value_and_grads, axis_name=("host", "chip")),
+            mesh=mesh,
+            in_specs=(parts, whole, whole, parts, parts),
+            out_specs=((parts, whole), (parts, whole, whole)),
+        )
+        assert_matches_float64(jax.jit(run)(*arguments), arguments, rtol=1e-5)
+
+    def test_unbound_name_beside_another_axis(self):
+        message = "'data' is not bound here; the named axes in scope are ['i']"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            jax.vmap(
+                lambda x: jaxbn.batch_norm(x, axis_name="data")[0],
+                axis_name="i",
+            )(jnp.ones((2, 4, 3)))
+
+    def test_forgotten_sync_is_an_error(self):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        forgotten = jax.shard_map(
+            lambda x: jaxbn.moments(x).mean,
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P(),
+        )
+        with pytest.raises(ValueError, match="replicat"):
+            forgotten(jnp.ones((8, 3)))
+
+
+class DerivativeTest(parameterized.TestCase):
+    @parameterized.parameters(False, True)
+    def test_all_orders_and_modes(self, masked):
+        with jax.enable_x64(True):
+            rng = np.random.default_rng(0)
+            x, cotangent = rng.normal(size=(2, 7, 2))
+            scale, bias = rng.normal(size=(2, 2))
+            where = jnp.asarray(rng.random((7, 1)) < 0.6) if masked else None
+
+            def outputs(x, scale, bias):
+                y, batch = jaxbn.batch_norm(x, scale, bias, where=where)
+                return jnp.sin(y) * cotangent, batch.mean, batch.var
+
+            check_grads(
+                outputs, (x, scale, bias), order=2, modes=("fwd", "rev")
+            )
+
+    def test_equals_autodiff_of_the_formula_to_third_order(self):
+        with jax.enable_x64(True):
+            rng = np.random.default_rng(0)
+            x, direction, cotangent = rng.normal(size=(3, 6, 2))
+
+            def plain(x):
+                centred = x - x.mean(0)
+                y = centred / jnp.sqrt(jnp.square(centred).mean(0) + EPSILON)
+                return (jnp.tanh(y) * cotangent).sum()
+
+            def ours(x):
+                y, _ = jaxbn.standardize(x, epsilon=EPSILON)
+                return (jnp.tanh(y) * cotangent).sum()
+
+            def third(f):
+                hvp = jax.grad(lambda x: jax.jvp(f, (x,), (direction,))[1])
+                return jax.jvp(hvp, (x,), (direction,))
+
+            chex.assert_trees_all_close(third(ours), third(plain), rtol=1e-9)
+
+    def test_backward_keeps_only_x_and_vectors(self):
+        x = jnp.ones((64, 8), jnp.bfloat16)
+        scale, bias = jnp.ones(8), jnp.zeros(8)
+        _, backward = jax.vjp(
+            lambda *a: jaxbn.batch_norm(*a)[0], x, scale, bias
+        )
+        saved = [a for a in jax.tree.leaves(backward) if a.size >= x.size]
+        assert [a.dtype for a in saved] == [jnp.bfloat16]
+
+
+class NormalizeTest(parameterized.TestCase):
+    @parameterized.parameters(jnp.float32, jnp.bfloat16)
+    def test_matches_float64(self, dtype):
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.normal(size=(6, 4, 3)), dtype)
+        mean, scale, bias = rng.normal(size=(3, 4)).astype(np.float32)
+        var = rng.random(4).astype(np.float32)
+        got = jaxbn.normalize(x, mean, var, scale, bias, feature_axis=1)
+        wide = np.asarray(x, np.float64)
+        mean, var, scale, bias = (
+            a.astype(np.float64)[:, None] for a in (mean, var, scale, bias)
+        )
+        want = (wide - mean) / np.sqrt(var + 1e-5) * scale + bias
+        chex.assert_type(got, dtype)
+        tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), want, rtol=tolerance, atol=tolerance
+        )
+
+    @parameterized.parameters("mean", "var", "scale", "bias")
+    def test_wrong_length_is_named(self, name):
+        good = dict.fromkeys(("mean", "var", "scale", "bias"), np.ones(3))
+        with pytest.raises(ValueError, match=f"^{name} must have shape"):
+            jaxbn.normalize(np.ones((4, 3)), **(good | {name: np.ones(2)}))
