@@ -1,0 +1,122 @@
+"""`BatchNorm` for flax.linen: variables only, the arithmetic is the core's."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen import dtypes
+
+from jaxbn._normalize import batch_norm, normalize
+from jaxbn._running import RunningStats, init_running, update_running
+
+
+class BatchNorm(nn.Module):
+    """Drop-in for `flax.linen.BatchNorm` with exact statistics.
+
+    y = (x - mean) / sqrt(var + epsilon) * scale + bias, with the statistics of
+    the batch in training (see `jaxbn.batch_norm`) and the running ones in
+    inference. Same fields, call arguments, variables and dtype of the result
+    as flax, so checkpoints move both ways. What differs: every kept value
+    counts equally whatever device it lies on, the variance does not cancel,
+    an empty batch leaves the running statistics alone, and an `axis_name`
+    that is not bound means that the array is already global.
+
+    Attributes:
+      use_running_average: True normalizes with the running statistics.
+      axis: the feature axis, or axes, of the input.
+      momentum: weight of the old running value (the core's decay).
+      epsilon: added to the variance, unit of the input squared.
+      dtype: of the result; None infers it from input and parameters.
+      param_dtype: of scale and bias.
+      use_bias: adds bias, (C,).
+      use_scale: multiplies by scale, (C,).
+      bias_init: initializer of bias.
+      scale_init: initializer of scale.
+      axis_name: named axis, or axes, to take statistics over.
+      axis_index_groups: as in `jax.lax.psum`, where JAX supports it.
+      use_fast_variance: accepted for flax's sake; the variance is always
+        taken from squared deviations.
+      force_float32_reductions: accepted for flax's sake; reductions and
+        running statistics are always float32 or wider.
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+    axis_name: Hashable | tuple[Hashable, ...] | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input; features on `axis`. Integers are read as float32.
+          use_running_average: see the attribute; give it in one place.
+          mask: broadcastable to x; False leaves a value out of the
+            statistics.
+
+        Returns:
+          Array of the shape of x.
+
+        Raises:
+          ValueError: see `jaxbn.batch_norm`.
+        """
+        inference = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            x = x.astype(jnp.float32)
+        given = self.axis if isinstance(self.axis, Sequence) else (self.axis,)
+        axes = tuple(sorted({axis % x.ndim for axis in given}))
+        size = tuple(x.shape[axis] for axis in axes)
+
+        initial = init_running(size, dtype=x.dtype)
+        mean = self.variable("batch_stats", "mean", lambda: initial.mean)
+        var = self.variable("batch_stats", "var", lambda: initial.var)
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, size, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, size, self.param_dtype)
+        dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+        old = RunningStats(mean.value, var.value)
+        options = dict(epsilon=self.epsilon, feature_axis=axes, dtype=dtype)
+
+        if inference:
+            return normalize(x, *old, scale, bias, **options)
+        # Initialization runs outside the mapped axes and leaves no trace.
+        y, batch = batch_norm(
+            x,
+            scale,
+            bias,
+            where=None if mask is None else jnp.asarray(mask, bool),
+            axis_name=None if self.is_initializing() else self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            pivot=old.mean,
+            **options,
+        )
+        if not self.is_initializing():
+            new = update_running(old, batch, decay=self.momentum)
+            mean.value, var.value = new
+        return y
