@@ -1,0 +1,24 @@
+"""ResNet-20 on CIFAR-10 with the recipe of He et al. (2015).
+
+python -m train --config configs/resnet20_cifar10.py --workdir runs/r20
+"""
+
+from ml_collections import ConfigDict
+
+from configs import defaults
+
+
+def get_config() -> ConfigDict:
+    """Returns the config."""
+    config = defaults.get_config()
+    config.dataset = "cifar10"
+    config.depth = 20
+    # 390 full batches an epoch: 63,960 steps, the paper's 64k.
+    config.epochs = 164
+    config.batch_size = 128
+    config.learning_rate = 0.1
+    config.schedule = "step"
+    config.boundaries = (32_000, 48_000)
+    config.momentum = 0.9
+    config.weight_decay = 1e-4
+    return config

@@ -1,0 +1,90 @@
+"""The command line, as a process of its own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run(*arguments, cwd=ROOT):
+    environment = {k: v for k, v in os.environ.items() if k != "NPROC"}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "train", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_quick_start_from_anywhere(tmp_path):
+    done = run(
+        "--config.epochs=1",
+        "--config.width=4",
+        "--config.train_split=train[:128]",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    first, epoch, last = done.stdout.splitlines()
+    assert first.startswith("ResNet-8 on digits: 128 training and 360 test")
+    assert "over 4 cpu devices" in first
+    assert epoch.startswith("epoch 1/1  train loss ")
+    assert last.startswith("test accuracy ")
+    assert done.stderr == ""
+    (workdir,) = (tmp_path / "runs").glob("digits-*")
+    assert json.loads((workdir / "summary.json").read_text())["devices"] == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--config.batchsize=3"],
+            "There is no config.batchsize; did you mean config.batch_size?",
+        ),
+        (
+            ["--config.zzz=3"],
+            "There is no config.zzz; configs/defaults.py has all fields.",
+        ),
+        (
+            ["--config=nowhere.py"],
+            "There is no file nowhere.py; configs/ holds defaults.py, "
+            "digits.py, resnet20_cifar10.py, resnet20_cifar10_short.py.",
+        ),
+        (
+            ["--config.batch_size=abc"],
+            "flag --config.batch_size=abc: invalid literal for int() with "
+            "base 10: 'abc'",
+        ),
+        (
+            ["--config.batch_size=126"],
+            "batch_size=126 does not split over 4 devices; the nearest that "
+            "does is 124 or 128.",
+        ),
+        (["again"], "Unexpected argument 'again'; flags begin with --."),
+        (["--workdri=x"], "Unknown command line flag 'workdri'"),
+    ],
+)
+def test_bad_command_line_is_one_clear_line(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[0].startswith(f"train: {message}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_missing_data_directory(tmp_path):
+    done = run(
+        "--config=configs/resnet20_cifar10.py",
+        f"--config.data_dir={tmp_path / 'nothing'}",
+    )
+    assert done.returncode == 1
+    assert "does not exist" in done.stderr
+    assert len(done.stderr.splitlines()) <= 2

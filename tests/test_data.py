@@ -1,0 +1,464 @@
+"""Data sets and batches; CIFAR is prepared from small archives made here."""
+
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import checksums, resource
+
+from train import UserError, cifar, data
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-{}-binary.tar.gz"
+FINE = [f"class_{i}" for i in range(100)]
+COARSE = [f"group_{i}" for i in range(20)]
+
+
+def write_archive(path: pathlib.Path, num_classes: int) -> dict:
+    """Writes a small archive of the true layout; returns {split: raw rows}."""
+    rng = np.random.default_rng(num_classes)
+    rows = {
+        split: rng.integers(0, 256, (n, num_classes // 100 + 3073), np.uint8)
+        for split, n in (("train", 40), ("test", 10))
+    }
+    for array in rows.values():
+        array[:, 0] %= 10 if num_classes == 10 else 20
+        if num_classes == 100:
+            array[:, 1] %= 100
+    if num_classes == 10:
+        prefix = "cifar-10-batches-bin/"
+        files = {"batches.meta.txt": "\n".join(FINE[:10]) + "\n\n"}
+        for i, part in enumerate(np.split(rows["train"], 5)):
+            files[f"data_batch_{i + 1}.bin"] = part.tobytes()
+        files["readme.html"] = "<html>"
+        files["test_batch.bin"] = rows["test"].tobytes()
+    else:
+        prefix = "cifar-100-binary/"
+        files = {
+            "coarse_label_names.txt": "\n".join(COARSE) + "\n",
+            "fine_label_names.txt": "\n".join(FINE) + "\n",
+            "test.bin": rows["test"].tobytes(),
+            "train.bin": rows["train"].tobytes(),
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        folder = tarfile.TarInfo(prefix.rstrip("/"))
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, content in files.items():
+            if isinstance(content, str):
+                content = content.encode()
+            member = tarfile.TarInfo(prefix + name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return rows
+
+
+def accept(monkeypatch, path: pathlib.Path, num_classes: int) -> str:
+    """Registers the archive at path as the right one; returns its sha256."""
+    info = checksums.compute_url_info(path)
+    known = checksums.get_all_url_infos()
+    monkeypatch.setitem(known, URL.format(num_classes), info)
+    return info.checksum
+
+
+def go_offline(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("network is unreachable")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+@pytest.fixture(scope="module", params=[10, 100], ids=["cifar10", "cifar100"])
+def prepared(request, tmp_path_factory):
+    """(name, data_dir, raw rows, the Dataset) of a data set prepared offline."""
+    num_classes = request.param
+    name = f"cifar{num_classes}"
+    root = tmp_path_factory.mktemp(name)
+    archive = root / f"downloads/manual/cifar-{num_classes}-binary.tar.gz"
+    rows = write_archive(archive, num_classes)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        accept(monkeypatch, archive, num_classes)
+        go_offline(monkeypatch)
+        dataset = data.load(name, data_dir=str(root))
+    archive.unlink()
+    return name, root, rows, dataset
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def fails(*args, **kwargs) -> str:
+    """Returns the message of the UserError that `load` raises."""
+    with pytest.raises(UserError) as caught:
+        data.load(*args, **kwargs)
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 2
+    return message
+
+
+# digits
+
+
+def test_digits_sizes_and_values(digits):
+    assert digits.train.images.shape == (1437, 8, 8, 1)
+    assert digits.test.images.shape == (360, 8, 8, 1)
+    assert digits.num_classes == 10
+    for split in digits[:2]:
+        assert split.images.dtype == np.uint8
+        assert split.labels.dtype == np.int32
+        assert split.images.shape[0] == split.labels.shape[0]
+        assert (split.images.min(), split.images.max()) == (0, 255)
+
+
+def test_digits_splits_share_out_all_examples(digits):
+    from sklearn.datasets import load_digits
+
+    def keys(images):
+        return [image.tobytes() for image in images]
+
+    originals = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
+    assert len(set(keys(originals))) == 1797  # so that bytes identify
+    train, test = keys(digits.train.images), keys(digits.test.images)
+    assert sorted(train + test) == sorted(keys(originals))
+
+
+def test_digits_labels_belong_to_images(digits):
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    originals = np.rint(bunch.images * 255 / 16).astype(np.uint8)
+    label = {x.tobytes(): y for x, y in zip(originals, bunch.target)}
+    for split in digits[:2]:
+        got = [label[image.tobytes()] for image in split.images]
+        np.testing.assert_array_equal(got, split.labels)
+
+
+def test_digits_classes_are_balanced(digits):
+    train = np.bincount(digits.train.labels, minlength=10)
+    test = np.bincount(digits.test.labels, minlength=10)
+    assert (np.abs(test - (train + test) / 5) < 1).all()
+
+
+# Splits
+
+
+@pytest.mark.parametrize(
+    ("expression", "want"),
+    [
+        ("train", slice(0, 1437)),
+        ("train[:1000]", slice(0, 1000)),
+        ("train[1000:]", slice(1000, 1437)),
+        ("train[90%:]", slice(1293, 1437)),
+        ("train[-7:]", slice(1430, 1437)),
+        ("train[5:6]", slice(5, 6)),
+    ],
+)
+def test_split_expression(digits, expression, want):
+    got = data.load("digits", train_split=expression, test_split=expression)
+    for split in got[:2]:
+        np.testing.assert_array_equal(split.images, digits.train.images[want])
+        np.testing.assert_array_equal(split.labels, digits.train.labels[want])
+
+
+def test_split_sum_keeps_its_order(digits):
+    got = data.load("digits", train_split="test[:3]+train[:2]").train
+    want = [*digits.test.labels[:3], *digits.train.labels[:2]]
+    np.testing.assert_array_equal(got.labels, want)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "",
+        "validation",
+        "train[",
+        "train[5]",
+        "train[a:b]",
+        "train[:1.5]",
+        "train[:2000]",
+        "train[:101%]",
+        "all[1:]",
+        "train[:0]",
+        "train[20:10]",
+        "train[1437:]",
+    ],
+)
+@pytest.mark.parametrize("which", ["train_split", "test_split"])
+def test_split_that_selects_nothing(which, expression):
+    message = fails("digits", **{which: expression})
+    assert repr(expression) in message
+    assert "train (1437) or test (360)" in message
+
+
+# Batches
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    want = data.order(1000, seed=3, epoch=5)
+    np.random.seed(0)
+    np.testing.assert_array_equal(want, data.order(1000, seed=3, epoch=5))
+    np.testing.assert_array_equal(np.sort(want), np.arange(1000))
+    for seed, epoch in ((3, 6), (4, 5), (5, 3)):
+        assert (want != data.order(1000, seed=seed, epoch=epoch)).any()
+
+
+def test_train_batches_follow_order_and_drop_the_rest(digits):
+    batches = list(data.train_batches(digits.train, 100, seed=1, epoch=2))
+    assert len(batches) == 14
+    for batch in batches:
+        assert batch.images.shape == (100, 8, 8, 1)
+        assert batch.images.dtype == np.uint8
+        assert batch.labels.dtype == batch.index.dtype == np.int32
+        assert batch.labels.shape == batch.index.shape == (100,)
+        assert batch.where.dtype == bool and batch.where.shape == (100,)
+        assert batch.where.all()
+        images, labels = (x[batch.index] for x in digits.train)
+        np.testing.assert_array_equal(batch.images, images)
+        np.testing.assert_array_equal(batch.labels, labels)
+    index = np.concatenate([batch.index for batch in batches])
+    want = data.order(1437, seed=1, epoch=2)[:1400]
+    np.testing.assert_array_equal(index, want)
+
+
+def test_train_batches_leave_out_others_each_epoch(digits):
+    used = [
+        {
+            int(place)
+            for batch in data.train_batches(digits.train, 100, seed=0, epoch=e)
+            for place in batch.index
+        }
+        for e in range(2)
+    ]
+    assert [len(places) for places in used] == [1400, 1400]
+    assert used[0] != used[1]
+
+
+@pytest.mark.parametrize("batch_size", [1438, 0, -1])
+def test_train_batch_size_that_does_not_fit(digits, batch_size):
+    with pytest.raises(UserError, match=f"{batch_size} does not fit 1437 "):
+        data.train_batches(digits.train, batch_size, seed=0, epoch=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 100, 120, 360, 500])
+def test_test_batches_hold_every_example_once(digits, batch_size):
+    batches = list(data.test_batches(digits.test, batch_size))
+    assert all(len(array) == batch_size for b in batches for array in b)
+    assert all(batch.where.all() for batch in batches[:-1])
+    merged = data.Batch(*map(np.concatenate, zip(*batches)))
+    kept = data.Batch(*(array[merged.where] for array in merged))
+    np.testing.assert_array_equal(kept.index, np.arange(360))
+    np.testing.assert_array_equal(kept.images, digits.test.images)
+    np.testing.assert_array_equal(kept.labels, digits.test.labels)
+    for array, dtype in zip(merged, (np.uint8, np.int32, np.int32, bool)):
+        assert array.dtype == dtype
+        assert not array[~merged.where].any()
+
+
+def test_test_batch_size_must_be_positive(digits):
+    with pytest.raises(UserError, match="Batch size 0 is not positive"):
+        data.test_batches(digits.test, 0)
+
+
+# CIFAR, from archives made here
+
+
+def test_prepared_equals_the_archive(prepared):
+    name, root, rows, dataset = prepared
+    assert dataset.num_classes == int(name.removeprefix("cifar"))
+    info = tfds.builder_from_directory(root / name / "3.0.2")
+    assert info.info.features["label"].names == FINE[: dataset.num_classes]
+    for split, got in zip(("train", "test"), dataset):
+        # TFDS shuffles by key; the id tells an example's place in the archive.
+        examples = list(info.as_data_source(split))
+        ids = [example["id"].decode() for example in examples]
+        assert sorted(ids) == [f"{split}_{i:05d}" for i in range(len(ids))]
+        assert ids != sorted(ids)
+        places = [int(id_.removeprefix(f"{split}_")) for id_ in ids]
+        raw = rows[split][places]
+        pixels = raw[:, -3072:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        np.testing.assert_array_equal(got.images, pixels)
+        np.testing.assert_array_equal(got.labels, raw[:, -3073])
+        assert got.images.dtype == np.uint8 and got.labels.dtype == np.int32
+        if name == "cifar100":
+            coarse = [example["coarse_label"] for example in examples]
+            np.testing.assert_array_equal(coarse, raw[:, 0])
+
+
+def test_prepared_is_found_through_the_environment(prepared, monkeypatch):
+    name, root, _, dataset = prepared
+    go_offline(monkeypatch)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(root))
+    monkeypatch.setattr(data, "_CHUNK", 16)
+    got = data.load(name, train_split="train[:30]", test_split="train[30:]")
+    np.testing.assert_array_equal(got.train.images, dataset.train.images[:30])
+    np.testing.assert_array_equal(got.test.images, dataset.train.images[30:])
+    np.testing.assert_array_equal(got.test.labels, dataset.train.labels[30:])
+    message = fails(name, train_split="train[:41]")
+    assert "train (40) or test (10)" in message
+
+
+def test_reading_writes_nothing(prepared):
+    name, root, _, _ = prepared
+
+    def state():
+        return {p: p.stat().st_mtime_ns for p in [root, *root.rglob("*")]}
+
+    before = state()
+    data.load(name, data_dir=str(root))
+    assert state() == before
+    assert not any("incomplete" in path.name for path in before)
+
+
+def test_earlier_download_is_used_offline(tmp_path, monkeypatch):
+    archive = tmp_path / "archive"
+    write_archive(archive, 10)
+    checksum = accept(monkeypatch, archive, 10)
+    fname = resource.get_dl_fname(URL.format(10), checksum)
+    cached = tmp_path / "downloads/cifar10" / fname
+    cached.parent.mkdir(parents=True)
+    archive.rename(cached)
+    resource.get_info_path(cached).write_text("{}")
+    go_offline(monkeypatch)
+    assert len(data.load("cifar10", data_dir=str(tmp_path)).train.labels) == 40
+
+
+def test_wrong_archive_can_be_replaced(tmp_path, monkeypatch):
+    go_offline(monkeypatch)
+    archive = tmp_path / "downloads/manual/cifar-10-binary.tar.gz"
+    write_archive(archive, 10)  # not the checksum that TFDS knows
+    message = fails("cifar10", data_dir=str(tmp_path))
+    assert f"{archive} has a wrong checksum" in message
+    assert URL.format(10) in message
+    assert not list(tmp_path.glob("cifar10/*"))
+    accept(monkeypatch, archive, 10)
+    assert len(data.load("cifar10", data_dir=str(tmp_path)).test.labels) == 10
+
+
+def copy_of(prepared, tmp_path) -> tuple[str, pathlib.Path]:
+    name, root, _, _ = prepared
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    return name, tmp_path / name / "3.0.2"
+
+
+def test_other_file_format(prepared, tmp_path):
+    name, folder = copy_of(prepared, tmp_path)
+    path = folder / "dataset_info.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    message = fails(name, data_dir=str(tmp_path))
+    assert f"{folder} holds no array_record files" in message
+
+
+def test_missing_file(prepared, tmp_path):
+    name, folder = copy_of(prepared, tmp_path)
+    next(folder.glob("*train.array_record*")).unlink()
+    message = fails(name, data_dir=str(tmp_path))
+    assert f"{folder} is damaged" in message
+
+
+def test_place_that_cannot_be_written(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(blocked / "sub"))
+    monkeypatch.setattr(cifar, "_unreachable", lambda url: None)
+    message = fails("cifar10")
+    assert f"cifar10 cannot be prepared in {blocked / 'sub'}" in message
+
+
+# Without a connection
+
+
+@pytest.mark.parametrize("by_argument", [True, False])
+def test_offline_and_not_prepared(tmp_path, monkeypatch, by_argument):
+    go_offline(monkeypatch)
+    if not by_argument:
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    start = time.monotonic()
+    message = fails("cifar100", data_dir=str(tmp_path) if by_argument else None)
+    assert time.monotonic() - start < 5
+    first, second = message.splitlines()
+    assert f"cifar100 is not prepared in {tmp_path}" in first
+    assert "network is unreachable" in first
+    manual = tmp_path / "downloads/manual/cifar-100-binary.tar.gz"
+    assert str(manual) in second
+    assert "`python -m train` needs no download" in second
+    assert not list(tmp_path.iterdir())
+
+
+def test_silent_host_counts_as_unreachable(monkeypatch):
+    def stall(*args, **kwargs):
+        time.sleep(2)
+        raise TimeoutError
+
+    monkeypatch.setattr(urllib.request, "urlopen", stall)
+    start = time.monotonic()
+    reason = cifar._unreachable(URL.format(10), seconds=0.1)
+    assert reason == "no answer in 0.1 s"
+    assert time.monotonic() - start < 1
+
+
+def test_unknown_name():
+    message = fails("CIFAR-10")
+    assert "'CIFAR-10'; known: digits, cifar10, cifar100." in message
+    assert "Did you mean cifar10?" in message
+    assert "Did you mean" not in fails("imagenet")
+
+
+@pytest.mark.parametrize("name", data.NAMES)
+def test_data_dir_must_exist(name, tmp_path):
+    missing = str(tmp_path / "missing")
+    assert f"{missing!r} does not exist" in fails(name, data_dir=missing)
+
+
+# Without TensorFlow
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is not None,
+    reason="TFDS imports TensorFlow where it is installed",
+)
+def test_needs_neither_tensorflow_nor_jax(prepared):
+    name, root, _, _ = prepared
+    script = f"""
+import sys
+from train import data
+assert "tensorflow_datasets" not in sys.modules  # slow, hence imported late
+assert "sklearn" not in sys.modules
+data.load("digits")
+data.load({name!r}, data_dir={str(root)!r})
+assert not {{"tensorflow", "jax"}} & set(sys.modules)
+"""
+    repository = pathlib.Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", script], cwd=repository, check=True)
+
+
+# The real thing
+
+
+@pytest.mark.slow
+def test_real_cifar10():
+    root = os.environ.get("TFDS_DATA_DIR")
+    if not root or not pathlib.Path(root, "cifar10").is_dir():
+        pytest.skip("TFDS_DATA_DIR does not point at a prepared cifar10")
+    train, test, num_classes = data.load("cifar10")
+    assert num_classes == 10
+    assert train.images.shape == (50_000, 32, 32, 3)
+    assert test.images.shape == (10_000, 32, 32, 3)
+    assert (np.bincount(train.labels) == 5_000).all()
+    assert (np.bincount(test.labels) == 1_000).all()
+    mean = train.images.mean((0, 1, 2)) / 255
+    np.testing.assert_allclose(mean, [0.4914, 0.4822, 0.4465], atol=1e-4)

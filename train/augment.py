@@ -1,0 +1,88 @@
+"""Images to network inputs, on the device, inside the compiled step."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def pixel_statistics(
+    images: np.ndarray,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation of each channel, in 0..255.
+
+    Exact, from the histogram: a float copy of the images is never made.
+
+    Args:
+      images: (N, H, W, C) uint8, in host memory.
+    """
+    levels = np.arange(256)
+    means, stds = [], []
+    for channel in range(images.shape[-1]):
+        counts = np.bincount(images[..., channel].ravel(), minlength=256)
+        mean = np.average(levels, weights=counts)
+        var = np.average((levels - mean) ** 2, weights=counts)
+        means.append(float(mean))
+        stds.append(float(np.sqrt(var)))
+    return tuple(means), tuple(stds)
+
+
+def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns one key an example, whatever batch or device it lies on.
+
+    Args:
+      key: of the run and the epoch.
+      index: (B,) integers, places in the training split.
+
+    Returns:
+      (B,) keys.
+    """
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+def to_float(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    """Returns (images - mean) / std in float32.
+
+    Args:
+      images: (B, H, W, C) uint8.
+      mean: (C,) in the same 0..255 units.
+      std: (C,) likewise.
+
+    Returns:
+      (B, H, W, C) float32.
+    """
+    return (images.astype(jnp.float32) - mean) / std
+
+
+def crop_and_flip(
+    images: jax.Array, keys: jax.Array, *, padding: int, flip: bool
+) -> jax.Array:
+    """Random crop of the zero-padded image, mirrored half of the time.
+
+    Args:
+      images: (B, H, W, C) floating, already centred: zero is the mean.
+      keys: (B,) one key an example.
+      padding: pixels added on every side; 0 does not crop.
+      flip: mirrors left and right with probability 1/2.
+
+    Returns:
+      Array of the shape of images.
+
+    Source: He et al. (2015), Deep Residual Learning, section 4.2.
+    """
+
+    def one(image: jax.Array, key: jax.Array) -> jax.Array:
+        for_crop, for_flip = jax.random.split(key)
+        if padding:
+            pad = ((padding, padding), (padding, padding), (0, 0))
+            start = jax.random.randint(for_crop, (2,), 0, 2 * padding + 1)
+            image = jax.lax.dynamic_slice(
+                jnp.pad(image, pad), (*start, 0), image.shape
+            )
+        if flip:
+            mirrored = jax.random.bernoulli(for_flip)
+            image = jnp.where(mirrored, image[:, ::-1], image)
+        return image
+
+    return jax.vmap(one)(images, keys)

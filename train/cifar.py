@@ -1,0 +1,140 @@
+"""CIFAR-10 and -100 on disk, prepared by TFDS without TensorFlow.
+
+TFDS's own archive extraction and CIFAR reader would import TensorFlow.
+"""
+
+import contextlib
+import http.client
+import os
+import pathlib
+import ssl
+import sys
+import tarfile
+import threading
+import urllib.request
+
+import numpy as np
+
+from train import UserError
+
+
+def prepared(name: str, data_dir: str | None):
+    """Returns a TFDS builder whose array_record files are on disk."""
+    from tensorflow_datasets.image_classification import cifar
+
+    base = {"cifar10": cifar.Cifar10, "cifar100": cifar.Cifar100}[name]
+
+    class Builder(_FromTar, base, skip_registration=True):
+        name = base.name
+
+    # TFDS itself reads the variable only once, when it is imported.
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
+    root = pathlib.Path(data_dir or "~/tensorflow_datasets").expanduser()
+    builder = Builder(data_dir=root)
+    if not builder.data_path.exists():
+        _prepare(Builder(data_dir=root, file_format="array_record"), root)
+        builder = Builder(data_dir=root)  # as it is on disk
+    formats = builder.info.available_file_formats()
+    if "array_record" not in (format.value for format in formats):
+        raise UserError(
+            f"{builder.data_dir} holds no array_record files.\n"
+            f"Remove it, or point data_dir elsewhere, to have {name} prepared."
+        )
+    return builder
+
+
+class _FromTar:
+    """Mixin: has TFDS's CIFAR builders write their files without TensorFlow.
+
+    Keys and features are theirs, and so are the files, order included.
+    """
+
+    def _split_generators(self, dl_manager):
+        layout = self._cifar_info
+        files = {}
+        with tarfile.open(dl_manager.download(layout.url)) as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                file = member.name.removeprefix(layout.prefix)
+                files[file] = tar.extractfile(member).read()
+        for key, file in zip(layout.label_keys, layout.label_files):
+            self.info.features[key].names = files[file].decode().split()
+        parts = {"train": layout.train_files, "test": layout.test_files}
+        return {
+            split: self._generate_examples(split, b"".join(map(files.get, of)))
+            for split, of in parts.items()
+        }
+
+    def _generate_examples(self, split, content):
+        import PIL.Image  # TFDS would encode an array with TensorFlow.
+
+        keys = self._cifar_info.label_keys
+        rows = np.frombuffer(content, np.uint8).reshape(-1, len(keys) + 3072)
+        pixels = rows[:, len(keys) :].reshape(-1, 3, 32, 32)
+        for i, array in enumerate(pixels.transpose(0, 2, 3, 1)):
+            image = PIL.Image.fromarray(array)
+            labels = dict(zip(keys, rows[i]))
+            yield i, {"id": f"{split}_{i:05d}", "image": image, **labels}
+
+
+def _prepare(builder, root: pathlib.Path) -> None:
+    """Writes the array_record files, downloading the archive if need be."""
+    import tensorflow_datasets as tfds
+
+    name, url = builder.name, builder._cifar_info.url
+    downloads, archive = root / "downloads", url.rsplit("/", 1)[1]
+    manual = downloads / "manual" / archive
+    cached = f"*{archive.removesuffix('.tar.gz')}*.INFO"  # beside a download
+    patterns = f"manual/{archive}", cached, f"{name}/{cached}"
+    if not any(any(downloads.glob(pattern)) for pattern in patterns):
+        # Offline, TFDS would try again for minutes.
+        reason = _unreachable(url)
+        if reason:
+            raise UserError(
+                f"{name} is not prepared in {root}, and {url} cannot be had "
+                f"({reason}).\nPoint data_dir or TFDS_DATA_DIR at prepared "
+                f"data, or put the archive at {manual}; "
+                "`python -m train` needs no download."
+            )
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare()
+    except tfds.download.download_manager.NonMatchingChecksumError as error:
+        culprit = manual if manual.exists() else url
+        raise UserError(
+            f"{culprit} has a wrong checksum: it is not {name}, or damaged.\n"
+            f"Replace it by the file from {url}."
+        ) from error
+    except (OSError, tfds.download.DownloadError) as error:
+        if builder.data_path.exists():  # Another process has been faster.
+            return
+        raise UserError(
+            f"{name} cannot be prepared in {root}: {one_line(error)}.\n"
+            "Resolve that, or point data_dir or TFDS_DATA_DIR elsewhere."
+        ) from error
+
+
+def _unreachable(url: str, *, seconds: float = 5.0) -> str | None:
+    """Says why url gives no answer in time; None if it does."""
+    reason = f"no answer in {seconds:g} s"
+
+    def probe() -> None:
+        nonlocal reason
+        request = urllib.request.Request(url, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=seconds).close()
+            reason = None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            cause = getattr(error, "reason", error)
+            # TFDS has certificates of its own: let it try.
+            distrust = isinstance(cause, ssl.SSLCertVerificationError)
+            reason = None if distrust else one_line(cause)
+
+    # A thread, since the timeout does not cover the look-up of the host.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return reason
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
