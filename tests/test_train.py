@@ -194,7 +194,7 @@ def test_steps_are_the_same_on_any_number_of_devices(images):
     def run(devices):
         mesh = mesh_of(devices)
         step = make_train_step(recipe, mesh)
-        state = init_state(recipe, (8, 8, 1))
+        state = init_state(recipe, (8, 8, 1), mesh)
         losses = []
         batches = data.train_batches(images.train, 64, seed=0, epoch=1)
         for batch in batches:
@@ -206,7 +206,7 @@ def test_steps_are_the_same_on_any_number_of_devices(images):
     want = run(1)
     got = run(8)
     chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-4)
-    start = init_state(recipe, (8, 8, 1))
+    start = init_state(recipe, (8, 8, 1), mesh_of(1))
     same = jax.tree.map(
         lambda a, b: np.allclose(a, b, atol=1e-4), start.params, want[1].params
     )
@@ -215,8 +215,9 @@ def test_steps_are_the_same_on_any_number_of_devices(images):
 
 def test_evaluation_counts_every_image_once(images):
     recipe = make_recipe()
-    state = init_state(recipe, (8, 8, 1))
-    step = make_test_step(recipe, mesh_of(8))
+    mesh = mesh_of(8)
+    state = init_state(recipe, (8, 8, 1), mesh)
+    step = make_test_step(recipe, mesh)
     sums = [
         step(state.params, state.batch_stats, batch)
         for batch in data.test_batches(images.test, 64)

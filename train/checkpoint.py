@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any, Self
+from typing import Self
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from train.step import TrainState
@@ -44,28 +42,21 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, like: Any, mesh: Mesh) -> tuple[TrainState, int] | None:
+    def restore(self, like: TrainState) -> tuple[TrainState, int] | None:
         """Returns (state, epochs finished) of the newest, or None.
 
         Args:
-          like: TrainState of arrays or shapes.
-          mesh: the state is put on all of its devices, however many had
-            written it.
+          like: a state of the run. What is read gets its shapes, dtypes and
+            devices, however many devices had written it.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        everywhere = NamedSharding(mesh, P())
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=everywhere
-            ),
-            like._asdict(),
-        )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract),
+                state=ocp.args.StandardRestore(abstract._asdict()),
                 progress=ocp.args.JsonRestore(),
             ),
         )

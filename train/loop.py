@@ -69,17 +69,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     schedule = make_schedule(config, steps)
     recipe = make_recipe(config, dataset, schedule)
     shape = dataset.train.images.shape[1:]
-    like = jax.eval_shape(lambda: init_state(recipe, shape))
     open_workdir(workdir, config)
 
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        found = checkpoints.restore(like, mesh)
-        if found is None:
-            everywhere = NamedSharding(mesh, P())
-            state = jax.device_put(init_state(recipe, shape), everywhere)
-            done = 0
-        else:
-            state, done = found
+        state = init_state(recipe, shape, mesh)
+        state, done = checkpoints.restore(state) or (state, 0)
         with Report(
             workdir,
             epochs=config.epochs,

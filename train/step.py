@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.augment import crop_and_flip, example_keys, to_float
@@ -71,19 +71,28 @@ def is_kernel(params: Any) -> Any:
     )
 
 
-def init_state(recipe: Recipe, image_shape: tuple[int, ...]) -> TrainState:
-    """Returns the state at step 0; a function of recipe.seed alone."""
-    image = jnp.zeros((1, *image_shape))
-    variables = recipe.model.init(
-        jax.random.key(recipe.seed), image, train=False
-    )
-    params = variables["params"]
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=recipe.optimizer.init(params),
-    )
+def init_state(
+    recipe: Recipe, image_shape: tuple[int, ...], mesh: Mesh
+) -> TrainState:
+    """Returns the state at step 0 on every device of the mesh.
+
+    A function of recipe.seed alone. Compiled as one program: operation by
+    operation it takes longer than the first epoch on digits.
+    """
+
+    def init() -> TrainState:
+        image = jnp.zeros((1, *image_shape))
+        key = jax.random.key(recipe.seed)
+        variables = recipe.model.init(key, image, train=False)
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=recipe.optimizer.init(params),
+        )
+
+    return jax.jit(init, out_shardings=NamedSharding(mesh, P()))()
 
 
 def make_train_step(recipe: Recipe, mesh: Mesh) -> Any:
