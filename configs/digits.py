@@ -1,6 +1,9 @@
 """ResNet-8 on scikit-learn's handwritten digits: no download.
 
 python -m train
+
+98.6 to 99.2% on the 360 test images (seeds 0 to 3) in about 20 s on two CPU
+cores.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,9 @@
 """ResNet-20 on CIFAR-10 with the recipe of He et al. (2015).
 
 python -m train --config configs/resnet20_cifar10.py --workdir runs/r20
+
+The paper reports 91.25%. Not measured here yet: about 10 hours on two CPU
+cores, by the speed of the short config.
 """
 
 from ml_collections import ConfigDict
