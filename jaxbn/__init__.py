@@ -5,14 +5,17 @@ The functional core. Modules: `jaxbn.linen`.
 
 from jaxbn._moments import Moments, merge, moments
 from jaxbn._normalize import batch_norm, normalize, standardize
-from jaxbn._running import RunningStats, init_running, update_running
+from jaxbn._running import RunningStats, init_running, is_finite, update_running
+from jaxbn._scope import Scope
 from jaxbn._sync import sync
 
 __all__ = [
     "Moments",
     "RunningStats",
+    "Scope",
     "batch_norm",
     "init_running",
+    "is_finite",
     "merge",
     "moments",
     "normalize",

@@ -18,12 +18,12 @@ def describe(x: jax.Array) -> str:
 
 
 def check_input(x: jax.Array) -> jax.Array:
-    """Returns x as an array; raises ValueError unless it is floating."""
+    """Returns x as an array; raises ValueError unless it has fractions."""
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise ValueError(
-            f"x must be floating; got {describe(x)}. Convert it first, for "
-            "example x.astype(jnp.float32)."
+            f"x must be floating or complex; got {describe(x)}. Convert it "
+            "first, for example x.astype(jnp.float32)."
         )
     return x
 
@@ -83,17 +83,51 @@ def check_where(where: jax.Array | None, x: jax.Array) -> jax.Array | None:
 
 
 def check_features(
-    name: str, value: jax.Array, x: jax.Array, features: tuple[int, ...]
+    name: str,
+    value: jax.Array,
+    x: jax.Array,
+    features: tuple[int, ...],
+    *rows: int | None,
 ) -> jax.Array:
-    """Returns value as an array; raises unless it holds one value a feature."""
+    """Returns value as an array; raises unless it holds one value a feature.
+
+    rows: the leading lengths that are right; None stands for no such axis.
+    """
     value = jnp.asarray(value)
     want = tuple(x.shape[axis] for axis in features)
-    if value.shape != want:
+    shapes = [want if n is None else (n, *want) for n in rows or (None,)]
+    if value.shape not in shapes:
         raise ValueError(
-            f"{name} must have shape {want}, one value for each feature of x "
-            f"{describe(x)} on axes {features}; got {describe(value)}."
+            f"{name} must have shape {' or '.join(map(str, shapes))}, one "
+            f"value for each feature of x {describe(x)} on axes {features}; "
+            f"got {describe(value)}."
         )
     return value
+
+
+def check_ids(
+    ids: jax.Array | None,
+    num_ids: int | None,
+    x: jax.Array,
+    axes: tuple[int, ...],
+) -> jax.Array | None:
+    """Returns ids as an array; raises unless it holds an integer an example."""
+    if (ids is None) != (num_ids is None):
+        raise ValueError(
+            f"ids and scope.num_ids go together; got ids "
+            f"{'None' if ids is None else describe(jnp.asarray(ids))} and "
+            f"num_ids={num_ids}."
+        )
+    if ids is None:
+        return None
+    ids = jnp.asarray(ids)
+    want = (x.shape[axes[0]],)
+    if ids.shape != want or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"ids must be integers of shape {want}, one for each example of x "
+            f"{describe(x)}; got {describe(ids)}."
+        )
+    return ids
 
 
 def bound_axes(axis_name: AxisName) -> tuple[Hashable, ...]:

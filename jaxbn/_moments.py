@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ class Moments(NamedTuple):
     count: () or (C,) kept values; () when every feature keeps the same ones.
     mean: (C,) in the unit of x; 0 where nothing is kept.
     m2: (C,) summed squared deviation from the mean, unit of x squared.
+
+    With ids, one row an id: mean and m2 are (K, C), count (K, 1) or (K, C).
     """
 
     count: jax.Array
@@ -39,13 +42,13 @@ def moments(
     loses all digits once the mean is some thousand standard deviations.
 
     Args:
-      x: (..., C), floating, any unit.
+      x: (..., C), floating or complex, any unit.
       where: bool, broadcastable to x; False drops a value, even NaN or inf.
         None keeps all.
       feature_axis: the axis, or axes, that keep their statistics apart.
 
     Returns:
-      Moments in float32, or wider where x is.
+      Moments in float32, or wider where x is; m2 is real.
 
     Raises:
       ValueError: x is not floating, where does not fit, or feature_axis is
@@ -56,59 +59,157 @@ def moments(
     """
     x = check_input(x)
     _, axes = split_axes(x, feature_axis)
-    return local_moments(x, check_where(where, x), axes)
+    where = check_where(where, x)
+    return local_moments(x, where, None, Layout(x.shape, axes)).moments
+
+
+class Layout(NamedTuple):
+    """Which values of x share a statistic; fixed while tracing.
+
+    Plain, all values of a feature do, and a statistic has the shape of the
+    features, F. With chunks or ids it is (rows, *F), rows = chunks * ids, chunk
+    by chunk.
+    """
+
+    shape: tuple[int, ...]  # of x
+    axes: tuple[int, ...]  # reduced ones, sorted; the first holds the examples
+    chunks: int = 1  # equally long runs of neighbouring examples
+    num_ids: int | None = None  # None: no ids
+
+    @property
+    def plain(self) -> bool:
+        return self.chunks == 1 and self.num_ids is None
+
+    @property
+    def examples(self) -> int:
+        return self.shape[self.axes[0]]
+
+    @property
+    def values(self) -> int:
+        """Values of a feature."""
+        return math.prod(self.shape[axis] for axis in self.axes)
+
+    def reduce(self, x: jax.Array, ids: jax.Array | None) -> jax.Array:
+        """Sums over the values that share a statistic."""
+        if self.plain:
+            return x.sum(self.axes)
+        # Every axis before the first reduced one holds features.
+        x = jnp.moveaxis(x.sum(self.axes[1:]), self.axes[0], 0)
+        x = x.reshape(self.chunks, -1, *x.shape[1:])
+        if ids is None:
+            return x.sum(1)
+        # A select, not a product: NaN of one id must not reach another.
+        x = jnp.where(self._member(ids, x.ndim + 1), x[:, None], 0).sum(2)
+        return x.reshape(-1, *x.shape[2:])
+
+    def spread(self, statistic: jax.Array, ids: jax.Array | None) -> jax.Array:
+        """Gives the reduced axes back, so that a statistic broadcasts to x."""
+        if not statistic.ndim:
+            return statistic
+        if self.plain:
+            return jnp.expand_dims(statistic, self.axes)
+        features = statistic.shape[1:]
+        rows = statistic.reshape(self.chunks, -1, 1, *features)
+        if ids is not None:
+            rows = jnp.where(self._member(ids, rows.ndim), rows, 0)
+        rows = rows.sum(1)
+        length = self.examples // self.chunks
+        rows = jnp.broadcast_to(rows, (self.chunks, length, *features))
+        rows = rows.reshape(self.examples, *features)
+        return jnp.expand_dims(
+            jnp.moveaxis(rows, 0, self.axes[0]), self.axes[1:]
+        )
+
+    def count(
+        self,
+        where: jax.Array | None,
+        ids: jax.Array | None,
+        dtype: jnp.dtype,
+    ) -> jax.Array:
+        """Kept values a statistic: (), or with axes of length 1 or as F."""
+        if where is None:
+            where = jnp.ones((1,) * len(self.shape), bool)
+        shape = list(where.shape)
+        if not self.plain:
+            shape[self.axes[0]] = self.examples
+        where = jnp.broadcast_to(where, shape)
+        seen = math.prod(shape[axis] for axis in self.axes)
+        repeats = self.values // max(seen, 1)
+        # Integers: a float32 sum of ones stops counting at 2^24.
+        count = self.reduce(where.astype(jnp.int32), ids).astype(dtype)
+        if self.plain and count.size == 1:
+            count = count.reshape(())
+        return count * repeats
+
+    def _member(self, ids: jax.Array, ndim: int) -> jax.Array:
+        """Whether an example has an id: (chunks, ids, examples, 1, ...)."""
+        ids = ids.reshape(self.chunks, 1, -1)
+        member = ids == jnp.arange(self.num_ids)[:, None]
+        return member.reshape(member.shape + (1,) * (ndim - 3))
+
+
+class Local(NamedTuple):
+    """Moments with the mean in two parts, shift + offset.
+
+    One float cannot hold the mean of a batch whose standard deviation is
+    thousands of times smaller. Two can, and the differences of such means
+    between devices come out right.
+    """
+
+    count: jax.Array
+    shift: jax.Array
+    offset: jax.Array
+    m2: jax.Array
+
+    @property
+    def moments(self) -> Moments:
+        return Moments(self.count, self.shift + self.offset, self.m2)
 
 
 def local_moments(
-    x: jax.Array, where: jax.Array | None, axes: tuple[int, ...]
-) -> Moments:
-    """`moments` behind its checks, over the reduced axes."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    count = kept(x, where, axes)
+    x: jax.Array,
+    where: jax.Array | None,
+    ids: jax.Array | None,
+    layout: Layout,
+) -> Local:
+    """`moments` behind its checks, for any layout."""
+    x = widen(x)
+    count = layout.count(where, ids, x.real.dtype)
     # Divided before they are summed: near the largest float a sum overflows.
-    weight = 1 / jnp.maximum(count, 1)
-    per_value = spread(weight, axes)
+    weight = layout.spread(1 / jnp.maximum(count, 1), ids)
     if where is not None:
         x = jnp.where(where, x, 0)
-    shift = jax.lax.stop_gradient((x * per_value).sum(axes))
-    centred = x - spread(shift, axes)
+    shift = jax.lax.stop_gradient(layout.reduce(x * weight, ids))
+    centred = x - layout.spread(shift, ids)
     if where is not None:
         centred = jnp.where(where, centred, 0)
-    offset = (centred * per_value).sum(axes)
-    var = (jnp.square(centred) * per_value).sum(axes) - jnp.square(offset)
-    return Moments(count, shift + offset, jnp.maximum(var, 0) * count)
+    offset = layout.reduce(centred * weight, ids)
+    var = layout.reduce(abs2(centred) * weight, ids)
+    return Local(count, shift, offset, difference(var, abs2(offset)) * count)
 
 
-def kept(
-    x: jax.Array, where: jax.Array | None, axes: tuple[int, ...]
-) -> jax.Array:
-    """Counts the kept values, () or one a feature, in the dtype of x."""
-    if where is None:
-        size = 1
-        for axis in axes:
-            size *= x.shape[axis]
-        return jnp.asarray(size, x.dtype)
-    repeats = 1
-    for axis in axes:
-        repeats *= x.shape[axis] // max(where.shape[axis], 1)
-    # Integers: a float32 sum of ones stops counting at 2^24.
-    count = where.sum(axes, dtype=jnp.int32).astype(x.dtype) * repeats
-    if count.size == 1:
-        return count.reshape(())
-    features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
-    return jnp.broadcast_to(count, features)
+def widen(x: jax.Array) -> jax.Array:
+    """Returns x in float32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def spread(statistic: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Gives a statistic the reduced axes back, so that it broadcasts to x."""
-    return jnp.expand_dims(statistic, axes) if statistic.ndim else statistic
+def abs2(x: jax.Array) -> jax.Array:
+    """Returns |x|^2, which is real."""
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+def difference(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a - b for a >= b in exact arithmetic; inf where a is, never inf - inf."""
+    return jnp.where(jnp.isinf(a), a, jnp.maximum(a - b, 0))
 
 
 def merge(*parts: Moments) -> Moments:
     """Merges the moments of disjoint parts into those of their union.
 
     With n = sum n_i and mean = sum n_i mean_i / n,
-    m2 = sum m2_i + n_i (mean_i - mean)^2. Empty parts change nothing.
+    m2 = sum m2_i + n_i |mean_i - mean|^2. Empty parts change nothing.
 
     Args:
       *parts: one or more Moments of the same features.
@@ -124,10 +225,28 @@ def merge(*parts: Moments) -> Moments:
     """
     if not parts:
         raise ValueError("merge needs at least one Moments; got none.")
-    count = sum(part.count for part in parts)
-    # About the first mean, so that equal means stay equal to the last bit.
-    start = parts[0].mean
-    total = jnp.maximum(count, 1)
-    mean = start + sum(p.count * (p.mean - start) for p in parts) / total
-    m2 = sum(p.m2 + p.count * jnp.square(p.mean - mean) for p in parts)
-    return Moments(count, mean, m2)
+    stacked = [jnp.stack(jnp.broadcast_arrays(*field)) for field in zip(*parts)]
+    count, mean, m2 = stacked
+    return merge_stacked(Local(count, mean, jnp.zeros_like(mean), m2)).moments
+
+
+def merge_stacked(parts: Local) -> Local:
+    """Merges along the first axis."""
+    count, shift, offset, m2 = parts
+    if shift.ndim > count.ndim:
+        count = count.reshape(-1, *(1,) * (shift.ndim - 1))
+    total = count.sum(0)
+    weight = count / jnp.maximum(total, 1)
+    # Any value near the means serves. Equal means stay equal to the last bit.
+    largest = jnp.arange(len(shift)) == jnp.argmax(count, 0)[..., None]
+    chosen = jnp.moveaxis(largest, -1, 0)
+    start = jnp.where(chosen, shift, 0).sum(0, keepdims=True)
+    d = jnp.where(count > 0, shift - start + offset, 0)
+    mean = (weight * d).sum(0)
+    m2 = (m2 + count * abs2(d - mean)).sum(0)
+    return Local(
+        total.reshape(parts.count.shape[1:]),
+        jnp.where(total > 0, start[0], 0),
+        mean,
+        m2,
+    )

@@ -28,13 +28,16 @@ def init_running(
 
     Args:
       shape: C, or the shape of the features.
-      dtype: of the inputs; running statistics are never narrower than float32.
+      dtype: of the inputs; running statistics are never narrower than
+        float32, and the variance of complex inputs is real.
 
     Returns:
       RunningStats.
     """
     dtype = jnp.promote_types(dtype, jnp.float32)
-    return RunningStats(jnp.zeros(shape, dtype), jnp.ones(shape, dtype))
+    return RunningStats(
+        jnp.zeros(shape, dtype), jnp.ones(shape, jnp.finfo(dtype).dtype)
+    )
 
 
 def update_running(
@@ -43,6 +46,7 @@ def update_running(
     *,
     decay: float | jax.Array,
     ddof: int = 0,
+    skip_nonfinite: bool = False,
 ) -> RunningStats:
     """Returns decay * old + (1 - decay) * batch, without gradient.
 
@@ -56,6 +60,9 @@ def update_running(
         PyTorch's momentum is 1 - decay.
       ddof: 0 stores the biased variance as flax, 1 the unbiased one as
         PyTorch.
+      skip_nonfinite: a batch in which any feature is not finite changes no
+        statistic. Synchronized moments are not finite on all devices or on
+        none, so devices agree.
 
     Returns:
       RunningStats in the dtype of old, or wider where the batch is.
@@ -64,7 +71,15 @@ def update_running(
     var = batch.m2 / jnp.maximum(batch.count - ddof, 1)
     new = RunningStats(batch.mean, var)
 
+    if skip_nonfinite:
+        known &= is_finite(batch)
+
     def step(old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(known, decay * old + (1 - decay) * new, old)
 
     return jax.lax.stop_gradient(jax.tree.map(step, old, new))
+
+
+def is_finite(batch: Moments) -> jax.Array:
+    """Returns whether mean and m2 of every feature are finite, () bool."""
+    return jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.m2).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -11,7 +12,13 @@ import jax.numpy as jnp
 from flax.linen import dtypes
 
 from jaxbn._normalize import batch_norm, normalize
-from jaxbn._running import RunningStats, init_running, update_running
+from jaxbn._running import (
+    RunningStats,
+    init_running,
+    is_finite,
+    update_running,
+)
+from jaxbn._scope import Scope
 
 
 class BatchNorm(nn.Module):
@@ -37,11 +44,23 @@ class BatchNorm(nn.Module):
       bias_init: initializer of bias.
       scale_init: initializer of scale.
       axis_name: named axis, or axes, to take statistics over.
-      axis_index_groups: as in `jax.lax.psum`, where JAX supports it.
+      axis_index_groups: see `Scope`.
       use_fast_variance: accepted for flax's sake; the variance is always
         taken from squared deviations.
       force_float32_reductions: accepted for flax's sake; reductions and
         running statistics are always float32 or wider.
+      group_size: neighbouring devices that share statistics; see `Scope`.
+      normalize_over: examples that share statistics whatever the topology;
+        see `Scope`.
+      num_ids: K; the call takes ids, each has statistics of its own, and
+        running statistics are (K, C).
+      affine_per_id: scale and bias are (K, C), one row an id.
+      pivot: True sends sums about the running mean, 2C+1 floats, exact once
+        it has settled (until then see `jaxbn.sync`); False sends 4C+2 floats,
+        exact from the first step.
+      skip_nonfinite: a batch with a NaN or inf on any device changes no
+        running statistic; the variable `skipped` in batch_stats, () int32,
+        counts them.
     """
 
     use_running_average: bool | None = None
@@ -58,6 +77,12 @@ class BatchNorm(nn.Module):
     axis_index_groups: Sequence[Sequence[int]] | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    group_size: int | None = None
+    normalize_over: int | None = None
+    num_ids: int | None = None
+    affine_per_id: bool = False
+    pivot: bool = True
+    skip_nonfinite: bool = False
 
     @nn.compact
     def __call__(
@@ -66,6 +91,7 @@ class BatchNorm(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        ids: jax.Array | None = None,
     ) -> jax.Array:
         """Normalizes x.
 
@@ -74,6 +100,7 @@ class BatchNorm(nn.Module):
           use_running_average: see the attribute; give it in one place.
           mask: broadcastable to x; False leaves a value out of the
             statistics.
+          ids: (N,) integers in [0, K) where num_ids is K.
 
         Returns:
           Array of the shape of x.
@@ -90,33 +117,60 @@ class BatchNorm(nn.Module):
         given = self.axis if isinstance(self.axis, Sequence) else (self.axis,)
         axes = tuple(sorted({axis % x.ndim for axis in given}))
         size = tuple(x.shape[axis] for axis in axes)
+        rows = size
+        if self.num_ids is not None:
+            rows = (self.num_ids, *size)
 
-        initial = init_running(size, dtype=x.dtype)
+        initial = init_running(rows, dtype=x.dtype)
         mean = self.variable("batch_stats", "mean", lambda: initial.mean)
         var = self.variable("batch_stats", "var", lambda: initial.var)
+        if self.skip_nonfinite:
+            skipped = self.variable(
+                "batch_stats", "skipped", jnp.zeros, (), jnp.int32
+            )
         scale = bias = None
+        affine = rows if self.affine_per_id else size
         if self.use_scale:
-            scale = self.param("scale", self.scale_init, size, self.param_dtype)
+            scale = self.param(
+                "scale", self.scale_init, affine, self.param_dtype
+            )
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, size, self.param_dtype)
+            bias = self.param("bias", self.bias_init, affine, self.param_dtype)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         old = RunningStats(mean.value, var.value)
-        options = dict(epsilon=self.epsilon, feature_axis=axes, dtype=dtype)
+        options = dict(
+            ids=ids, epsilon=self.epsilon, feature_axis=axes, dtype=dtype
+        )
 
         if inference:
             return normalize(x, *old, scale, bias, **options)
         # Initialization runs outside the mapped axes and leaves no trace.
+        alone = self.is_initializing()
+        scope = Scope(num_ids=self.num_ids)
+        if not alone:
+            scope = dataclasses.replace(
+                scope,
+                group_size=self.group_size,
+                axis_index_groups=self.axis_index_groups,
+                normalize_over=self.normalize_over,
+            )
         y, batch = batch_norm(
             x,
             scale,
             bias,
             where=None if mask is None else jnp.asarray(mask, bool),
-            axis_name=None if self.is_initializing() else self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            pivot=old.mean,
+            axis_name=None if alone else self.axis_name,
+            scope=scope,
+            pivot=old.mean if self.pivot else None,
             **options,
         )
-        if not self.is_initializing():
-            new = update_running(old, batch, decay=self.momentum)
-            mean.value, var.value = new
+        if not alone:
+            mean.value, var.value = update_running(
+                old,
+                batch,
+                decay=self.momentum,
+                skip_nonfinite=self.skip_nonfinite,
+            )
+            if self.skip_nonfinite:
+                skipped.value += jnp.where(is_finite(batch), 0, 1)
         return y

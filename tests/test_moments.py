@@ -102,7 +102,7 @@ class MomentsTest(chex.TestCase):
     [
         (
             dict(x=np.ones((4, 3), np.int32)),
-            "x must be floating; got int32[4, 3]",
+            "x must be floating or complex; got int32[4, 3]",
         ),
         (
             dict(x=np.ones((4, 2, 2, 3)), where=np.ones(4, bool)),

@@ -1,0 +1,153 @@
+"""Which examples are normalized together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+
+import jax
+
+from jaxbn._checks import AxisName, bound_axes
+from jaxbn._moments import Layout
+
+Groups = tuple[tuple[int, ...], ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """Which examples share statistics; the default is all of `axis_name`.
+
+    Every combination works, with masks, in shard_map, pmap, vmap and under jit
+    on global arrays. The moments that `batch_norm` returns, and so the running
+    statistics, are those of all examples together (of each id), merged by the
+    law of total variance: the same on every device whatever the groups.
+
+    Attributes:
+      group_size: that many neighbouring devices along `axis_name`, in their
+        order, share statistics. It divides their number.
+      axis_index_groups: lists of device indices, equally long, that share
+        statistics: any partition in place of neighbours.
+      normalize_over: about that many examples share statistics whatever the
+        topology: a larger local batch is split into runs of neighbours (ghost
+        batch normalization), a smaller one joins those of neighbouring
+        devices.
+      num_ids: K; every example has an id in [0, K), and each id has its own
+        statistics, as in domain-specific and split (auxiliary) batch
+        normalization.
+
+    Source: Hoffer et al. (2017), Train longer, generalize better (ghost);
+    Xie et al. (2020), Adversarial Examples Improve Image Recognition (split).
+    """
+
+    group_size: int | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    normalize_over: int | None = None
+    num_ids: int | None = None
+
+    def __post_init__(self) -> None:
+        ways = ("group_size", "axis_index_groups", "normalize_over")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} each say which devices share "
+                "statistics; give one of them."
+            )
+        for name in ("group_size", "normalize_over", "num_ids"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        if self.axis_index_groups is not None:
+            # Hashable, so that a module with a Scope is.
+            groups = tuple(tuple(group) for group in self.axis_index_groups)
+            object.__setattr__(self, "axis_index_groups", groups)
+
+    def resolve(
+        self, x: jax.Array, axes: tuple[int, ...], axis_name: AxisName
+    ) -> tuple[Layout, tuple[Hashable, ...], Groups]:
+        """Returns layout, named axes to reduce over, and groups on them."""
+        names = bound_axes(axis_name)
+        examples = x.shape[axes[0]]
+        devices = jax.lax.axis_size(names) if names else 1
+        layout = Layout(x.shape, axes, num_ids=self.num_ids)
+        if self.axis_index_groups is not None:
+            if not names:
+                raise ValueError(
+                    f"axis_index_groups={self.axis_index_groups} numbers the "
+                    f"devices along axis_name={axis_name!r}, which is not "
+                    "bound here. On global arrays use group_size or "
+                    "normalize_over."
+                )
+            _check_groups(self.axis_index_groups, devices, axis_name)
+            return layout, names, self.axis_index_groups
+        size, over = self.group_size, self.normalize_over
+        if size is not None and not names:
+            # x is global: a group is the share of its devices.
+            devices = _devices_of_mesh(axis_name, size)
+            if devices % size:
+                raise ValueError(_uneven(size, devices, axis_name))
+            size, over = None, examples * size // devices
+        if over is not None:
+            chunks, size = _split_or_join(over, examples, devices)
+            layout = layout._replace(chunks=chunks)
+            if size == 1:
+                return layout, (), None
+        if size is None or size == devices:
+            return layout, names, None
+        if devices % size:
+            raise ValueError(_uneven(size, devices, axis_name))
+        neighbours = range(0, devices, size)
+        groups = tuple(tuple(range(i, i + size)) for i in neighbours)
+        return layout, names, groups
+
+
+def _split_or_join(over: int, examples: int, devices: int) -> tuple[int, int]:
+    """Returns (chunks of a device, devices of a group), one of them 1."""
+    if examples % over == 0:
+        return examples // over, 1
+    if over % examples == 0 and devices % (over // examples) == 0:
+        return 1, over // examples
+    possible = {n for n in range(1, examples + 1) if examples % n == 0}
+    possible |= {
+        n * examples for n in range(1, devices + 1) if devices % n == 0
+    }
+    nearest = min(possible, key=lambda n: (abs(n - over), n))
+    raise ValueError(
+        f"normalize_over={over} neither divides the {examples} examples of a "
+        f"device nor is a multiple that divides {devices} devices; the "
+        f"nearest that works is {nearest}."
+    )
+
+
+def _devices_of_mesh(axis_name: AxisName, size: int) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is None or any(n not in mesh.shape for n in names):
+        raise ValueError(
+            f"group_size={size} counts devices along axis_name={axis_name!r}, "
+            "which is neither bound here nor an axis of the mesh in use "
+            f"{tuple(mesh.shape)}. Use jax.set_mesh, or normalize_over."
+        )
+    devices = 1
+    for name in names:
+        devices *= mesh.shape[name]
+    return devices
+
+
+def _uneven(size: int, devices: int, axis_name: AxisName) -> str:
+    return (
+        f"group_size={size} does not divide the {devices} devices along "
+        f"axis_name={axis_name!r}."
+    )
+
+
+def _check_groups(
+    groups: tuple[tuple[int, ...], ...], devices: int, axis_name: AxisName
+) -> None:
+    members = sorted(i for group in groups for i in group)
+    lengths = {len(group) for group in groups}
+    if members != list(range(devices)) or len(lengths) != 1:
+        raise ValueError(
+            f"axis_index_groups={groups} must hold each of the {devices} "
+            f"indices along axis_name={axis_name!r} once, in groups of one "
+            "length."
+        )
