@@ -81,6 +81,23 @@ def sharded(devices, with_pivot=False, check_vma=True):
     )
 
 
+@functools.cache
+def normalized_over_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def step(x, keep, pivot=None):
+        return jaxbn.batch_norm(x, where=keep, axis_name="data", pivot=pivot)
+
+    return lambda *arguments: jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(P("data"), P("data"), P())[: len(arguments)],
+            out_specs=(P("data"), P()),
+        )
+    )(*arguments)
+
+
 def assert_matches_float64(got, arguments, *, rtol, y_rtol=None):
     (y, batch), (dx, dscale, dbias) = got
     want = reference.batch_norm(*arguments, epsilon=EPSILON)
@@ -119,10 +136,74 @@ class ExactnessTest(parameterized.TestCase):
         chex.assert_type(jax.tree.leaves(got[0][1]), jnp.float32)
         assert_matches_float64(got, arguments, rtol=1e-5, y_rtol=y_rtol)
 
-    def test_large_offset_over_devices(self):
-        arguments = problem(offset=1e4)
-        got = sharded(8)(*arguments)
-        assert_matches_float64(got, arguments, rtol=1e-4)
+    @parameterized.parameters(False, True)
+    def test_float64(self, with_pivot):
+        with jax.enable_x64(True):
+            arguments = [
+                jnp.asarray(a, None if a.dtype == bool else np.float64)
+                for a in problem(empty=2)
+            ]
+            got = sharded(8, with_pivot)(*arguments)
+            chex.assert_type(jax.tree.leaves(got), np.float64)
+            assert_matches_float64(got, arguments, rtol=1e-10)
+
+    @parameterized.product(
+        offset=(1e2, 1e3, 1e4), rows=(1, 8, 300), masked=(False, True)
+    )
+    def test_variance_of_a_large_mean_from_the_first_step(
+        self, offset, rows, masked
+    ):
+        rng = np.random.default_rng(0)
+        x = rng.normal(offset, 1, (8 * rows, CHANNELS)).astype(np.float32)
+        keep = np.ones((8 * rows, 1), bool)
+        if masked:
+            keep = rng.random((8 * rows, 1)) < 0.6
+            keep[:rows] = False
+        y, batch = normalized_over_devices()(x, keep)
+        wide = x.astype(np.float64)
+        mean, var = wide.mean(0, where=keep), wide.var(0, where=keep)
+        rtol = 1e-5 if offset <= 1e3 else 1e-4
+        np.testing.assert_allclose(batch.var, var, rtol=rtol)
+        np.testing.assert_allclose(batch.mean, mean, rtol=2e-7)
+        want = (wide - mean) / np.sqrt(var + EPSILON)
+        np.testing.assert_allclose(y, want, atol=rtol * np.abs(want).max())
+
+    @parameterized.parameters(0.0, 1e4)
+    def test_settled_pivot_is_as_good(self, offset):
+        rng = np.random.default_rng(0)
+        x = rng.normal(offset, 1, (64, CHANNELS)).astype(np.float32)
+        pivot = jnp.full(CHANNELS, offset + 0.5, jnp.float32)
+        _, batch = normalized_over_devices()(x, np.ones((64, 1), bool), pivot)
+        want = x.astype(np.float64).var(0)
+        np.testing.assert_allclose(batch.var, want, rtol=1e-6)
+        assert (batch.var >= want * (1 - 3e-7)).all()
+
+    def test_counts_beyond_what_one_float_holds(self):
+        # 2^24 + 7 values lose the 7 in float32, and with it the variance.
+        counts = np.full(8, 2**21, np.float32)
+        counts[0] += 7
+        means = np.float32(1e3) + np.arange(8, dtype=np.float32) / 64
+        parts = jaxbn.Moments(counts, means[:, None], counts[:, None])
+        total = jax.vmap(
+            functools.partial(jaxbn.sync, axis_name="i"),
+            axis_name="i",
+            out_axes=None,
+        )(parts)
+        n, m = counts.astype(np.float64), means.astype(np.float64)
+        mean = np.average(m, weights=n)
+        m2 = (n + n * (m - mean) ** 2).sum()
+        np.testing.assert_allclose(total.m2, m2, rtol=1e-6)
+
+    @parameterized.product(large=(1e19, 1e30, 1e38), with_pivot=(False, True))
+    def test_finite_input_never_gives_nan(self, large, with_pivot):
+        x = np.float32(large) * np.linspace(0.5, 1, 32, dtype=np.float32)
+        x = np.stack([x, -x, np.zeros_like(x)], 1)
+        pivot = jnp.zeros(3) if with_pivot else None
+        run = normalized_over_devices()
+        y, batch = run(x, np.ones((32, 1), bool), pivot)
+        assert np.isfinite(y).all() and not np.isnan(batch.var).any()
+        y, _ = jaxbn.batch_norm(x)
+        assert np.isfinite(y).all()
 
     def test_bad_pivot_never_underestimates_the_variance(self):
         arguments = problem(offset=1e3)
@@ -276,6 +357,56 @@ class DerivativeTest(parameterized.TestCase):
         )
         saved = [a for a in jax.tree.leaves(backward) if a.size >= x.size]
         assert [a.dtype for a in saved] == [jnp.bfloat16]
+
+
+class ComplexTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        rng = np.random.default_rng(0)
+        parts = rng.normal(2, 1, (2, 16, 3))
+        self.x = (parts[0] + 1j * parts[1]).astype(np.complex64)
+        self.keep = rng.random((16, 1)) < 0.7
+
+    @parameterized.parameters(False, True)
+    def test_statistics_over_devices(self, with_pivot):
+        pivot = jnp.full(3, 1 + 1j, np.complex64) if with_pivot else None
+        y, batch = normalized_over_devices()(self.x, self.keep, pivot)
+        wide = self.x.astype(np.complex128)
+        mean = wide.mean(0, where=self.keep)
+        var = (np.abs(wide - mean) ** 2).mean(0, where=self.keep)
+        assert batch.m2.dtype == np.float32 and y.dtype == np.complex64
+        chex.assert_trees_all_close(
+            [y, batch.mean, batch.var],
+            [(wide - mean) / np.sqrt(var + EPSILON), mean, var],
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+    def test_derivative_equals_autodiff_of_the_formula(self):
+        with jax.enable_x64(True):
+            x = jnp.asarray(self.x, np.complex128)
+            rng = np.random.default_rng(1)
+            ct, turn = rng.normal(size=(2, 16, 3))
+
+            def plain(x):
+                mean = x.mean(0)
+                var = (jnp.abs(x - mean) ** 2).mean(0)
+                return (x - mean) / jnp.sqrt(var + EPSILON)
+
+            def ours(x):
+                return jaxbn.standardize(x, epsilon=EPSILON)[0]
+
+            def loss(norm, x):
+                return (jnp.sin(norm(x)) * (ct + 1j * turn)).real.sum()
+
+            got, want = (
+                (
+                    jax.grad(functools.partial(loss, norm))(x),
+                    jax.jvp(norm, (x,), (turn + 0.5j * ct,))[1],
+                )
+                for norm in (ours, plain)
+            )
+            chex.assert_trees_all_close(got, want, rtol=1e-8, atol=1e-10)
 
 
 class NormalizeTest(parameterized.TestCase):

@@ -204,6 +204,91 @@ class SynchronizedTest(parameterized.TestCase):
     def test_eager(self):
         self.check(*self.apply(self.variables, self.x, self.keep))
 
+    def test_nonfinite_batch_on_one_device_is_skipped_on_all(self):
+        module = BatchNorm(
+            axis_name="data", use_running_average=False, skip_nonfinite=True
+        )
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        step = jax.jit(
+            jax.shard_map(
+                lambda v, x: module.apply(v, x, mutable=["batch_stats"])[1],
+                mesh=mesh,
+                in_specs=(P(), P("data")),
+                out_specs=P(),
+            )
+        )
+        variables = module.init(jax.random.key(0), self.x)
+        assert variables["batch_stats"]["skipped"] == 0
+        bad = self.x.at[5, 1].set(jnp.inf)
+        for x in (bad, bad):
+            variables = {**variables, **step(variables, x)}
+        stats = variables["batch_stats"]
+        chex.assert_trees_all_equal(
+            stats, {"mean": np.zeros(3), "var": np.ones(3), "skipped": 2}
+        )
+        stats = step(variables, self.x)["batch_stats"]
+        assert stats["skipped"] == 2 and (stats["mean"] != 0).all()
+
+    def test_statistics_and_affine_per_id(self):
+        module = BatchNorm(
+            axis_name="data",
+            use_running_average=False,
+            num_ids=2,
+            affine_per_id=True,
+            momentum=0.0,
+        )
+        ids = np.arange(16) % 2
+        variables = module.init(jax.random.key(0), self.x, ids=ids)
+        assert jax.tree.map(jnp.shape, variables) == {
+            "params": {"scale": (2, 3), "bias": (2, 3)},
+            "batch_stats": {"mean": (2, 3), "var": (2, 3)},
+        }
+        variables["params"]["bias"] = jnp.array([[1.0] * 3, [2.0] * 3])
+        y, state = module.apply(
+            variables, self.x, ids=ids, mutable=["batch_stats"]
+        )
+        for i in range(2):
+            rows = np.asarray(self.x, np.float64)[ids == i]
+            stats = state["batch_stats"]
+            chex.assert_trees_all_close(stats["var"][i], rows.var(0), rtol=1e-5)
+            chex.assert_trees_all_close(
+                y[ids == i].mean(0), np.full(3, 1.0 + i), rtol=1e-5
+            )
+        inference = module.clone(use_running_average=True)
+        again = inference.apply({**variables, **state}, self.x, ids=ids)
+        chex.assert_trees_all_close(again, y, rtol=1e-4, atol=1e-5)
+
+    def test_groups_keep_running_statistics_of_all(self):
+        grouped = self.module.clone(group_size=2)
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+        def step(module):
+            return jax.shard_map(
+                lambda v, x: module.apply(v, x, mutable=["batch_stats"]),
+                mesh=mesh,
+                in_specs=(P(), P("data")),
+                out_specs=(P("data"), P()),
+            )(self.variables, self.x)
+
+        y, state = step(grouped)
+        _, whole = step(self.module)
+        chex.assert_trees_all_close(state, whole, rtol=1e-5)
+        pairs = np.asarray(self.x).reshape(4, 4, 3)
+        want = (pairs - pairs.mean(1, keepdims=True)) / pairs.std(
+            1, keepdims=True
+        )
+        chex.assert_trees_all_close(y, want.reshape(16, 3), atol=1e-4)
+
+    def test_complex_input(self):
+        x = (self.x + 1j * self.x[::-1]).astype(np.complex64)
+        got, want = (
+            module.apply(
+                module.init(jax.random.key(0), x), x, mutable=["batch_stats"]
+            )
+            for module in (self.module, nn.BatchNorm(use_running_average=False))
+        )
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+
     def test_empty_batch_leaves_running_statistics_alone(self):
         nothing = np.zeros((16, 1), bool)
         _, state = self.apply(self.variables, self.x, nothing)

@@ -46,3 +46,17 @@ def test_no_gradient_and_no_narrow_types():
 
     x = jnp.arange(12.0, dtype=jnp.bfloat16).reshape(4, 3)
     chex.assert_trees_all_equal(jax.grad(total)(x), jnp.zeros_like(x))
+
+
+def test_nonfinite_batches_are_skipped_if_asked():
+    old = jaxbn.init_running(2)
+    bad = Moments(jnp.float32(3), jnp.array([0.0, jnp.nan]), jnp.ones(2))
+    inf = Moments(jnp.float32(3), jnp.zeros(2), jnp.array([jnp.inf, 0]))
+    good = Moments(jnp.float32(3), jnp.ones(2), jnp.ones(2))
+    for batch, finite in ((bad, False), (inf, False), (good, True)):
+        assert bool(jaxbn.is_finite(batch)) == finite
+        new = jaxbn.update_running(old, batch, decay=0.5, skip_nonfinite=True)
+        kept = bool((new.mean == old.mean).all() & (new.var == old.var).all())
+        assert kept != finite
+    poisoned = jaxbn.update_running(old, bad, decay=0.5)
+    assert np.isnan(poisoned.mean[1])
