@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -175,17 +175,36 @@ def local_moments(
     """`moments` behind its checks, for any layout."""
     x = widen(x)
     count = layout.count(where, ids, x.real.dtype)
-    # Divided before they are summed: near the largest float a sum overflows.
-    weight = layout.spread(1 / jnp.maximum(count, 1), ids)
+    total = jnp.maximum(count, 1)
     if where is not None:
         x = jnp.where(where, x, 0)
-    shift = jax.lax.stop_gradient(layout.reduce(x * weight, ids))
-    centred = x - layout.spread(shift, ids)
-    if where is not None:
-        centred = jnp.where(where, centred, 0)
-    offset = layout.reduce(centred * weight, ids)
-    var = layout.reduce(abs2(centred) * weight, ids)
-    return Local(count, shift, offset, difference(var, abs2(offset)) * count)
+    shift = _in_range(layout.reduce(x, ids) / total)
+    shift = jax.lax.stop_gradient(shift)
+
+    def centred(shift: jax.Array) -> jax.Array:
+        d = x - layout.spread(shift, ids)
+        return d if where is None else jnp.where(where, d, 0)
+
+    offset = _in_range(layout.reduce(centred(shift), ids) / total)
+    m2 = layout.reduce(abs2(centred(apart(shift))), ids)
+    return Local(count, shift, offset, difference(m2, count * abs2(offset)))
+
+
+def apart(statistics: Any) -> Any:
+    """Returns the same values, so that the compiler does not know it.
+
+    What is computed of x and a statistic in two places is then not computed
+    once, stored and read again: arithmetic is cheap and traffic is not.
+    """
+    return jax.lax.optimization_barrier(statistics)
+
+
+def _in_range(mean: jax.Array) -> jax.Array:
+    """Takes 0 for a mean whose sum was too large for a float.
+
+    Any number serves as a shift, and the variance is then inf whatever it is.
+    """
+    return jnp.where(jnp.isinf(mean), 0, mean)
 
 
 def widen(x: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from jaxbn._moments import (
     Layout,
     Local,
     Moments,
+    apart,
     local_moments,
     merge_stacked,
     widen,
@@ -223,7 +224,7 @@ def _batch_norm(
     largest = plan.layout.values
     shared = sync_local(local, plan.names, plan.groups, pivot, largest)
     inv = jax.lax.rsqrt(shared.moments.var + plan.epsilon)
-    centred = _centre(plan, x, shared, where, ids)
+    centred = _centre(plan, x, apart(shared), where, ids)
     return _affine(plan, centred, inv, scale, bias, ids), shared
 
 
@@ -274,29 +275,41 @@ def _tangent(
     """Derivatives of (y, mean, m2), linear in moving = (dx, dscale, dbias)."""
     dx, dscale, dbias = moving
     layout = plan.layout
-    centred = _centre(plan, x, shared, where, ids)
     inv = jax.lax.rsqrt(shared.moments.var + plan.epsilon)
-    dy = jnp.zeros_like(centred)
+    gain = layout.spread(inv, ids)
     dmean, dm2 = jnp.zeros_like(shared.offset), jnp.zeros_like(shared.m2)
+    # dy = dx * gain + (x - shift) * slope + level: slope and level hold all
+    # that is one value a feature, so that the transpose reduces twice.
+    slope = level = jnp.zeros((1,) * x.ndim, inv.dtype)
+    if scale is not None:
+        gain = gain * _spread_affine(plan, scale, ids)
     if dx is not None:
-        dx = dx.astype(centred.dtype)
+        dx = dx.astype(shared.offset.dtype)
         seen = dx if where is None else jnp.where(where, dx, 0)
-        sums = (
-            layout.reduce(seen, ids),
-            layout.reduce(_inner(seen, centred), ids),
+        shifted = _shift(plan, x, apart(shared.shift), where, ids)
+        sums = all_sum(
+            (
+                layout.reduce(seen, ids),
+                layout.reduce(_inner(seen, shifted), ids),
+            ),
+            plan.names,
+            plan.groups,
         )
-        sums = all_sum(sums, plan.names, plan.groups)
         per_value = 1 / jnp.maximum(shared.count, 1)
-        dmean, dm2 = sums[0] * per_value, 2 * sums[1]
-        first, second = vary_like((dmean, sums[1] * per_value), x)
-        moved = _read(x, where, dx - layout.spread(first, ids))
-        slope = layout.spread(jnp.square(inv) * second, ids)
-        dy = (moved - centred * slope) * layout.spread(inv, ids)
-        if scale is not None:
-            dy = dy * _spread_affine(plan, scale, ids)
+        first = sums[0] * per_value
+        second = sums[1] * per_value - _inner(first, shared.offset)
+        dmean, dm2 = first, 2 * shared.count * second
+        first, second = vary_like((first, second), x)
+        level = -gain * layout.spread(first, ids)
+        slope = -gain * layout.spread(jnp.square(inv) * second, ids)
     if dscale is not None:
-        xhat = centred * layout.spread(inv, ids)
-        dy = dy + xhat * _spread_affine(plan, dscale, ids)
+        dscale = _spread_affine(plan, dscale, ids)
+        slope = slope + layout.spread(inv, ids) * dscale
+    level = level - layout.spread(shared.offset, ids) * slope
+    shifted = _shift(plan, x, shared.shift, where, ids)
+    dy = shifted * slope + _read(x, where, level)
+    if dx is not None:
+        dy = dy + _read(x, where, dx * gain)
     if dbias is not None:
         dy = dy + _spread_affine(plan, dbias, ids)
     return _flag_ids(plan, dy, ids).astype(plan.dtype), dmean, dm2
@@ -334,10 +347,19 @@ def _centre(
     ids: jax.Array | None,
 ) -> jax.Array:
     """x - mean in float32 or wider; a masked NaN or inf is read as mean."""
-    shift = plan.layout.spread(shared.shift, ids)
     offset = plan.layout.spread(shared.offset, ids)
     # One after the other: near a large mean x - shift is exact.
-    return _read(x, where, (widen(x) - shift) - offset)
+    return _read(x, where, _shift(plan, x, shared.shift, None, ids) - offset)
+
+
+def _shift(
+    plan: _Plan,
+    x: jax.Array,
+    shift: jax.Array,
+    where: jax.Array | None,
+    ids: jax.Array | None,
+) -> jax.Array:
+    return _read(x, where, widen(x) - plan.layout.spread(shift, ids))
 
 
 def _read(x: jax.Array, where: jax.Array | None, value: jax.Array) -> jax.Array:

@@ -94,6 +94,9 @@ def sync_local(
         if is_complex:
             pivot = jnp.stack([pivot.real, pivot.imag])
         total = _sync_about(local, names, jax.lax.stop_gradient(pivot))
+    # The larger part first, so that x - shift is as small as x - mean.
+    shift, offset = two_sum(total.shift, total.offset)
+    total = total._replace(shift=shift, offset=offset)
     return _as_complex(total) if is_complex else total
 
 
@@ -105,7 +108,7 @@ def _sync_about(local: Local, names: Names, pivot: jax.Array) -> Local:
     n, s1, s2 = all_sum(
         (count, count * _UNIT * d, m2 + count * jnp.square(d)), names
     )
-    mean = s1 / jnp.maximum(n * _UNIT, _UNIT)
+    mean = rounded(s1 / jnp.maximum(n * _UNIT, _UNIT))
     between = n * jnp.square(mean)
     m2 = difference(s2, between) + 4 * jnp.finfo(m2.dtype).eps * between
     return Local(n, jnp.where(n > 0, pivot, 0), mean, m2)
