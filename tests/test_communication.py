@@ -1,0 +1,112 @@
+"""What a layer sends, read off the compiled program."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxbn.linen import BatchNorm
+from jaxbn.testing import collectives
+from train import data
+from train.resnet import ResNet
+from train.step import Recipe, init_state, make_optimizer, make_train_step
+
+C, FLOAT = 6, 4
+X = jax.ShapeDtypeStruct((16, 4, 4, C), jnp.float32)
+
+
+@functools.cache
+def mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def forward(module, x):
+    variables = module.init(jax.random.key(0), x)
+    return module.apply(variables, x, mutable=["batch_stats"])
+
+
+def backward(module, x, cotangent):
+    """With respect to x alone: parameters reduce over devices themselves."""
+    (
+        (_, state),
+        pull,
+    ) = jax.vjp(functools.partial(forward, module), x)
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    return pull((cotangent, zeros))[0], state
+
+
+def sent(fn, *args, specs, **fields):
+    module = BatchNorm(axis_name="data", use_running_average=False, **fields)
+    run = jax.shard_map(
+        functools.partial(fn, module),
+        mesh=mesh(),
+        in_specs=(P("data"),) * len(args),
+        out_specs=specs,
+    )
+    return collectives(run, *args)
+
+
+@pytest.mark.parametrize(
+    "pivot, floats", [(True, 2 * C + 1), (False, 4 * C + 2)]
+)
+def test_forward_is_one_all_reduce(pivot, floats):
+    got = sent(forward, X, specs=(P("data"), P()), pivot=pivot)
+    assert got == {"all-reduce": (1, floats * FLOAT)}
+
+
+def test_backward_is_one_more_of_two_floats_a_channel():
+    got = sent(backward, X, X, specs=(P("data"), P()))
+    assert got == {"all-reduce": (2, (2 * C + 1 + 2 * C) * FLOAT)}
+
+
+def test_a_group_gathers_and_one_reduction_serves_running_statistics():
+    got = sent(forward, X, specs=(P("data"), P()), group_size=2)
+    assert got["all-gather"] == (1, 2 * (3 * C + 1) * FLOAT)
+    assert got["all-reduce"] == (1, (2 * C + 1) * FLOAT)
+
+
+def test_ghost_batches_reduce_for_running_statistics_alone():
+    got = sent(forward, X, specs=(P("data"), P()), normalize_over=1)
+    assert got == {"all-reduce": (1, (2 * C + 1) * FLOAT)}
+
+
+def test_alone_sends_nothing():
+    module = BatchNorm(use_running_average=False)
+    run = jax.shard_map(
+        lambda x: forward(module, x)[0],
+        mesh=mesh(),
+        in_specs=P("data"),
+        out_specs=P("data"),
+    )
+    assert collectives(run, X) == {}
+
+
+def test_a_training_step_sends_two_a_layer_and_the_gradient():
+    optimizer = make_optimizer(
+        lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4
+    )
+    recipe = Recipe(
+        model=ResNet(depth=20, num_classes=10, width=4, axis_name="data"),
+        optimizer=optimizer,
+        pixel_mean=(0.0,) * 3,
+        pixel_std=(1.0,) * 3,
+        padding=0,
+        flip=False,
+        seed=0,
+    )
+    state = jax.eval_shape(lambda: init_state(recipe, (8, 8, 3), mesh()))
+    batch = data.Batch(
+        images=np.zeros((8, 8, 8, 3), np.uint8),
+        labels=np.zeros(8, np.int32),
+        index=np.zeros(8, np.int32),
+        where=np.ones(8, bool),
+    )
+    got = collectives(make_train_step(recipe, mesh()), state, batch, 0)
+    layers = 19
+    assert set(got) == {"all-reduce"}
+    # The gradient's, with the sums of loss and hits, may take up to two.
+    assert 2 * layers + 1 <= got["all-reduce"].count <= 2 * layers + 2
