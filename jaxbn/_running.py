@@ -75,6 +75,7 @@ def update_running(
         known &= is_finite(batch)
 
     def step(old: jax.Array, new: jax.Array) -> jax.Array:
+        old = old.astype(jnp.promote_types(old.dtype, new.dtype))
         return jnp.where(known, decay * old + (1 - decay) * new, old)
 
     return jax.lax.stop_gradient(jax.tree.map(step, old, new))

@@ -60,3 +60,13 @@ def test_nonfinite_batches_are_skipped_if_asked():
         assert kept != finite
     poisoned = jaxbn.update_running(old, bad, decay=0.5)
     assert np.isnan(poisoned.mean[1])
+
+
+def test_narrow_old_statistics_are_widened_first():
+    old = RunningStats(
+        jnp.full(1, 1.0, jnp.bfloat16), jnp.ones(1, jnp.bfloat16)
+    )
+    batch = Moments(jnp.float32(2), jnp.ones(1), jnp.ones(1))
+    got = jaxbn.update_running(old, batch, decay=0.99)
+    # In bfloat16 0.99 * 1 is 0.98828125.
+    np.testing.assert_allclose(got.mean, 1.0, rtol=1e-6)
