@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn._checks import Axes, check_input, check_where, split_axes
 
@@ -89,6 +90,19 @@ class Layout(NamedTuple):
         """Values of a feature."""
         return math.prod(self.shape[axis] for axis in self.axes)
 
+    @property
+    def sample(self) -> tuple[slice, ...]:
+        """Index of a share of the values, of every example.
+
+        A mean over a share f of the values lies within std / sqrt(f) of the
+        whole mean, whatever the values: as a shift it costs 1 / f roundings of
+        the variance. Examples are the axis that may be split over devices.
+        """
+        stride = [slice(None)] * len(self.shape)
+        if len(self.axes) > 1:
+            stride[self.axes[1]] = slice(None, None, 8)
+        return tuple(stride)
+
     def reduce(self, x: jax.Array, ids: jax.Array | None) -> jax.Array:
         """Sums over the values that share a statistic."""
         if self.plain:
@@ -104,7 +118,7 @@ class Layout(NamedTuple):
 
     def spread(self, statistic: jax.Array, ids: jax.Array | None) -> jax.Array:
         """Gives the reduced axes back, so that a statistic broadcasts to x."""
-        if not statistic.ndim:
+        if not np.ndim(statistic):
             return statistic
         if self.plain:
             return jnp.expand_dims(statistic, self.axes)
@@ -125,8 +139,13 @@ class Layout(NamedTuple):
         where: jax.Array | None,
         ids: jax.Array | None,
         dtype: jnp.dtype,
-    ) -> jax.Array:
+    ) -> jax.Array | np.ndarray:
         """Kept values a statistic: (), or with axes of length 1 or as F."""
+        if where is None and self.num_ids is None:
+            count = np.asarray(self.values // self.chunks, dtype)
+            features = len(self.shape) - len(self.axes)
+            rows = (self.chunks, *(1,) * features)
+            return count if self.plain else np.broadcast_to(count, rows)
         if where is None:
             where = jnp.ones((1,) * len(self.shape), bool)
         shape = list(where.shape)
@@ -163,7 +182,8 @@ class Local(NamedTuple):
 
     @property
     def moments(self) -> Moments:
-        return Moments(self.count, self.shift + self.offset, self.m2)
+        count = jnp.asarray(self.count)
+        return Moments(count, self.shift + self.offset, self.m2)
 
 
 def local_moments(
@@ -175,19 +195,35 @@ def local_moments(
     """`moments` behind its checks, for any layout."""
     x = widen(x)
     count = layout.count(where, ids, x.real.dtype)
-    total = jnp.maximum(count, 1)
+    total = _at_least_one(count)
     if where is not None:
         x = jnp.where(where, x, 0)
-    shift = _in_range(layout.reduce(x, ids) / total)
-    shift = jax.lax.stop_gradient(shift)
+    sampled, sample = layout, x
+    if where is None and x.size:
+        sample = x[layout.sample]
+        sampled = layout._replace(shape=sample.shape)
+    share = sampled.values / max(layout.values, 1)
+    # Divided before they are summed: near the largest float a sum overflows.
+    weight = sampled.spread(1 / (total * (share or 1)), ids)
+    shift = jax.lax.stop_gradient(sampled.reduce(sample * weight, ids))
 
     def centred(shift: jax.Array) -> jax.Array:
         d = x - layout.spread(shift, ids)
         return d if where is None else jnp.where(where, d, 0)
 
-    offset = _in_range(layout.reduce(centred(shift), ids) / total)
-    m2 = layout.reduce(abs2(centred(apart(shift))), ids)
-    return Local(count, shift, offset, difference(m2, count * abs2(offset)))
+    s1 = layout.reduce(centred(shift), ids)
+    s2 = layout.reduce(abs2(centred(apart(shift))), ids)
+    # Where squares overflow the variance is inf, and any mean will do.
+    offset = jnp.where(jnp.isinf(s2), 0, s1 / total)
+    m2 = jnp.maximum(s2 - total * abs2(offset), 0)
+    return Local(count, shift, offset, m2)
+
+
+def _at_least_one(count: Any) -> Any:
+    """max(count, 1), at once where the count is known while tracing."""
+    if isinstance(count, np.ndarray):
+        return np.maximum(count, 1)
+    return jnp.maximum(count, 1)
 
 
 def apart(statistics: Any) -> Any:
@@ -197,14 +233,6 @@ def apart(statistics: Any) -> Any:
     once, stored and read again: arithmetic is cheap and traffic is not.
     """
     return jax.lax.optimization_barrier(statistics)
-
-
-def _in_range(mean: jax.Array) -> jax.Array:
-    """Takes 0 for a mean whose sum was too large for a float.
-
-    Any number serves as a shift, and the variance is then inf whatever it is.
-    """
-    return jnp.where(jnp.isinf(mean), 0, mean)
 
 
 def widen(x: jax.Array) -> jax.Array:

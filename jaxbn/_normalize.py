@@ -275,14 +275,13 @@ def _tangent(
     """Derivatives of (y, mean, m2), linear in moving = (dx, dscale, dbias)."""
     dx, dscale, dbias = moving
     layout = plan.layout
-    inv = jax.lax.rsqrt(shared.moments.var + plan.epsilon)
-    gain = layout.spread(inv, ids)
+    inv = gain = jax.lax.rsqrt(shared.moments.var + plan.epsilon)
     dmean, dm2 = jnp.zeros_like(shared.offset), jnp.zeros_like(shared.m2)
     # dy = dx * gain + (x - shift) * slope + level: slope and level hold all
     # that is one value a feature, so that the transpose reduces twice.
-    slope = level = jnp.zeros((1,) * x.ndim, inv.dtype)
+    slope, level = jnp.zeros_like(inv), jnp.zeros_like(shared.offset)
     if scale is not None:
-        gain = gain * _spread_affine(plan, scale, ids)
+        gain = inv * _in_rows(plan, scale)
     if dx is not None:
         dx = dx.astype(shared.offset.dtype)
         seen = dx if where is None else jnp.where(where, dx, 0)
@@ -300,18 +299,21 @@ def _tangent(
         second = sums[1] * per_value - _inner(first, shared.offset)
         dmean, dm2 = first, 2 * shared.count * second
         first, second = vary_like((first, second), x)
-        level = -gain * layout.spread(first, ids)
-        slope = -gain * layout.spread(jnp.square(inv) * second, ids)
+        level = -gain * first
+        slope = -gain * jnp.square(inv) * second
     if dscale is not None:
-        dscale = _spread_affine(plan, dscale, ids)
-        slope = slope + layout.spread(inv, ids) * dscale
-    level = level - layout.spread(shared.offset, ids) * slope
+        slope = slope + inv * _in_rows(plan, dscale)
+    level = level - shared.offset * slope
+    if dbias is not None and where is None:
+        level = level + _in_rows(plan, dbias)
     shifted = _shift(plan, x, shared.shift, where, ids)
-    dy = shifted * slope + _read(x, where, level)
+    dy = shifted * layout.spread(slope, ids)
+    dy = dy + _read(x, where, layout.spread(level, ids))
     if dx is not None:
-        dy = dy + _read(x, where, dx * gain)
-    if dbias is not None:
-        dy = dy + _spread_affine(plan, dbias, ids)
+        dy = dy + _read(x, where, dx * layout.spread(gain, ids))
+    if dbias is not None and where is not None:
+        # Bias alone reaches the output of a value that is not read.
+        dy = dy + layout.spread(_in_rows(plan, dbias), ids)
     return _flag_ids(plan, dy, ids).astype(plan.dtype), dmean, dm2
 
 
@@ -378,23 +380,22 @@ def _affine(
     ids: jax.Array | None,
 ) -> jax.Array:
     """centred * inv * scale + bias, rounded once."""
-    y = centred * plan.layout.spread(inv, ids)
-    if scale is not None:
-        y = y * _spread_affine(plan, scale, ids)
+    slope = inv if scale is None else inv * _in_rows(plan, scale)
+    y = centred * plan.layout.spread(slope, ids)
     if bias is not None:
-        y = y + _spread_affine(plan, bias, ids)
+        y = y + plan.layout.spread(_in_rows(plan, bias), ids)
     return _flag_ids(plan, y, ids).astype(plan.dtype)
 
 
-def _spread_affine(
-    plan: _Plan, value: jax.Array, ids: jax.Array | None
-) -> jax.Array:
-    """Gives every value of x its parameter: one a feature, or one an id."""
-    value = widen(value)
-    layout = plan.layout._replace(chunks=1)
+def _in_rows(plan: _Plan, value: jax.Array) -> jax.Array:
+    """Repeats a parameter, one a feature or one an id, for every scope."""
+    value, layout = widen(value), plan.layout
+    if layout.plain:
+        return value
     if value.ndim + len(layout.axes) == len(layout.shape):
-        layout = layout._replace(num_ids=None)
-    return layout.spread(value, ids)
+        rows = layout.chunks * (layout.num_ids or 1)
+        return jnp.broadcast_to(value, (rows, *value.shape))
+    return jnp.concatenate([value] * layout.chunks)
 
 
 def _flag_ids(plan: _Plan, y: jax.Array, ids: jax.Array | None) -> jax.Array:
