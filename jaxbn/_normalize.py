@@ -188,12 +188,7 @@ def batch_norm(
     layout, names, groups = scope.resolve(x, axes, axis_name)
     dtype = jnp.dtype(dtype or x.dtype)
     plan = _Plan(layout, names, groups, float(epsilon), dtype)
-    every = bound_axes(axis_name)
-
-    def run(*arrays: jax.Array | None) -> tuple[jax.Array, Moments]:
-        y, shared = _batch_norm(plan, *arrays)
-        return y, _of_all(plan, shared, every, arrays[-1]).moments
-
+    run = functools.partial(_run, plan, bound_axes(axis_name))
     if not layout.plain:
         run = _without_explicit_axes(run, x)
     return run(x, scale, bias, where, ids, pivot)
@@ -207,6 +202,26 @@ class _Plan(NamedTuple):
     groups: Groups
     epsilon: float
     dtype: jnp.dtype
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    plan: _Plan,
+    names: tuple[Hashable, ...],
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    where: jax.Array | None,
+    ids: jax.Array | None,
+    pivot: jax.Array | None,
+) -> tuple[jax.Array, Moments]:
+    """`batch_norm` behind its checks.
+
+    Compiled on its own for the sake of tracing: layers of one shape share what
+    JAX derives from it.
+    """
+    y, shared = _batch_norm(plan, x, scale, bias, where, ids, pivot)
+    return y, _of_all(plan, shared, names, pivot).moments
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
