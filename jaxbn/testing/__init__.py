@@ -1,0 +1,17 @@
+"""Certificates for a user's own model: splits, replicas, traffic, numbers."""
+
+from jaxbn.testing._collectives import KINDS, Collectives, Traffic, collectives
+from jaxbn.testing._reference import Float64Reference, float64_reference
+from jaxbn.testing._replicas import assert_synchronized
+from jaxbn.testing._splits import assert_shard_invariant
+
+__all__ = [
+    "KINDS",
+    "Collectives",
+    "Float64Reference",
+    "Traffic",
+    "assert_shard_invariant",
+    "assert_synchronized",
+    "collectives",
+    "float64_reference",
+]

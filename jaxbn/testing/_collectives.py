@@ -1,0 +1,85 @@
+"""Collectives of a compiled program, to hold a model to a budget."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_OPERATION = re.compile(
+    rf"^\s*(?:ROOT )?\S+ = ([^=\n]*?) ({'|'.join(KINDS)})(-start)?\(", re.M
+)
+_ELEMENT = re.compile(r"\([^()]*\)|\w+\[[\d,]*\]")
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind: how many, and the bytes of their results."""
+
+    count: int
+    bytes: int
+
+
+class Collectives(dict[str, Traffic]):
+    """kind -> Traffic of what occurs; the rest of KINDS reads as (0, 0)."""
+
+    def __missing__(self, kind: str) -> Traffic:
+        if kind not in KINDS:
+            raise KeyError(f"{kind!r} is no collective; take one of {KINDS}.")
+        return Traffic(0, 0)
+
+
+def collectives(
+    fn: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Collectives:
+    """Counts the collectives in the compiled program of fn, without running it.
+
+    A budget reads `collectives(step, state, batch)["all-reduce"].count == 3`.
+    What counts is the optimized HLO, in which XLA has merged and removed what
+    it could; backends may differ. An operation counts once however often it
+    runs, in the body of a loop too; the -start and -done of one are one.
+
+    Args:
+      fn: a function, or the result of `jax.jit`.
+      *args: arrays or `jax.ShapeDtypeStruct`s.
+      **kwargs: likewise.
+
+    Returns:
+      Collectives, from each kind that occurs to its count and bytes. Bytes are
+      the size of the results on one device, tuples summed: of an all-reduce
+      what a device puts in, of an all-gather the gathered array, of a
+      reduce-scatter the device's part. They are not the bytes on the wire.
+
+    Raises:
+      KeyError: the result is asked for a kind that does not exist.
+    """
+    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
+    return _parse(jitted.lower(*args, **kwargs).compile().as_text())
+
+
+def _parse(hlo: str) -> Collectives:
+    found = Collectives()
+    hlo = re.sub(r"/\*.*?\*/", "", hlo).replace("<=", "")
+    for shape, kind, start in _OPERATION.findall(hlo):
+        shape = re.sub(r"\{[^{}]*\}", "", shape)  # layouts
+        # All but this one start with (operands, results, state...).
+        if start and kind != "all-reduce":
+            shape = _ELEMENT.findall(shape[1:-1])[1]
+        count, size = found[kind]
+        for bits, dims in _ARRAY.findall(shape):
+            length = math.prod(int(n) for n in dims.split(",") if n)
+            size += math.ceil(length * int(bits or 8) / 8)
+        found[kind] = Traffic(count + 1, size)
+    return found

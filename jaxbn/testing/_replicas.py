@@ -1,0 +1,76 @@
+"""Whether devices hold the same values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxbn.testing._leaves import path_name, widest, without_keys
+
+
+def assert_synchronized(
+    tree: Any, *, stacked: bool = False, rtol: float = 0.0
+) -> None:
+    """Asserts that all devices hold the same values: no replica has drifted.
+
+    JAX takes a program's word for it that an array is replicated, and reads
+    one copy. Here every copy that this process can address is read; of an
+    array that is also split, the copies of each part.
+
+    Args:
+      tree: pytree of `jax.Array`s, random keys too. Without `stacked` all
+        other leaves have one copy and are passed over.
+      stacked: axis 0 of every leaf counts replicas, as jax.pmap returns them.
+      rtol: largest difference allowed, as a part of the leaf's largest
+        magnitude. At 0 the copies must be equal bit for bit.
+
+    Raises:
+      AssertionError: names the first leaf whose copies differ, who holds
+        them, and the largest difference.
+      ValueError: a stacked leaf has no axis 0, or the arrays lie on several
+        devices without a second copy of anything to compare.
+    """
+    sizes, devices = [], set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaf = without_keys(leaf)
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        if stacked and not np.ndim(leaf):
+            raise ValueError(f"{path_name(path)!r} is a scalar: no axis 0.")
+        if stacked:
+            copies = enumerate(np.asarray(leaf))
+            parts[""] = {f"replica {i}": copy for i, copy in copies}
+        elif isinstance(leaf, jax.Array):
+            for shard in leaf.addressable_shards:
+                copies = parts.setdefault(str(shard.index), {})
+                copies[f"device {shard.device.id}"] = np.asarray(shard.data)
+        for copies in parts.values():
+            sizes.append(len(copies))
+            devices.update(copies)
+            _compare_copies(path_name(path), copies, rtol)
+    if not stacked and len(devices) > max(sizes, default=1) == 1:
+        raise ValueError(
+            f"Arrays on {len(devices)} devices, and no second copy of any: "
+            "nothing to compare. If axis 0 counts replicas, give stacked=True."
+        )
+
+
+def _compare_copies(
+    name: str, copies: dict[str, np.ndarray], rtol: float
+) -> None:
+    (first, want), *others = copies.items()
+    wide, errors = widest(want), {}
+    for holder, got in others:
+        same = (widest(got) == wide) | (np.isnan(widest(got)) & np.isnan(wide))
+        with np.errstate(invalid="ignore"):
+            error = np.where(same, 0, np.abs(widest(got) - wide)).max(initial=0)
+        within = rtol and error <= rtol * np.abs(wide).max(initial=0)
+        if not within and got.tobytes() != want.tobytes():
+            errors[holder] = np.inf if np.isnan(error) else error
+    if errors:
+        raise AssertionError(
+            f"{name!r} has drifted: {', '.join(errors)} differ from {first} by "
+            f"up to {max(errors.values()):.2g} (allowed {rtol:.1g} of its "
+            "largest magnitude)."
+        )

@@ -1,0 +1,1 @@
+"""Benchmarks of jaxbn beside its peers: `python -m tests.bench --help`."""
