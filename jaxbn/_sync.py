@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._checks import AxisName, bound_axes
-from jaxbn._moments import Local, Moments, difference, merge_stacked
+from jaxbn._moments import (
+    Local,
+    Moments,
+    apart,
+    difference,
+    merge_stacked,
+)
 from jaxbn._scope import Groups
 from jaxbn._twofold import on_grid, rounded, two_product, two_sum
 
@@ -34,7 +40,7 @@ def sync(
     gives mean = pivot + sum n_i d_i / n and
     m2 = sum (m2_i + n_i d_i^2) - (sum n_i d_i)^2 / n. Each m2_i is about its
     own mean, so only the spread between devices can cancel. A pivot far from
-    the mean costs about 1e-7 ((mean - pivot) / std)^2 of the variance, and that
+    the mean costs about 5e-7 ((mean - pivot) / std)^2 of the variance, and that
     much is added, so that it is never underestimated.
 
     Without a pivot the result is exact for any mean. The sums about zero
@@ -156,6 +162,9 @@ def _sync_exactly(
     square_low = square_low + product_low * mean + 2 * product * tail
     m2 = jnp.maximum((s2 - square) + (rest - square_low), 0)
     m2 = jnp.where(jnp.isinf(rest), rest, m2) / _UNIT
+    # One program writes all three; else each of their readers would be
+    # compiled with all of the above inside.
+    mean, tail, m2 = apart(jnp.stack([mean, tail, m2]))
     return Local(count, mean, tail, m2)
 
 

@@ -39,11 +39,13 @@ def two_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 def on_grid(
     x: jax.Array, low: jax.Array, bound: jax.Array, bits: int
 ) -> tuple[jax.Array, jax.Array]:
-    """x + low as a multiple of 2^-bits of the power of two above bound, and
-    the rest."""
-    _, exponent = jnp.frexp(bound)
-    nmant = jnp.finfo(x.dtype).nmant
+    """x + low as a multiple of 2^-bits of a power of two, and the rest.
+
+    The power of two lies above bound >= |x|, and below 4 bound.
+    """
+    info = jnp.finfo(x.dtype)
+    above = 2 * jax.lax.reduce_precision(bound, info.nexp, 0)
     # Added to this, x loses the digits that lie below the grid.
-    rounder = jnp.ldexp(jnp.full_like(bound, 1.5), exponent + nmant - bits)
+    rounder = above * (1.5 * 2.0 ** (info.nmant - bits))
     leading = (x + rounder) - rounder
     return leading, (x - leading) + low

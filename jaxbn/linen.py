@@ -55,9 +55,9 @@ class BatchNorm(nn.Module):
       num_ids: K; the call takes ids, each has statistics of its own, and
         running statistics are (K, C).
       affine_per_id: scale and bias are (K, C), one row an id.
-      pivot: True sends sums about the running mean, 2C+1 floats, exact once
-        it has settled (until then see `jaxbn.sync`); False sends 4C+2 floats,
-        exact from the first step.
+      pivot: False is exact from the first step and sends 4C+2 floats. True
+        sends 2C+1, as sums about the running mean, and is exact once that has
+        settled; until then it overestimates the variance (see `jaxbn.sync`).
       skip_nonfinite: a batch with a NaN or inf on any device changes no
         running statistic; the variable `skipped` in batch_stats, () int32,
         counts them.
@@ -81,7 +81,7 @@ class BatchNorm(nn.Module):
     normalize_over: int | None = None
     num_ids: int | None = None
     affine_per_id: bool = False
-    pivot: bool = True
+    pivot: bool = False
     skip_nonfinite: bool = False
 
     @nn.compact

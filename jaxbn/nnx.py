@@ -45,9 +45,9 @@ class BatchNorm(nnx.BatchNorm):
         running statistics are (K, C).
       affine_per_id: scale and bias are (K, C), one row an id; the rows start
         equal.
-      pivot: True sends sums about the running mean, 2C+1 floats, exact once
-        it has settled (until then see `jaxbn.sync`); False sends 4C+2 floats,
-        exact from the first step.
+      pivot: False is exact from the first step and sends 4C+2 floats. True
+        sends 2C+1, as sums about the running mean, and is exact once that has
+        settled; until then it overestimates the variance (see `jaxbn.sync`).
       skip_nonfinite: a batch with a NaN or inf on any device changes no
         running statistic; the Variable `skipped`, () int32, counts them.
       **options: of `flax.nnx.BatchNorm`: use_running_average, axis, momentum
@@ -73,7 +73,7 @@ class BatchNorm(nnx.BatchNorm):
         normalize_over: int | None = None,
         num_ids: int | None = None,
         affine_per_id: bool = False,
-        pivot: bool = True,
+        pivot: bool = False,
         skip_nonfinite: bool = False,
         **options: Any,
     ):

@@ -472,7 +472,8 @@ class SynchronizedTest(parameterized.TestCase):
         self.check(y, nnx.merge(graph, state), steps=steps)
 
     def test_one_reduction_about_the_running_mean(self):
-        graph, state = nnx.split(self.module)
+        module = make(axis_name="data", pivot=True)
+        graph, state = nnx.split(module)
         step = jax.shard_map(
             lambda state, x: nnx.merge(graph, state)(x),
             mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),

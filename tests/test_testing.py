@@ -71,11 +71,14 @@ def test_reference_takes_features_anywhere():
 # collectives
 
 
+PARTS = P("data")
+
+
 def mesh():
     return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
 
-def mapped(fn, out_specs=P("data")):
+def mapped(fn, out_specs=PARTS):
     return jax.shard_map(
         fn, mesh=mesh(), in_specs=P("data"), out_specs=out_specs
     )

@@ -61,10 +61,11 @@ def inputs(
 def interleaved(
     calls: dict[str, Callable[[], Any]], *, rounds: int, repeat: int = 1
 ) -> dict[str, np.ndarray]:
-    """Times every call once a round: A B C, A B C, ...
+    """Times every call once a round: A B C, C A B, ...
 
     A neighbour on the machine then slows all of them, and ratios within a
-    round keep their meaning where times do not.
+    round keep their meaning where times do not. The order is drawn anew each
+    round: what ran before decides what the cache holds.
 
     Args:
       calls: functions that start work and return its arrays.
@@ -78,8 +79,10 @@ def interleaved(
     seconds = {name: np.empty(rounds) for name in calls}
     for call in calls.values():
         jax.block_until_ready(call())
+    rng = np.random.default_rng(0)
     for i in range(rounds):
-        for name, call in calls.items():
+        for name in rng.permutation(list(calls)):
+            call = calls[name]
             start = time.perf_counter()
             for _ in range(repeat):
                 out = call()

@@ -34,7 +34,7 @@ def speed(names: list[str], quick: bool) -> list[dict]:
     On an accelerator the batches are eight times as large, beyond its cache
     and the time to start a program.
     """
-    grow, rounds, repeat = (1, 15, 1) if on_cpu() else (8, 40, 10)
+    grow, rounds, repeat = (1, 60, 1) if on_cpu() else (8, 40, 10)
     shapes = SHAPES[1:2] if quick else SHAPES
     rows = []
     for mode in measure.MODES:

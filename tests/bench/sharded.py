@@ -161,8 +161,9 @@ def reduced_sizes(hlo: str) -> list[int]:
 def pivots(offset: float) -> dict[str, float]:
     """Relative error of the variance of N(offset, 1) over the devices.
 
-    A module's pivot is its running mean: 0 at the first step, after 100 of
-    momentum 0.99 about 0.63 of the mean, at last near it.
+    The pivot that a module takes with pivot=True is its running mean: 0 at the
+    first step, after 100 of momentum 0.99 about 0.63 of the mean, at last near
+    it.
     """
     rng = np.random.default_rng(0)
     x = rng.normal(offset, 1, (512 * DEVICES, CHANNELS)).astype(np.float32)
@@ -178,15 +179,15 @@ def pivots(offset: float) -> dict[str, float]:
     with_pivot = over_devices(var, (shard, whole), whole)
     without = over_devices(lambda x: var(x, None), shard, whole)
     at = {
-        "jaxbn, first step": 0,
-        "jaxbn, step 100": offset * (1 - 0.99**100),
-        "jaxbn, running mean 0.5 off": offset + 0.5,
+        "jaxbn, pivot, first step": 0,
+        "jaxbn, pivot, step 100": offset * (1 - 0.99**100),
+        "jaxbn, pivot 0.5 off": offset + 0.5,
     }
     found = {
         name: error(with_pivot(x, np.full(CHANNELS, pivot, np.float32)))
         for name, pivot in at.items()
     }
-    found["jaxbn, no pivot"] = error(without(x))
+    found = {"jaxbn": error(without(x))} | found
     everything = x, np.ones((len(x), 1), bool)
     flax = train_steps(layers.BASE, [everything], momentum=0)
     found[layers.BASE] = error(flax[1])

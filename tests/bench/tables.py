@@ -156,8 +156,9 @@ def stability(result: dict) -> str:
                 for name, got in one.items()
             ],
         )
-        + "\nOver eight devices jaxbn sums about a pivot. A module's is its "
-        "running mean: 0 at first, 0.63 m after 100 steps of momentum 0.99.\n\n"
+        + "\nThe first step over eight devices. With pivot=True a module sums "
+        "about its running mean: 0 at first, 0.63 m after 100 steps of "
+        "momentum 0.99.\n\n"
         + table(
             ["eight devices", *(f"m = {o}" for o in offsets)],
             [
