@@ -1,6 +1,7 @@
 """Batch normalization whose statistics are exact on any split of the batch.
 
-The functional core. Modules: `jaxbn.linen`.
+This is the functional core, which needs no flax. Modules: `jaxbn.linen` and
+`jaxbn.nnx`; certificates for a model of your own: `jaxbn.testing`.
 """
 
 from jaxbn._moments import Moments, merge, moments

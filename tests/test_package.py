@@ -1,0 +1,20 @@
+"""What the package promises of itself."""
+
+import subprocess
+import sys
+
+import jaxbn
+
+
+def test_core_imports_without_flax():
+    script = (
+        "import sys, jaxbn\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] == 'flax']\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_all_names_what_is_there():
+    public = {name for name in vars(jaxbn) if not name.startswith("_")}
+    modules = {"linen", "nnx", "testing"}  # where a test has imported them
+    assert public - modules == set(jaxbn.__all__)
