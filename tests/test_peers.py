@@ -312,6 +312,16 @@ class CostTest(parameterized.TestCase):
         got = sharded.all_reduces("jaxbn", backward=True, channels=channels)
         assert got == [2 * (2 * channels + 1), 2 * channels]
 
+    @parameterized.parameters(("jaxbn", 12), ("flax fast", 15))
+    def test_passes_over_the_input_on_a_cpu(self, name, most):
+        shape = (16, 16, 16, 32)
+        layer = layers.build(name, shape[-1])
+        x, ct = measure.inputs(shape, "float32", channels_first=False)
+        run = jax.jit(measure.forward_backward(layer))
+        moved = measure.cost(run.lower(*layer.init(), x, ct).compile())
+        # One value a feature adds a little.
+        assert most - 2 <= moved / x.nbytes <= most + 0.1
+
     saved = {
         "jaxbn": (1, 1),
         "flax fast": (2, 4),
