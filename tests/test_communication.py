@@ -63,6 +63,18 @@ def test_backward_is_one_more_of_two_floats_a_channel():
     assert got == {"all-reduce": (2, (2 * C + 1 + 2 * C) * FLOAT)}
 
 
+def test_no_reduction_is_left_to_the_compiler_to_merge():
+    module = BatchNorm(axis_name="data", use_running_average=False)
+    run = jax.shard_map(
+        functools.partial(backward, module),
+        mesh=mesh(),
+        in_specs=(P("data"), P("data")),
+        out_specs=(P("data"), P()),
+    )
+    program = jax.jit(run).lower(X, X).as_text()
+    assert program.count("stablehlo.all_reduce") == 2
+
+
 def test_a_group_gathers_and_one_reduction_serves_running_statistics():
     got = sent(forward, X, specs=(P("data"), P()), group_size=2, pivot=True)
     assert got["all-gather"] == (1, 2 * (3 * C + 1) * FLOAT)
