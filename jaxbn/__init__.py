@@ -5,7 +5,13 @@ This is the functional core, which needs no flax. Modules: `jaxbn.linen` and
 """
 
 from jaxbn._moments import Moments, merge, moments
-from jaxbn._normalize import batch_norm, normalize, standardize
+from jaxbn._normalize import (
+    batch_norm,
+    batch_renorm,
+    normalize,
+    renorm_limits,
+    standardize,
+)
 from jaxbn._running import RunningStats, init_running, is_finite, update_running
 from jaxbn._scope import Scope
 from jaxbn._sync import sync
@@ -15,11 +21,13 @@ __all__ = [
     "RunningStats",
     "Scope",
     "batch_norm",
+    "batch_renorm",
     "init_running",
     "is_finite",
     "merge",
     "moments",
     "normalize",
+    "renorm_limits",
     "standardize",
     "sync",
     "update_running",

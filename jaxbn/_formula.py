@@ -34,6 +34,15 @@ class Plan(NamedTuple):
     dtype: jnp.dtype
 
 
+class Renorm(NamedTuple):
+    """Running statistics that batch renormalization leans on, and how far."""
+
+    mean: jax.Array  # (C,) or (K, C)
+    var: jax.Array  # (C,) or (K, C)
+    r_max: jax.Array  # ()
+    d_max: jax.Array  # ()
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run(
     plan: Plan,
@@ -44,13 +53,14 @@ def run(
     where: jax.Array | None,
     ids: jax.Array | None,
     pivot: jax.Array | None,
+    renorm: Renorm | None,
 ) -> tuple[jax.Array, Moments]:
-    """`batch_norm` behind its checks.
+    """`batch_norm` and `batch_renorm` behind their checks.
 
     Compiled on its own for the sake of tracing: layers of one shape share what
     JAX derives from it.
     """
-    y, shared = _batch_norm(plan, x, scale, bias, where, ids, pivot)
+    y, shared = _batch_norm(plan, x, scale, bias, where, ids, pivot, renorm)
     return y, _of_all(plan, shared, names, pivot).moments
 
 
@@ -63,6 +73,7 @@ def _batch_norm(
     where: jax.Array | None,
     ids: jax.Array | None,
     pivot: jax.Array | None,
+    renorm: Renorm | None,
 ) -> tuple[jax.Array, Local]:
     """Returns y and the moments that made it, a row for each scope."""
     local = local_moments(x, where, ids, plan.layout)
@@ -70,6 +81,11 @@ def _batch_norm(
     shared = sync_local(local, plan.names, plan.groups, pivot, largest)
     inv = jax.lax.rsqrt(shared.moments.var + plan.epsilon)
     centred = _centre(plan, x, apart(shared), where, ids)
+    scale, bias = in_rows(plan, scale), in_rows(plan, bias)
+    if renorm is not None:
+        r, d = _correction(plan, shared, renorm)
+        bias = _times(d, scale) + (0 if bias is None else bias)
+        scale = _times(r, scale)
     return affine(plan, centred, inv, scale, bias, ids), shared
 
 
@@ -77,7 +93,7 @@ def _batch_norm(
 def _batch_norm_jvp(
     plan: Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    x, scale, _, where, ids, _ = primals
+    x, scale, _, where, ids, _, renorm = primals
     # The statistics come from the function itself, so that a derivative of
     # this rule goes through them too. As constants they bend Hessians.
     y, shared = _batch_norm(plan, *primals)
@@ -88,7 +104,7 @@ def _batch_norm_jvp(
     # Recomputed in the backward pass from x and one value a feature: the
     # standardized float32 array is never a residual.
     linear = jax.checkpoint(functools.partial(_tangent, plan))
-    dy, dmean, dm2 = linear(x, shared, scale, where, ids, moving)
+    dy, dmean, dm2 = linear(x, shared, scale, where, ids, renorm, moving)
     # Of the two parts of the mean, the shift is a constant.
     still = jnp.zeros_like(shared.count), jnp.zeros_like(shared.shift)
     return (y, shared), (dy, Local(*still, dmean, dm2))
@@ -115,18 +131,25 @@ def _tangent(
     scale: jax.Array | None,
     where: jax.Array | None,
     ids: jax.Array | None,
+    renorm: Renorm | None,
     moving: list[jax.Array | None],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Derivatives of (y, mean, m2), linear in moving = (dx, dscale, dbias)."""
     dx, dscale, dbias = moving
     layout = plan.layout
-    inv = gain = jax.lax.rsqrt(shared.moments.var + plan.epsilon)
+    inv = jax.lax.rsqrt(shared.moments.var + plan.epsilon)
+    gain = _times(inv, in_rows(plan, scale))
+    dscale, dbias = in_rows(plan, dscale), in_rows(plan, dbias)
+    if renorm is not None:
+        r, d = _correction(plan, shared, renorm)
+        gain = r * gain
+        if dscale is not None:
+            dbias = d * dscale + (0 if dbias is None else dbias)
+            dscale = r * dscale
     dmean, dm2 = jnp.zeros_like(shared.offset), jnp.zeros_like(shared.m2)
     # dy = dx * gain + (x - shift) * slope + level: slope and level hold all
     # that is one value a feature, so that the transpose reduces twice.
     slope, level = jnp.zeros_like(inv), jnp.zeros_like(shared.offset)
-    if scale is not None:
-        gain = inv * _in_rows(plan, scale)
     if dx is not None:
         dx = dx.astype(shared.offset.dtype)
         seen = dx if where is None else jnp.where(where, dx, 0)
@@ -147,10 +170,10 @@ def _tangent(
         level = -gain * first
         slope = -gain * jnp.square(inv) * second
     if dscale is not None:
-        slope = slope + inv * _in_rows(plan, dscale)
+        slope = slope + inv * dscale
     level = level - shared.offset * slope
     if dbias is not None and where is None:
-        level = level + _in_rows(plan, dbias)
+        level = level + dbias
     shifted = _shift(plan, x, shared.shift, where, ids)
     dy = shifted * layout.spread(slope, ids)
     dy = dy + _read(x, where, layout.spread(level, ids))
@@ -158,7 +181,7 @@ def _tangent(
         dy = dy + _read(x, where, dx * layout.spread(gain, ids))
     if dbias is not None and where is not None:
         # Bias alone reaches the output of a value that is not read.
-        dy = dy + layout.spread(_in_rows(plan, dbias), ids)
+        dy = dy + layout.spread(dbias, ids)
     return _flag_ids(plan, dy, ids).astype(plan.dtype), dmean, dm2
 
 
@@ -216,6 +239,31 @@ def _read(x: jax.Array, where: jax.Array | None, value: jax.Array) -> jax.Array:
     return jnp.where(where | jnp.isfinite(x), value, 0)
 
 
+def _correction(
+    plan: Plan, shared: Local, renorm: Renorm
+) -> tuple[jax.Array, jax.Array]:
+    """r and d of batch renormalization, a row for each scope.
+
+    Constants to every derivative: the gradient is that of batch norm.
+    """
+    mean, var, r_max, d_max = jax.lax.stop_gradient(renorm)
+    batch = jax.lax.stop_gradient(shared.moments)
+    inv = jax.lax.rsqrt(in_rows(plan, var) + plan.epsilon)
+    r = jnp.sqrt(batch.var + plan.epsilon) * inv
+    d = (batch.mean - in_rows(plan, mean)) * inv
+    r_max, d_max = r_max.astype(inv.dtype), d_max.astype(inv.dtype)
+    if jnp.iscomplexobj(d):
+        length = jnp.abs(d)
+        d = jnp.where(length > d_max, d / length * d_max, d)
+    else:
+        d = jnp.clip(d, -d_max, d_max)
+    return jnp.clip(r, 1 / r_max, r_max), d
+
+
+def _times(a: jax.Array, b: jax.Array | None) -> jax.Array:
+    return a if b is None else a * b
+
+
 def affine(
     plan: Plan,
     centred: jax.Array,
@@ -224,16 +272,18 @@ def affine(
     bias: jax.Array | None,
     ids: jax.Array | None,
 ) -> jax.Array:
-    """centred * inv * scale + bias, rounded once."""
-    slope = inv if scale is None else inv * _in_rows(plan, scale)
+    """centred * inv * scale + bias, rounded once; scale and bias in rows."""
+    slope = inv if scale is None else inv * scale
     y = centred * plan.layout.spread(slope, ids)
     if bias is not None:
-        y = y + plan.layout.spread(_in_rows(plan, bias), ids)
+        y = y + plan.layout.spread(bias, ids)
     return _flag_ids(plan, y, ids).astype(plan.dtype)
 
 
-def _in_rows(plan: Plan, value: jax.Array) -> jax.Array:
+def in_rows(plan: Plan, value: jax.Array | None) -> jax.Array | None:
     """Repeats a parameter, one a feature or one an id, for every scope."""
+    if value is None:
+        return None
     value, layout = widen(value), plan.layout
     if layout.plain:
         return value

@@ -17,8 +17,16 @@ from jaxbn._checks import (
     check_where,
     split_axes,
 )
-from jaxbn._formula import Plan, affine, run, without_explicit_axes
+from jaxbn._formula import (
+    Plan,
+    Renorm,
+    affine,
+    in_rows,
+    run,
+    without_explicit_axes,
+)
 from jaxbn._moments import Layout, Moments, widen
+from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
 
 _EVERYTHING = Scope()
@@ -72,6 +80,7 @@ def normalize(
     plan = Plan(layout, (), None, float(epsilon), jnp.dtype(dtype or x.dtype))
     centred = widen(x) - layout.spread(mean, ids)
     inv = jax.lax.rsqrt(widen(var) + plan.epsilon)
+    scale, bias = in_rows(plan, scale), in_rows(plan, bias)
     return affine(plan, centred, inv, scale, bias, ids)
 
 
@@ -166,6 +175,138 @@ def batch_norm(
 
     Source: Ioffe and Szegedy (2015), Batch Normalization, Algorithm 1.
     """
+    return _train(
+        x,
+        scale,
+        bias,
+        None,
+        ids=ids,
+        where=where,
+        axis_name=axis_name,
+        scope=scope,
+        pivot=pivot,
+        epsilon=epsilon,
+        feature_axis=feature_axis,
+        dtype=dtype,
+    )
+
+
+def batch_renorm(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    running: RunningStats,
+    r_max: float | jax.Array = 3.0,
+    d_max: float | jax.Array = 5.0,
+    ids: jax.Array | None = None,
+    where: jax.Array | None = None,
+    axis_name: AxisName = None,
+    scope: Scope = _EVERYTHING,
+    pivot: jax.Array | None = None,
+    epsilon: float = 1e-5,
+    feature_axis: Axes = -1,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[jax.Array, Moments]:
+    """`batch_norm` corrected towards what inference will compute.
+
+    y = (xhat r + d) * scale + bias, where xhat is standardized with the batch,
+    std = sqrt(var + epsilon), and
+    r = clip(std_batch / std_running, 1 / r_max, r_max),
+    d = clip((mean_batch - mean_running) / std_running, -d_max, d_max).
+    Inside the limits y is that of inference; with r_max = 1 and d_max = 0 it
+    is that of `batch_norm`, to the last bit. r and d are constants to
+    derivatives, which go through the statistics of the batch as ever. Groups,
+    ghost batches and ids each have their own r and d.
+
+    Args:
+      x, scale, bias, and options: as in `batch_norm`.
+      running: (C,), with ids (K, C); from before this batch.
+      r_max: (), at least 1; see `renorm_limits` for the schedule.
+      d_max: (), at least 0; in standard deviations. A complex d is shortened
+        to this length.
+
+    Returns:
+      (y, Moments), as `batch_norm`.
+
+    Raises:
+      ValueError: as `batch_norm`; running does not hold one value a feature;
+        r_max or d_max is out of range.
+
+    Source: Ioffe (2017), Batch Renormalization, Algorithm 1.
+    """
+    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        known = not isinstance(value, jax.core.Tracer)
+        if jnp.ndim(value) or (known and not value >= least):
+            raise ValueError(
+                f"{name} must be a number and at least {least}; got {value}."
+            )
+    return _train(
+        x,
+        scale,
+        bias,
+        Renorm(running.mean, running.var, r_max, d_max),
+        ids=ids,
+        where=where,
+        axis_name=axis_name,
+        scope=scope,
+        pivot=pivot,
+        epsilon=epsilon,
+        feature_axis=feature_axis,
+        dtype=dtype,
+    )
+
+
+def renorm_limits(
+    step: int | jax.Array,
+    *,
+    start: int = 5_000,
+    r_max: float = 3.0,
+    r_end: int = 40_000,
+    d_max: float = 5.0,
+    d_end: int = 25_000,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (r_max, d_max) of `batch_renorm` for a step of training.
+
+    (1, 0), plain batch norm, up to step `start`; from there linear to r_max at
+    step r_end and to d_max at step d_end; constant after.
+
+    Args:
+      step: () steps taken before this one.
+      start: steps of plain batch norm.
+      r_max: the last value of r_max, at least 1.
+      r_end: the step that reaches it, after start.
+      d_max: the last value of d_max, at least 0.
+      d_end: the step that reaches it, after start.
+
+    Returns:
+      Two float32 arrays, ().
+
+    Source: Ioffe (2017), Batch Renormalization, section 4.2, whose values are
+    the defaults.
+    """
+
+    def ramp(end: int) -> jax.Array:
+        return jnp.clip((step - start) / max(end - start, 1), 0, 1)
+
+    return 1 + (r_max - 1) * ramp(r_end), d_max * ramp(d_end)
+
+
+def _train(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    renorm: Renorm | None,
+    *,
+    ids: jax.Array | None,
+    where: jax.Array | None,
+    axis_name: AxisName,
+    scope: Scope,
+    pivot: jax.Array | None,
+    epsilon: float,
+    feature_axis: Axes,
+    dtype: jax.typing.DTypeLike | None,
+) -> tuple[jax.Array, Moments]:
     x = check_input(x)
     features, axes = split_axes(x, feature_axis)
     where = check_where(where, x)
@@ -173,13 +314,20 @@ def batch_norm(
     scale, bias = _check_affine(scale, bias, x, features, scope.num_ids)
     if pivot is not None:
         pivot = check_features("pivot", pivot, x, features, scope.num_ids)
+    if renorm is not None:
+        mean, var, *limits = renorm
+        renorm = Renorm(
+            check_features("running.mean", mean, x, features, scope.num_ids),
+            check_features("running.var", var, x, features, scope.num_ids),
+            *map(widen, map(jnp.asarray, limits)),
+        )
     layout, names, groups = scope.resolve(x, axes, axis_name)
     dtype = jnp.dtype(dtype or x.dtype)
     plan = Plan(layout, names, groups, float(epsilon), dtype)
     train = functools.partial(run, plan, bound_axes(axis_name))
     if not layout.plain:
         train = without_explicit_axes(train, x)
-    return train(x, scale, bias, where, ids, pivot)
+    return train(x, scale, bias, where, ids, pivot, renorm)
 
 
 def _check_affine(

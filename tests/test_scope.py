@@ -51,9 +51,9 @@ def problem(masked, with_ids):
     return x, scale, bias, keep, cotangent, ids
 
 
-def step(scope, x, scale, bias, keep, cotangent, ids):
+def step(scope, x, scale, bias, keep, cotangent, ids, norm=jaxbn.batch_norm):
     def loss(x, scale, bias):
-        y, batch = jaxbn.batch_norm(
+        y, batch = norm(
             x, scale, bias, ids=ids, where=keep, axis_name="data", scope=scope
         )
         return (y * cotangent).sum(), (y, batch)
@@ -104,7 +104,7 @@ def assert_matches_float64(got, arguments, labels):
         )
 
 
-def in_shard_map(scope, arguments, *, check_vma=True):
+def in_shard_map(scope, arguments, *, check_vma=True, step=step):
     with_ids = arguments[-1] is not None
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
 
@@ -129,7 +129,7 @@ def in_shard_map(scope, arguments, *, check_vma=True):
     )(*arguments)
 
 
-def in_vmap(scope, arguments):
+def in_vmap(scope, arguments, *, step=step):
     def split(a):
         return a if a is None else a.reshape(DEVICES, LOCAL, *a.shape[1:])
 
@@ -147,7 +147,7 @@ def in_vmap(scope, arguments):
     return (y, batch), (dx, dscale.sum(0), dbias.sum(0))
 
 
-def on_global_arrays(scope, arguments, *, kind=AxisType.Auto):
+def on_global_arrays(scope, arguments, *, kind=AxisType.Auto, step=step):
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
     sharding = jax.sharding.NamedSharding(mesh, P("data"))
     with jax.set_mesh(mesh):
