@@ -4,15 +4,22 @@ This is the functional core, which needs no flax. Modules: `jaxbn.linen` and
 `jaxbn.nnx`; certificates for a model of your own: `jaxbn.testing`.
 """
 
+from jaxbn._inference import normalize, normalize_weighted
 from jaxbn._moments import Moments, merge, moments
 from jaxbn._normalize import (
     batch_norm,
     batch_renorm,
-    normalize,
     renorm_limits,
     standardize,
 )
-from jaxbn._running import RunningStats, init_running, is_finite, update_running
+from jaxbn._running import (
+    RunningStats,
+    adapt,
+    init_running,
+    is_finite,
+    pool,
+    update_running,
+)
 from jaxbn._scope import Scope
 from jaxbn._sync import sync
 
@@ -20,6 +27,7 @@ __all__ = [
     "Moments",
     "RunningStats",
     "Scope",
+    "adapt",
     "batch_norm",
     "batch_renorm",
     "init_running",
@@ -27,6 +35,8 @@ __all__ = [
     "merge",
     "moments",
     "normalize",
+    "normalize_weighted",
+    "pool",
     "renorm_limits",
     "standardize",
     "sync",

@@ -105,6 +105,22 @@ def check_features(
     return value
 
 
+def check_affine(
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    x: jax.Array,
+    features: tuple[int, ...],
+    num_ids: int | None,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns scale and bias, one value a feature or one a feature and id."""
+    rows = (None,) if num_ids is None else (None, num_ids)
+    if scale is not None:
+        scale = check_features("scale", scale, x, features, *rows)
+    if bias is not None:
+        bias = check_features("bias", bias, x, features, *rows)
+    return scale, bias
+
+
 def check_ids(
     ids: jax.Array | None,
     num_ids: int | None,

@@ -1,4 +1,4 @@
-"""Normalization for inference and for training."""
+"""Normalization for training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jaxbn._checks import (
     Axes,
     AxisName,
     bound_axes,
+    check_affine,
     check_features,
     check_ids,
     check_input,
@@ -20,68 +21,14 @@ from jaxbn._checks import (
 from jaxbn._formula import (
     Plan,
     Renorm,
-    affine,
-    in_rows,
     run,
     without_explicit_axes,
 )
-from jaxbn._moments import Layout, Moments, widen
+from jaxbn._moments import Moments, widen
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
 
 _EVERYTHING = Scope()
-
-
-def normalize(
-    x: jax.Array,
-    mean: jax.Array,
-    var: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    *,
-    ids: jax.Array | None = None,
-    epsilon: float = 1e-5,
-    feature_axis: Axes = -1,
-    dtype: jax.typing.DTypeLike | None = None,
-) -> jax.Array:
-    """Returns (x - mean) / sqrt(var + epsilon) * scale + bias.
-
-    The formula of inference. Computed in float32 or wider and rounded once.
-
-    Args:
-      x: (N, ..., C), floating or complex.
-      mean: (C,) in the unit of x; (K, C) with ids.
-      var: (C,) in the unit of x squared; (K, C) with ids.
-      scale: (C,), with ids also (K, C), or None for 1.
-      bias: likewise, or None for 0.
-      ids: (N,) integers in [0, K), whose statistics an example takes; an id
-        outside gives NaN.
-      epsilon: added to the variance, unit of x squared.
-      feature_axis: the axis, or axes, that hold the features.
-      dtype: of the result; None takes that of x.
-
-    Returns:
-      Array of the shape of x.
-
-    Raises:
-      ValueError: x is not floating, or a statistic or parameter does not hold
-        one value a feature.
-
-    Source: Ioffe and Szegedy (2015), Batch Normalization, Algorithm 2.
-    """
-    x = check_input(x)
-    features, axes = split_axes(x, feature_axis)
-    num_ids = None if ids is None else jnp.shape(mean)[0]
-    ids = check_ids(ids, num_ids, x, axes)
-    mean = check_features("mean", mean, x, features, num_ids)
-    var = check_features("var", var, x, features, num_ids)
-    scale, bias = _check_affine(scale, bias, x, features, num_ids)
-    layout = Layout(x.shape, axes, num_ids=num_ids)
-    plan = Plan(layout, (), None, float(epsilon), jnp.dtype(dtype or x.dtype))
-    centred = widen(x) - layout.spread(mean, ids)
-    inv = jax.lax.rsqrt(widen(var) + plan.epsilon)
-    scale, bias = in_rows(plan, scale), in_rows(plan, bias)
-    return affine(plan, centred, inv, scale, bias, ids)
 
 
 def standardize(
@@ -311,7 +258,7 @@ def _train(
     features, axes = split_axes(x, feature_axis)
     where = check_where(where, x)
     ids = check_ids(ids, scope.num_ids, x, axes)
-    scale, bias = _check_affine(scale, bias, x, features, scope.num_ids)
+    scale, bias = check_affine(scale, bias, x, features, scope.num_ids)
     if pivot is not None:
         pivot = check_features("pivot", pivot, x, features, scope.num_ids)
     if renorm is not None:
@@ -328,18 +275,3 @@ def _train(
     if not layout.plain:
         train = without_explicit_axes(train, x)
     return train(x, scale, bias, where, ids, pivot, renorm)
-
-
-def _check_affine(
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    x: jax.Array,
-    features: tuple[int, ...],
-    num_ids: int | None,
-) -> tuple[jax.Array | None, jax.Array | None]:
-    rows = (None,) if num_ids is None else (None, num_ids)
-    if scale is not None:
-        scale = check_features("scale", scale, x, features, *rows)
-    if bias is not None:
-        bias = check_features("bias", bias, x, features, *rows)
-    return scale, bias

@@ -1,13 +1,17 @@
-"""Running statistics as a pure update."""
+"""Running statistics as a pure update, and the pooling of several."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxbn._moments import Moments
+from jaxbn._checks import AxisName, bound_axes, describe
+from jaxbn._moments import Local, Moments, merge_stacked
+from jaxbn._sync import sync_local
 
 
 class RunningStats(NamedTuple):
@@ -15,14 +19,19 @@ class RunningStats(NamedTuple):
 
     mean: (C,) in the unit of x; starts at 0.
     var: (C,) in the unit of x squared; starts at 1.
+    steps: (C,) int32, batches that have entered; None where nobody counts.
     """
 
     mean: jax.Array
     var: jax.Array
+    steps: jax.Array | None = None
 
 
 def init_running(
-    shape: int | tuple[int, ...], *, dtype: jax.typing.DTypeLike = jnp.float32
+    shape: int | tuple[int, ...],
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    count_steps: bool = False,
 ) -> RunningStats:
     """Returns mean 0 and variance 1 in dtype, at least float32.
 
@@ -30,13 +39,17 @@ def init_running(
       shape: C, or the shape of the features.
       dtype: of the inputs; running statistics are never narrower than
         float32, and the variance of complex inputs is real.
+      count_steps: counts batches too, as cumulative and debiased averages
+        need.
 
     Returns:
       RunningStats.
     """
     dtype = jnp.promote_types(dtype, jnp.float32)
     return RunningStats(
-        jnp.zeros(shape, dtype), jnp.ones(shape, jnp.finfo(dtype).dtype)
+        jnp.zeros(shape, dtype),
+        jnp.ones(shape, jnp.finfo(dtype).dtype),
+        jnp.zeros(shape, jnp.int32) if count_steps else None,
     )
 
 
@@ -44,8 +57,9 @@ def update_running(
     old: RunningStats,
     batch: Moments,
     *,
-    decay: float | jax.Array,
+    decay: float | jax.Array | None,
     ddof: int = 0,
+    debias: bool = False,
     skip_nonfinite: bool = False,
 ) -> RunningStats:
     """Returns decay * old + (1 - decay) * batch, without gradient.
@@ -57,30 +71,203 @@ def update_running(
       old: running statistics, (C,).
       batch: moments of the batch, already global.
       decay: weight of the old value in [0, 1]; flax calls it momentum, and
-        PyTorch's momentum is 1 - decay.
+        PyTorch's momentum is 1 - decay. None weighs all batches equally: after
+        t of them the old value has t / (t + 1).
       ddof: 0 stores the biased variance as flax, 1 the unbiased one as
         PyTorch.
+      debias: the weights decay**i (1 - decay) of the batches are divided by
+        their sum, so that what the statistics started from counts nothing,
+        whether 0 or 1. After t batches the old value has
+        decay (1 - decay**t) / (1 - decay**(t + 1)), and decay in the end.
       skip_nonfinite: a batch in which any feature is not finite changes no
         statistic. Synchronized moments are not finite on all devices or on
         none, so devices agree.
 
     Returns:
       RunningStats in the dtype of old, or wider where the batch is.
+
+    Raises:
+      ValueError: decay is None or debias is True, and old counts no steps;
+        debias is True and decay is 1.
+
+    Source: Kingma and Ba (2015), Adam, section 3, for the weights of debias.
     """
     known = batch.count > ddof
     var = batch.m2 / jnp.maximum(batch.count - ddof, 1)
-    new = RunningStats(batch.mean, var)
-
     if skip_nonfinite:
         known &= is_finite(batch)
+    if decay is None or debias:
+        if old.steps is None:
+            way = "debias=True" if debias else "decay=None"
+            raise ValueError(
+                f"{way} needs the number of batches so far, and old.steps is "
+                "None. Start from init_running(shape, count_steps=True)."
+            )
+        if debias and decay is not None and _known(decay) and decay >= 1:
+            raise ValueError(f"debias=True needs decay < 1; got {decay}.")
+        new_weight = _weight_of_new(decay, old.steps)
+        old_weight = 1 - new_weight
+    else:
+        old_weight, new_weight = decay, 1 - decay
 
     def step(old: jax.Array, new: jax.Array) -> jax.Array:
         old = old.astype(jnp.promote_types(old.dtype, new.dtype))
-        return jnp.where(known, decay * old + (1 - decay) * new, old)
+        return jnp.where(known, old_weight * old + new_weight * new, old)
 
-    return jax.lax.stop_gradient(jax.tree.map(step, old, new))
+    steps = old.steps
+    if steps is not None:
+        steps = steps + jnp.where(known, 1, 0)
+    new = RunningStats(step(old.mean, batch.mean), step(old.var, var), steps)
+    return jax.lax.stop_gradient(new)
+
+
+def _weight_of_new(
+    decay: float | jax.Array | None, steps: jax.Array
+) -> jax.Array:
+    """Weight of a batch after `steps` others: the first has 1."""
+    after = steps + 1
+    if decay is None:
+        return 1 / after
+    # 1 - decay**t loses its digits where decay is near 1; expm1 keeps them.
+    exact = _known(decay) and decay > 0
+    log = math.log(decay) if exact else jnp.log(decay)
+    return jnp.where(steps == 0, 1, (1 - decay) / -jnp.expm1(after * log))
+
+
+def _known(value: float | jax.Array) -> bool:
+    return not isinstance(value, jax.core.Tracer)
 
 
 def is_finite(batch: Moments) -> jax.Array:
     """Returns whether mean and m2 of every feature are finite, () bool."""
     return jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.m2).all()
+
+
+def adapt(
+    running: RunningStats, batch: Moments, *, prior: float | jax.Array
+) -> RunningStats:
+    """Blends running statistics with those of a batch of the test domain.
+
+    With w = prior / (prior + count), mean = w mean_running + (1 - w)
+    mean_batch and var = w var_running + (1 - w) var_batch. prior = 0 takes the
+    batch alone, prior = inf the running statistics. A feature of which the
+    batch kept nothing stays as it is.
+
+    Args:
+      running: (C,), of the source domain.
+      batch: moments of the batch, already global, (C,).
+      prior: (), at least 0, in kept values of a feature as batch.count is: for
+        the paper's N examples give N times the values of an example, such as
+        N * height * width.
+
+    Returns:
+      RunningStats to normalize this batch with; running itself stays.
+
+    Raises:
+      ValueError: prior is negative.
+
+    Source: Schneider et al. (2020), Improving robustness against common
+    corruptions by covariate shift adaptation, equation 1.
+    """
+    if _known(prior) and not prior >= 0:
+        raise ValueError(f"prior must be at least 0; got {prior}.")
+    known = batch.count > 0
+    # Written so that an infinite prior is not inf / inf.
+    new = jnp.where(known, batch.count / (batch.count + prior), 0)
+    return running._replace(
+        mean=running.mean + new * (batch.mean - running.mean),
+        var=running.var + new * (batch.var - running.var),
+    )
+
+
+def pool(
+    batch_stats: Any,
+    *,
+    axis_name: AxisName = None,
+    counts: jax.Array | None = None,
+) -> Any:
+    """Merges running statistics that went apart, by the law of total variance.
+
+    With weights w_i = count_i / sum count, mean = sum w_i mean_i and
+    var = sum w_i (var_i + |mean_i - mean|^2). The average of the variances
+    alone leaves out how far the means lie apart.
+
+    Args:
+      batch_stats: RunningStats, a mapping with mean and var, or any tree of
+        these, such as flax's batch_stats of a whole model. The replicas are
+        stacked on axis 0, (R, ...), unless axis_name is given.
+      axis_name: in shard_map, pmap or vmap: the named axis, or axes, on which
+        the replicas lie; one all-reduce a layer.
+      counts: weight of each replica, (R,), or with axis_name () on each; None
+        weighs all equally.
+
+    Returns:
+      The same tree, without the axis of the replicas. Of other leaves, such
+      as counters, the largest.
+
+    Raises:
+      ValueError: axis_name is not bound; a leaf has no axis of replicas, or
+        lengths differ.
+
+    Source: Chan, Golub, LeVeque (1979), Updating Formulae.
+    """
+    if axis_name is not None:
+        names = bound_axes(axis_name)
+        if not names:
+            raise ValueError(
+                f"axis_name={axis_name!r} is not bound here, so there is "
+                "nothing to pool over. Call pool inside shard_map, pmap or "
+                "vmap, or stack the replicas on axis 0 and leave it out."
+            )
+    else:
+        _check_replicas(batch_stats, counts)
+
+    def merged(mean: jax.Array, var: jax.Array) -> Moments:
+        zero = jnp.zeros_like(mean)
+        if axis_name is not None:
+            count, most = jnp.ones(()), 1
+            if counts is not None:
+                count, most = counts, jax.lax.pmax(counts, names)
+            parts = Local(count, mean, zero, var * count)
+            return sync_local(parts, names, None, None, most).moments
+        count = jnp.ones(len(mean)) if counts is None else jnp.asarray(counts)
+        m2 = var * count.reshape(-1, *(1,) * (var.ndim - 1))
+        return merge_stacked(Local(count, mean, zero, m2)).moments
+
+    def largest(leaf: jax.Array) -> jax.Array:
+        if axis_name is not None:
+            return jax.lax.pmax(leaf, names)
+        return jnp.max(leaf, 0)
+
+    def pooled(node: Any) -> Any:
+        if not _is_statistics(node):
+            return largest(node)
+        fields = node._asdict() if isinstance(node, RunningStats) else node
+        total = merged(fields["mean"], fields["var"])
+        var = total.m2 / total.count
+        rest = {k: v for k, v in fields.items() if k not in ("mean", "var")}
+        rest = jax.tree.map(largest, rest)
+        return type(node)(**{**rest, "mean": total.mean, "var": var})
+
+    return jax.tree.map(pooled, batch_stats, is_leaf=_is_statistics)
+
+
+def _is_statistics(node: Any) -> bool:
+    if isinstance(node, RunningStats):
+        return True
+    return isinstance(node, Mapping) and {"mean", "var"} <= set(node)
+
+
+def _check_replicas(batch_stats: Any, counts: jax.Array | None) -> None:
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch_stats)]
+    want = {leaf.shape[:1] for leaf in leaves}
+    if counts is not None:
+        want.add(jnp.shape(counts))
+    if len(want) != 1 or () in want:
+        found = sorted({describe(leaf) for leaf in leaves})
+        raise ValueError(
+            "The replicas must be stacked on axis 0 of every leaf, equally "
+            f"many, with counts of shape (replicas,) or None; got "
+            f"{', '.join(found)} and counts "
+            f"{None if counts is None else jnp.shape(counts)}."
+        )

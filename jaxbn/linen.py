@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,13 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._normalize import batch_norm, normalize
-from jaxbn._running import (
-    RunningStats,
-    init_running,
-    is_finite,
-    update_running,
-)
+from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
+from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
 
 
@@ -31,6 +26,11 @@ class BatchNorm(nn.Module):
     counts equally whatever device it lies on, the variance does not cancel,
     an empty batch leaves the running statistics alone, and an `axis_name`
     that is not bound means that the array is already global.
+
+    With momentum=None all batches weigh the same. That, debias and a renorm
+    that is a function add the variable `steps` to batch_stats, int32 of the
+    shape of mean. Where the collection `batch_moments` is mutable by name, the
+    layer leaves the Moments of the batch there; see `batch_moments`.
 
     Attributes:
       use_running_average: True normalizes with the running statistics.
@@ -61,11 +61,32 @@ class BatchNorm(nn.Module):
       skip_nonfinite: a batch with a NaN or inf on any device changes no
         running statistic; the variable `skipped` in batch_stats, () int32,
         counts them.
+      ddof: 0 stores the biased variance in the running statistics, 1 the
+        unbiased one, m2 / (count - 1), as PyTorch does. Normalization takes
+        the biased one.
+      debias: what the running statistics start from counts nothing; see
+        `jaxbn.update_running`.
+      renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function of the
+        number of batches so far that returns them, such as
+        `jaxbn.renorm_limits`. None is batch norm.
+      frozen: True normalizes with the running statistics in training too and
+        leaves them as they are, whatever use_running_average says.
+      update_stats: False normalizes with the batch and leaves the running
+        statistics as they are.
+      train_affine: False stops the gradient of scale and bias.
+      num_timesteps: T; the call takes timestep, each has running statistics
+        of its own, (T, C), and those of the last serve any later one. For
+        recurrent nets.
+      example_weight: in inference an example counts that much in its own
+        statistics; see `jaxbn.normalize_weighted`.
+      prior: in inference the running statistics count as that many examples
+        beside those of the batch; see `jaxbn.adapt`. None leaves the batch
+        out.
     """
 
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
-    momentum: float = 0.99
+    momentum: float | None = 0.99
     epsilon: float = 1e-5
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -83,6 +104,15 @@ class BatchNorm(nn.Module):
     affine_per_id: bool = False
     pivot: bool = False
     skip_nonfinite: bool = False
+    ddof: int = 0
+    debias: bool = False
+    renorm: Limits | Callable[[jax.Array], Limits] | None = None
+    frozen: bool = False
+    update_stats: bool = True
+    train_affine: bool = True
+    num_timesteps: int | None = None
+    example_weight: float = 0.0
+    prior: float | None = None
 
     @nn.compact
     def __call__(
@@ -92,6 +122,7 @@ class BatchNorm(nn.Module):
         *,
         mask: jax.Array | None = None,
         ids: jax.Array | None = None,
+        timestep: int | jax.Array | None = None,
     ) -> jax.Array:
         """Normalizes x.
 
@@ -101,13 +132,17 @@ class BatchNorm(nn.Module):
           mask: broadcastable to x; False leaves a value out of the
             statistics.
           ids: (N,) integers in [0, K) where num_ids is K.
+          timestep: (), integer, where num_timesteps is set.
 
         Returns:
           Array of the shape of x.
 
         Raises:
-          ValueError: see `jaxbn.batch_norm`.
+          ValueError: two options exclude each other; or see
+            `jaxbn.batch_norm`.
         """
+        if self.frozen and self.use_running_average is None:
+            use_running_average = bool(use_running_average)
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
@@ -117,19 +152,22 @@ class BatchNorm(nn.Module):
         given = self.axis if isinstance(self.axis, Sequence) else (self.axis,)
         axes = tuple(sorted({axis % x.ndim for axis in given}))
         size = tuple(x.shape[axis] for axis in axes)
-        rows = size
-        if self.num_ids is not None:
-            rows = (self.num_ids, *size)
-
-        initial = init_running(rows, dtype=x.dtype)
-        mean = self.variable("batch_stats", "mean", lambda: initial.mean)
-        var = self.variable("batch_stats", "var", lambda: initial.var)
-        if self.skip_nonfinite:
-            skipped = self.variable(
-                "batch_stats", "skipped", jnp.zeros, (), jnp.int32
+        # Initialization runs outside the mapped axes and leaves no trace.
+        layer = self._layer(alone=self.is_initializing())
+        initial = layer.init(size, x.dtype)
+        mean, var, steps, skipped = (
+            None
+            if value is None
+            else self.variable("batch_stats", name, lambda value=value: value)
+            for name, value in (
+                *initial.running._asdict().items(),
+                ("skipped", initial.skipped),
             )
+        )
         scale = bias = None
-        affine = rows if self.affine_per_id else size
+        affine = size
+        if self.affine_per_id and self.num_ids is not None:
+            affine = (self.num_ids, *size)
         if self.use_scale:
             scale = self.param(
                 "scale", self.scale_init, affine, self.param_dtype
@@ -137,15 +175,32 @@ class BatchNorm(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, affine, self.param_dtype)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        old = RunningStats(mean.value, var.value)
-        options = dict(
-            ids=ids, epsilon=self.epsilon, feature_axis=axes, dtype=dtype
-        )
 
-        if inference:
-            return normalize(x, *old, scale, bias, **options)
-        # Initialization runs outside the mapped axes and leaves no trace.
-        alone = self.is_initializing()
+        def read(variable: nn.Variable | None) -> jax.Array | None:
+            return None if variable is None else variable.value
+
+        old = State(
+            RunningStats(mean.value, var.value, read(steps)), read(skipped)
+        )
+        if mask is not None:
+            mask = jnp.asarray(mask, bool)
+        call = Call(inference, mask, ids, timestep, dtype)
+        y, new, batch = layer(x, scale, bias, old, call)
+        if batch is None or self.is_initializing():
+            return y
+        if self.update_stats:
+            values = (*new.running, new.skipped)
+            for variable, value in zip((mean, var, steps, skipped), values):
+                if variable is not None:
+                    variable.value = value
+        if self._hands_out_moments():
+            handed = self.variable(
+                "batch_moments", "moments", no_moments, old.running
+            )
+            handed.value = record(handed.value, batch)
+        return y
+
+    def _layer(self, *, alone: bool) -> Layer:
         scope = Scope(num_ids=self.num_ids)
         if not alone:
             scope = dataclasses.replace(
@@ -154,23 +209,67 @@ class BatchNorm(nn.Module):
                 axis_index_groups=self.axis_index_groups,
                 normalize_over=self.normalize_over,
             )
-        y, batch = batch_norm(
-            x,
-            scale,
-            bias,
-            where=None if mask is None else jnp.asarray(mask, bool),
-            axis_name=None if alone else self.axis_name,
-            scope=scope,
-            pivot=old.mean if self.pivot else None,
-            **options,
+        given = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(Layer)
+            if field.name != "scope"
+        }
+        if alone:
+            given["axis_name"] = None
+        return Layer(scope=scope, **given)
+
+    def _hands_out_moments(self) -> bool:
+        # Not where everything is mutable: nobody asked for them there, and
+        # variables that are handed back would go on adding up.
+        everything = self.scope.root.mutable is True
+        return not everything and self.is_mutable_collection("batch_moments")
+
+
+def batch_moments(
+    model: nn.Module, variables: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Returns the Moments of the batch of every layer, in training mode.
+
+    A pure function, which changes no running statistic. A layer that is called
+    several times has the moments of all its calls together.
+
+    Args:
+      model: whose batch norm layers are jaxbn's; `jaxbn.convert.to_jaxbn`
+        makes them so.
+      variables: of the model.
+      *args, **kwargs: of the call, with what puts it into training mode, such
+        as train=True.
+
+    Returns:
+      The tree of batch_stats with `jaxbn.Moments` in place of the dict of a
+      layer; counts have the shape of mean.
+
+    Raises:
+      ValueError: a layer with running statistics handed out nothing.
+    """
+    _, updates = model.apply(
+        variables, *args, mutable=["batch_stats", "batch_moments"], **kwargs
+    )
+    handed = updates.get("batch_moments", {})
+    missing: list[str] = []
+
+    def of_layer(stats: Any, found: Any, path: tuple[str, ...]) -> Any:
+        if "mean" in stats and "var" in stats:
+            if "moments" not in found:
+                missing.append("/".join(path) or "the model itself")
+            return found.get("moments")
+        return {
+            name: of_layer(below, found.get(name, {}), (*path, name))
+            for name, below in stats.items()
+            if isinstance(below, Mapping)
+        }
+
+    tree = of_layer(variables.get("batch_stats", {}), handed, ())
+    if missing or not jax.tree.leaves(tree):
+        raise ValueError(
+            f"No moments of {', '.join(missing) or 'any layer'}. Either it is "
+            "not jaxbn's layer (jaxbn.convert.to_jaxbn makes it so), or it is "
+            "not called in training mode, or it lies inside nn.scan or nn.vmap "
+            "whose variable_axes lack 'batch_moments'."
         )
-        if not alone:
-            mean.value, var.value = update_running(
-                old,
-                batch,
-                decay=self.momentum,
-                skip_nonfinite=self.skip_nonfinite,
-            )
-            if self.skip_nonfinite:
-                skipped.value += jnp.where(is_finite(batch), 0, 1)
-        return y
+    return tree

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,15 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
 from jaxbn._moments import widen
-from jaxbn._normalize import batch_norm, normalize
-from jaxbn._running import (
-    RunningStats,
-    init_running,
-    is_finite,
-    update_running,
-)
+from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
+from jaxbn.precise import with_statistics
+
+
+class BatchMoments(nnx.Variable):
+    """Moments that a layer hands out; see `batch_moments`."""
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -50,8 +52,29 @@ class BatchNorm(nnx.BatchNorm):
         settled; until then it overestimates the variance (see `jaxbn.sync`).
       skip_nonfinite: a batch with a NaN or inf on any device changes no
         running statistic; the Variable `skipped`, () int32, counts them.
+      ddof: 0 stores the biased variance in the running statistics, 1 the
+        unbiased one, m2 / (count - 1), as PyTorch does. Normalization takes
+        the biased one.
+      debias: what the running statistics start from counts nothing; see
+        `jaxbn.update_running`.
+      renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function of the
+        number of batches so far that returns them, such as
+        `jaxbn.renorm_limits`. None is batch norm.
+      frozen: True normalizes with the running statistics in training too and
+        leaves them as they are, whatever use_running_average says.
+      update_stats: False normalizes with the batch and leaves the running
+        statistics as they are.
+      train_affine: False stops the gradient of scale and bias.
+      num_timesteps: T; the call takes timestep, each has running statistics
+        of its own, (T, C), and those of the last serve any later one. For
+        recurrent nets.
+      example_weight: in inference an example counts that much in its own
+        statistics; see `jaxbn.normalize_weighted`.
+      prior: in inference the running statistics count as that many examples
+        beside those of the batch; see `jaxbn.adapt`. None leaves the batch
+        out.
       **options: of `flax.nnx.BatchNorm`: use_running_average, axis, momentum
-        (the core's decay), epsilon, dtype (of the result), param_dtype,
+        (the core's decay; None weighs all batches equally), epsilon, dtype (of the result), param_dtype,
         use_bias, use_scale, bias_init, scale_init, axis_name,
         axis_index_groups (see `Scope`), promote_dtype (called to infer the
         dtype of the result alone), rngs, bias_metadata, scale_metadata.
@@ -63,6 +86,8 @@ class BatchNorm(nnx.BatchNorm):
       var: nnx.BatchStat, (C,), unit of the input squared; starts at 1.
       scale: nnx.Param, (C,), or None.
       bias: nnx.Param, (C,), or None.
+      steps: nnx.BatchStat, int32 of the shape of mean, with momentum=None,
+        debias, or a renorm that is a function; else None.
     """
 
     def __init__(
@@ -75,6 +100,15 @@ class BatchNorm(nnx.BatchNorm):
         affine_per_id: bool = False,
         pivot: bool = False,
         skip_nonfinite: bool = False,
+        ddof: int = 0,
+        debias: bool = False,
+        renorm: Limits | Callable[[jax.Array], Limits] | None = None,
+        frozen: bool = False,
+        update_stats: bool = True,
+        train_affine: bool = True,
+        num_timesteps: int | None = None,
+        example_weight: float = 0.0,
+        prior: float | None = None,
         **options: Any,
     ):
         super().__init__(num_features, **options)
@@ -85,16 +119,27 @@ class BatchNorm(nnx.BatchNorm):
             num_ids=num_ids,
         )
         self.pivot = pivot
-        self.skipped = nnx.data(None)
-        if skip_nonfinite:
-            self.skipped = nnx.BatchStat(jnp.zeros((), jnp.int32))
-        if num_ids is None:
-            return
-        rows = init_running((num_ids, num_features))
-        self.mean.set_value(rows.mean)
-        self.var.set_value(rows.var)
+        self.skip_nonfinite = skip_nonfinite
+        self.ddof = ddof
+        self.debias = debias
+        self.renorm = renorm
+        self.frozen = frozen
+        self.update_stats = update_stats
+        self.train_affine = train_affine
+        self.num_timesteps = num_timesteps
+        self.example_weight = example_weight
+        self.prior = prior
+        self.moments = nnx.data(None)
+        state = self._layer().init((num_features,), jnp.float32)
+        if state.running.mean.ndim > 1:
+            self.mean.set_value(state.running.mean)
+            self.var.set_value(state.running.var)
+        self.steps, self.skipped = (
+            nnx.data(None) if value is None else nnx.BatchStat(value)
+            for value in (state.running.steps, state.skipped)
+        )
         for param in (self.scale, self.bias):
-            if affine_per_id and param is not None:
+            if affine_per_id and num_ids is not None and param is not None:
                 param.set_value(jnp.tile(param[...], (num_ids, 1)))
 
     def __call__(
@@ -104,6 +149,7 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: jax.Array | None = None,
         ids: jax.Array | None = None,
+        timestep: int | jax.Array | None = None,
     ) -> jax.Array:
         """Normalizes x, and in training updates mean and var.
 
@@ -113,17 +159,20 @@ class BatchNorm(nnx.BatchNorm):
           mask: bool, broadcastable to x; False leaves a value out of the
             statistics.
           ids: (N,) integers in [0, K) where num_ids is K.
+          timestep: (), integer, where num_timesteps is set.
 
         Returns:
           Array of the shape of x.
 
         Raises:
           ValueError: use_running_average is None here and in the attribute;
-            or see `jaxbn.batch_norm`.
+            two options exclude each other; or see `jaxbn.batch_norm`.
         """
         inference = use_running_average
         if inference is None:
             inference = self.use_running_average
+        if inference is None and self.frozen:
+            inference = False
         if inference is None:
             raise ValueError(
                 "use_running_average is None in the constructor and in the "
@@ -136,34 +185,97 @@ class BatchNorm(nnx.BatchNorm):
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         # Wide though somebody cast the whole state to a narrow dtype.
-        old = RunningStats(widen(self.mean[...]), widen(self.var[...]))
+        mean, var = widen(self.mean[...]), widen(self.var[...])
         # Only for its dtype: a promoted x would be rounded, or kept for the
         # backward pass in a wider copy.
-        like = self.promote_dtype((x, *old, scale, bias), dtype=self.dtype)
+        like = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         dtype = dtypes.canonicalize_dtype(like[0], *like[3:], dtype=self.dtype)
-        options = dict(
-            ids=ids, epsilon=self.epsilon, feature_axis=self.axis, dtype=dtype
+        counters = (self.steps, self.skipped)
+        steps, skipped = (None if c is None else c[...] for c in counters)
+        old = State(RunningStats(mean, var, steps), skipped)
+        call = Call(inference, mask, ids, timestep, dtype)
+        y, new, batch = self._layer()(x, scale, bias, old, call)
+        if batch is None:
+            return y
+        if self.update_stats:
+            # Not by index, which would round to the dtype of the old value.
+            variables = (self.mean, self.var, *counters)
+            for variable, value in zip(variables, (*new.running, new.skipped)):
+                if variable is not None:
+                    variable.set_value(value)
+        if self.moments is not None:
+            self.moments.set_value(record(self.moments.get_value(), batch))
+        return y
+
+    def _layer(self) -> Layer:
+        fields = dataclasses.fields(Layer)
+        return Layer(
+            **{field.name: getattr(self, field.name) for field in fields}
         )
 
-        if inference:
-            return normalize(x, *old, scale, bias, **options)
-        y, batch = batch_norm(
-            x,
-            scale,
-            bias,
-            where=mask,
-            axis_name=self.axis_name,
-            scope=self.scope,
-            pivot=old.mean if self.pivot else None,
-            **options,
-        )
-        skip = self.skipped is not None
-        new = update_running(
-            old, batch, decay=self.momentum, skip_nonfinite=skip
-        )
-        if skip:
-            self.skipped[...] += jnp.where(is_finite(batch), 0, 1)
-        # Not by index, which would round to the dtype of the old value.
-        self.mean.set_value(new.mean)
-        self.var.set_value(new.var)
-        return y
+
+def batch_moments(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+    """Returns the Moments of the batch of every layer, in training mode.
+
+    A pure function: it calls a copy, whose batch norm layers are in training
+    mode; the other layers are in that of model.
+
+    Args:
+      model: whose batch norm layers are jaxbn's; `jaxbn.convert.to_jaxbn`
+        makes them so.
+      *args, **kwargs: of the call.
+
+    Returns:
+      dict from the path of a layer, such as "blocks/0/norm", to
+      `jaxbn.Moments`, whose counts have the shape of mean. A layer that is
+      called several times has the moments of all its calls together.
+
+    Raises:
+      ValueError: a batch norm layer is not jaxbn's.
+    """
+    copy = nnx.clone(model)
+    layers = batch_norms(copy)
+    for path, layer in layers.items():
+        if not isinstance(layer, BatchNorm):
+            raise ValueError(
+                f"{path or 'The model itself'} is {type(layer).__module__}."
+                f"{type(layer).__name__}, which hands out no moments. "
+                "jaxbn.convert.to_jaxbn makes it jaxbn's."
+            )
+        layer.use_running_average = False
+        running = RunningStats(layer.mean[...], layer.var[...])
+        layer.moments = BatchMoments(no_moments(running))
+    copy(*args, **kwargs)
+    return {path: layer.moments.get_value() for path, layer in layers.items()}
+
+
+def set_statistics(model: nnx.Module, stats: Any, *, ddof: int = 0) -> None:
+    """Puts means and variances into the batch norm layers of model.
+
+    Args:
+      model: whose layers take them; changed in place.
+      stats: dict from the path of a layer to `jaxbn.Moments`, such as
+        `jaxbn.precise.recompute` returns.
+      ddof: 0 for the biased variance, 1 for the unbiased one.
+
+    Raises:
+      ValueError: a path or a shape does not fit. Nothing is changed then.
+    """
+    layers = batch_norms(model)
+    old = {
+        path: {"mean": layer.mean[...], "var": layer.var[...]}
+        for path, layer in layers.items()
+    }
+    new = with_statistics(old, stats, ddof=ddof)
+    for path, layer in layers.items():
+        layer.mean.set_value(new[path]["mean"])
+        layer.var.set_value(new[path]["var"])
+
+
+def batch_norms(model: nnx.Module) -> dict[str, nnx.BatchNorm]:
+    """Returns the batch norm layers of a model, flax's or jaxbn's, by path."""
+    return {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.BatchNorm)
+    }

@@ -56,7 +56,7 @@ def float64_renorm(arguments, labels):
     for row in range(NUM_IDS):
         g, b, mean, var = (
             np.asarray(a if ids is None else a[row], np.float64)
-            for a in (scale, bias, *old)
+            for a in (scale, bias, old.mean, old.var)
         )
         for label in np.unique(labels):
             members = (labels == label) & (rows == row)
@@ -138,7 +138,7 @@ class RenormTest(parameterized.TestCase):
         y, _ = jaxbn.batch_renorm(
             x, scale, bias, running=old, r_max=100.0, d_max=100.0
         )
-        want = jaxbn.normalize(x, *old, scale, bias)
+        want = jaxbn.normalize(x, old.mean, old.var, scale, bias)
         np.testing.assert_allclose(y, want, atol=1e-5)
 
     @parameterized.parameters((False, False), (True, True), (True, False))

@@ -1,0 +1,163 @@
+"""Normalization for inference, with statistics that are known before."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._checks import (
+    Axes,
+    check_affine,
+    check_features,
+    check_ids,
+    check_input,
+    check_where,
+    split_axes,
+)
+from jaxbn._formula import Plan, affine, in_rows
+from jaxbn._moments import Layout, abs2, moments, widen
+
+
+def normalize(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    ids: jax.Array | None = None,
+    epsilon: float = 1e-5,
+    feature_axis: Axes = -1,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """Returns (x - mean) / sqrt(var + epsilon) * scale + bias.
+
+    The formula of inference. Computed in float32 or wider and rounded once.
+
+    Args:
+      x: (N, ..., C), floating or complex.
+      mean: (C,) in the unit of x; (K, C) with ids.
+      var: (C,) in the unit of x squared; (K, C) with ids.
+      scale: (C,), with ids also (K, C), or None for 1.
+      bias: likewise, or None for 0.
+      ids: (N,) integers in [0, K), whose statistics an example takes; an id
+        outside gives NaN.
+      epsilon: added to the variance, unit of x squared.
+      feature_axis: the axis, or axes, that hold the features.
+      dtype: of the result; None takes that of x.
+
+    Returns:
+      Array of the shape of x.
+
+    Raises:
+      ValueError: x is not floating, or a statistic or parameter does not hold
+        one value a feature.
+
+    Source: Ioffe and Szegedy (2015), Batch Normalization, Algorithm 2.
+    """
+    x = check_input(x)
+    features, axes = split_axes(x, feature_axis)
+    num_ids = None if ids is None else jnp.shape(mean)[0]
+    ids = check_ids(ids, num_ids, x, axes)
+    mean = check_features("mean", mean, x, features, num_ids)
+    var = check_features("var", var, x, features, num_ids)
+    scale, bias = check_affine(scale, bias, x, features, num_ids)
+    layout = Layout(x.shape, axes, num_ids=num_ids)
+    plan = Plan(layout, (), None, float(epsilon), jnp.dtype(dtype or x.dtype))
+    centred = widen(x) - layout.spread(mean, ids)
+    inv = jax.lax.rsqrt(widen(var) + plan.epsilon)
+    scale, bias = in_rows(plan, scale), in_rows(plan, bias)
+    return affine(plan, centred, inv, scale, bias, ids)
+
+
+def normalize_weighted(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    weight: float | jax.Array,
+    where: jax.Array | None = None,
+    ids: jax.Array | None = None,
+    epsilon: float = 1e-5,
+    feature_axis: Axes = -1,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """`normalize` with each example counted into its own statistics.
+
+    In training an example is part of the statistics it is normalized with, in
+    inference it is not. With mean_i and var_i over the values of example i
+    (its pixels) and a = weight,
+    mean' = (1 - a) mean + a mean_i and
+    var' = (1 - a) var + a var_i + a (1 - a) |mean_i - mean|^2,
+    which are the paper's moments, written without cancellation. weight = 0 is
+    `normalize`, weight = 1 instance normalization.
+
+    Args:
+      x, mean, var, scale, bias, and options: as in `normalize`.
+      weight: (), in [0, 1], of an example in its own statistics. Chosen on
+        held-out data; 1 / batch size is what training had.
+      where: bool, broadcastable to x; False leaves a value out of the
+        statistics of its example. An example without values takes mean, var.
+
+    Returns:
+      Array of the shape of x.
+
+    Raises:
+      ValueError: as `normalize`; weight is outside [0, 1].
+
+    Source: Summers and Dinneen (2019), Four Things Everyone Should Know to
+    Improve Batch Normalization, on inference example weighing.
+    """
+    if not isinstance(weight, jax.core.Tracer) and not 0 <= weight <= 1:
+        raise ValueError(f"weight must be in [0, 1]; got {weight}.")
+    x = check_input(x)
+    features, axes = split_axes(x, feature_axis)
+    where = check_where(where, x)
+    num_ids = None if ids is None else jnp.shape(mean)[0]
+    ids = check_ids(ids, num_ids, x, axes)
+    mean = check_features("mean", mean, x, features, num_ids)
+    var = check_features("var", var, x, features, num_ids)
+    scale, bias = check_affine(scale, bias, x, features, num_ids)
+    examples = axes[0]
+    # Each example becomes a batch of one, with its own axis first.
+    inner = tuple(f + 1 if f < examples else f for f in features)
+
+    def row(value: jax.Array | None) -> tuple[jax.Array | None, int | None]:
+        """The row of an example, and the axis of examples."""
+        if value is None or value.ndim == len(features):
+            return value, None
+        known = jnp.where(ids < 0, num_ids, ids)
+        return value.at[known].get(mode="fill", fill_value=jnp.nan), 0
+
+    def one(
+        x: jax.Array,
+        where: jax.Array | None,
+        mean: jax.Array,
+        var: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+    ) -> jax.Array:
+        x, where = x[None], None if where is None else where[None]
+        own = moments(x, where=where, feature_axis=inner)
+        a = jnp.where(own.count > 0, weight, 0).astype(own.m2.dtype)
+        gap = own.mean - mean
+        mean = mean + a * gap
+        var = (1 - a) * var + a * own.var + a * (1 - a) * abs2(gap)
+        return normalize(
+            x,
+            mean,
+            var,
+            scale,
+            bias,
+            epsilon=epsilon,
+            feature_axis=inner,
+            dtype=dtype,
+        )[0]
+
+    if where is not None:
+        where = jnp.broadcast_to(where, x.shape)
+    each = [(v, None if v is None else examples) for v in (x, where)]
+    values, in_axes = zip(*each, *map(row, (mean, var, scale, bias)))
+    return jax.vmap(one, in_axes, examples)(*values)

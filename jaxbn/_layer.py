@@ -1,0 +1,250 @@
+"""What a layer does with its variables, whichever framework owns them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._checks import AxisName, describe, split_axes
+from jaxbn._inference import normalize, normalize_weighted
+from jaxbn._moments import Moments, merge
+from jaxbn._normalize import batch_norm, batch_renorm, standardize
+from jaxbn._running import (
+    RunningStats,
+    adapt,
+    init_running,
+    is_finite,
+    update_running,
+)
+from jaxbn._scope import Scope
+
+Limits = tuple[float | jax.Array, float | jax.Array]
+
+
+class State(NamedTuple):
+    """The variables that training moves."""
+
+    running: RunningStats  # (C,), with ids (K, C), with timesteps (T, C)
+    skipped: jax.Array | None  # () batches left out; None: nobody counts
+
+
+class Call(NamedTuple):
+    """The arguments of one call, besides x and the variables."""
+
+    inference: bool
+    where: jax.Array | None
+    ids: jax.Array | None
+    timestep: jax.Array | None
+    dtype: Any  # of the result
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The options of a layer; `jaxbn.linen.BatchNorm` documents each."""
+
+    axis: int | tuple[int, ...]
+    momentum: float | None
+    epsilon: float
+    axis_name: AxisName
+    scope: Scope
+    pivot: bool
+    skip_nonfinite: bool
+    ddof: int
+    debias: bool
+    renorm: Limits | Callable[[jax.Array], Limits] | None
+    frozen: bool
+    update_stats: bool
+    train_affine: bool
+    num_timesteps: int | None
+    example_weight: float
+    prior: float | None
+
+    def __post_init__(self) -> None:
+        if self.num_timesteps is not None and self.scope.num_ids is not None:
+            raise ValueError(
+                f"num_timesteps={self.num_timesteps} and "
+                f"num_ids={self.scope.num_ids} each give the running "
+                "statistics rows; give one of them."
+            )
+        if self.example_weight and self.prior is not None:
+            raise ValueError(
+                f"example_weight={self.example_weight} and prior={self.prior} "
+                "are two ways to normalize in inference; give one of them."
+            )
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the running statistics come with a count of batches."""
+        scheduled = callable(self.renorm)
+        return self.momentum is None or self.debias or scheduled
+
+    def init(self, size: tuple[int, ...], dtype: Any) -> State:
+        """Returns the state before the first batch, for features of size."""
+        rows = self.scope.num_ids or self.num_timesteps
+        shape = size if rows is None else (rows, *size)
+        running = init_running(
+            shape, dtype=dtype, count_steps=self.counts_steps
+        )
+        skipped = jnp.zeros((), jnp.int32) if self.skip_nonfinite else None
+        return State(running, skipped)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        state: State,
+        call: Call,
+    ) -> tuple[jax.Array, State, Moments | None]:
+        """Returns y, the next state, and in training the batch's moments."""
+        if not self.train_affine:
+            scale, bias = jax.lax.stop_gradient((scale, bias))
+        row = self._row(call.timestep)
+        running = _take(state.running, row)
+        options = dict(
+            ids=call.ids,
+            epsilon=self.epsilon,
+            feature_axis=self.axis,
+            dtype=call.dtype,
+        )
+        if call.inference or self.frozen:
+            alone = not call.inference
+            y = self._infer(x, scale, bias, running, call.where, options, alone)
+            return y, state, None
+        options.update(
+            where=call.where,
+            axis_name=self.axis_name,
+            scope=self.scope,
+            pivot=running.mean if self.pivot else None,
+        )
+        if self.renorm is None:
+            y, batch = batch_norm(x, scale, bias, **options)
+        else:
+            limits = self.renorm
+            if callable(limits):
+                limits = limits(jnp.max(state.running.steps))
+            options.update(r_max=limits[0], d_max=limits[1])
+            y, batch = batch_renorm(x, scale, bias, running=running, **options)
+        handed = _in_row(batch, state.running, row)
+        if not self.update_stats:
+            return y, state, handed
+        new = update_running(
+            running,
+            batch,
+            decay=self.momentum,
+            ddof=self.ddof,
+            debias=self.debias,
+            skip_nonfinite=self.skip_nonfinite,
+        )
+        skipped = state.skipped
+        if skipped is not None:
+            skipped = skipped + jnp.where(is_finite(batch), 0, 1)
+        return y, State(_put(state.running, new, row), skipped), handed
+
+    def _infer(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        running: RunningStats,
+        where: jax.Array | None,
+        options: dict[str, Any],
+        plain: bool,
+    ) -> jax.Array:
+        if plain or not (self.example_weight or self.prior is not None):
+            return normalize(
+                x, running.mean, running.var, scale, bias, **options
+            )
+        if self.example_weight:
+            return normalize_weighted(
+                x,
+                running.mean,
+                running.var,
+                scale,
+                bias,
+                weight=self.example_weight,
+                where=where,
+                **options,
+            )
+        _, batch = standardize(
+            x,
+            where=where,
+            axis_name=self.axis_name,
+            scope=self.scope,
+            **options,
+        )
+        # The prior counts examples, the moments their values.
+        _, axes = split_axes(x, self.axis)
+        values = 1
+        for axis in axes[1:]:
+            values *= x.shape[axis]
+        adapted = adapt(running, batch, prior=self.prior * values)
+        return normalize(x, adapted.mean, adapted.var, scale, bias, **options)
+
+    def _row(self, timestep: jax.Array | None) -> jax.Array | None:
+        """Index of the running statistics of a timestep; the last one stays."""
+        if (timestep is None) != (self.num_timesteps is None):
+            raise ValueError(
+                "num_timesteps of the layer and timestep of the call go "
+                f"together; got num_timesteps={self.num_timesteps} and "
+                f"timestep={timestep}."
+            )
+        if timestep is None:
+            return None
+        timestep = jnp.asarray(timestep)
+        if timestep.ndim or not jnp.issubdtype(timestep.dtype, jnp.integer):
+            raise ValueError(
+                "timestep must be one integer for the whole batch; got "
+                f"{describe(timestep)}."
+            )
+        return jnp.clip(timestep, 0, self.num_timesteps - 1)
+
+
+def _take(running: RunningStats, row: jax.Array | None) -> RunningStats:
+    if row is None:
+        return running
+    return jax.tree.map(lambda a: a[row], running)
+
+
+def _put(
+    running: RunningStats, new: RunningStats, row: jax.Array | None
+) -> RunningStats:
+    if row is None:
+        return new
+
+    def put(rows: jax.Array, new: jax.Array) -> jax.Array:
+        rows = rows.astype(jnp.promote_types(rows.dtype, new.dtype))
+        return rows.at[row].set(new)
+
+    return jax.tree.map(put, running, new)
+
+
+def _in_row(
+    batch: Moments, running: RunningStats, row: jax.Array | None
+) -> Moments:
+    """The moments of a timestep among those of all, where the rest is empty."""
+    if row is None:
+        return batch
+    every = jnp.broadcast_to(batch.count, batch.mean.shape)
+    return jax.tree.map(
+        lambda a: (
+            jnp.zeros((len(running.mean), *a.shape), a.dtype).at[row].set(a)
+        ),
+        batch._replace(count=every),
+    )
+
+
+def no_moments(running: RunningStats) -> Moments:
+    """Returns the moments of nothing, an entry for each running statistic."""
+    mean, var = jnp.zeros_like(running.mean), jnp.zeros_like(running.var)
+    return Moments(var, mean, var)
+
+
+def record(old: Moments, batch: Moments) -> Moments:
+    """Adds a batch to the moments a layer hands out, whose shapes stay."""
+    count = jnp.broadcast_to(batch.count, batch.mean.shape)
+    return merge(old, batch._replace(count=count))
