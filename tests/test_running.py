@@ -1,7 +1,14 @@
+"""Running statistics against recurrences and sums in float64."""
+
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import Moments, RunningStats
@@ -70,3 +77,183 @@ def test_narrow_old_statistics_are_widened_first():
     got = jaxbn.update_running(old, batch, decay=0.99)
     # In bfloat16 0.99 * 1 is 0.98828125.
     np.testing.assert_allclose(got.mean, 1.0, rtol=1e-6)
+
+
+def weights_by_hand(decay, steps):
+    """The weights of Adam's bias correction, in float64."""
+    weights = (1 - decay) * decay ** np.arange(steps)[::-1]
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999, 0.999999, None])
+@pytest.mark.parametrize("start", [0.0, 1.0, 1e3])
+def test_debiased_whatever_the_start(decay, start):
+    rng = np.random.default_rng(0)
+    batches = rng.normal(2, 3, (20, 16, 4)).astype(np.float32)
+    got = jaxbn.init_running(4, count_steps=True)
+    got = got._replace(mean=got.mean + start, var=got.var * start)
+    update = jax.jit(
+        functools.partial(
+            jaxbn.update_running, decay=decay, debias=decay is not None
+        )
+    )
+    for x in batches:
+        got = update(got, jaxbn.moments(x))
+    weights = np.ones(20) / 20 if decay is None else weights_by_hand(decay, 20)
+    wide = batches.astype(np.float64)
+    chex.assert_trees_all_close(
+        got,
+        RunningStats(
+            weights @ wide.mean(1), weights @ wide.var(1), np.full(4, 20)
+        ),
+        rtol=1e-5,
+    )
+
+
+def test_a_traced_decay_is_debiased_too():
+    old = jaxbn.init_running(2, count_steps=True)
+    batch = Moments(jnp.float32(2), jnp.full(2, 3.0), jnp.full(2, 8.0))
+    update = jax.jit(
+        lambda old, decay: jaxbn.update_running(
+            old, batch, decay=decay, debias=True
+        )
+    )
+    for steps in (1, 2):
+        old = update(old, 0.9)
+        want = RunningStats(np.full(2, 3.0), np.full(2, 4.0), np.full(2, steps))
+        chex.assert_trees_all_close(old, want, rtol=1e-6)
+
+
+def test_steps_count_only_what_entered():
+    old = jaxbn.init_running(3, count_steps=True)
+    count = jnp.array([0.0, 1.0, 5.0])
+    batch = Moments(count, jnp.full(3, 2.0), jnp.zeros(3))
+    new = jaxbn.update_running(old, batch, decay=None, ddof=1)
+    chex.assert_trees_all_equal(new.steps, np.array([0, 0, 1]))
+    chex.assert_trees_all_equal(new.mean, np.array([0.0, 0.0, 2.0]))
+    bad = batch._replace(mean=batch.mean.at[2].set(jnp.nan))
+    new = jaxbn.update_running(old, bad, decay=None, skip_nonfinite=True)
+    chex.assert_trees_all_equal(new.steps, np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(decay=None), "decay=None needs the number of batches so far"),
+        (dict(decay=0.9, debias=True), "debias=True needs the number of"),
+    ],
+)
+def test_averages_need_a_count_of_steps(options, message):
+    batch = jaxbn.moments(jnp.ones((4, 2)))
+    with pytest.raises(ValueError, match=message):
+        jaxbn.update_running(jaxbn.init_running(2), batch, **options)
+
+
+def test_debias_needs_a_decay_below_one():
+    old = jaxbn.init_running(2, count_steps=True)
+    batch = jaxbn.moments(jnp.ones((4, 2)))
+    with pytest.raises(ValueError, match="needs decay < 1; got 1.0"):
+        jaxbn.update_running(old, batch, decay=1.0, debias=True)
+
+
+class TestAdapt:
+    def test_is_the_formula_of_the_paper(self):
+        running = RunningStats(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+        batch = Moments(
+            jnp.float32(6), jnp.array([5.0, 0.0]), jnp.full(2, 12.0)
+        )
+        got = jaxbn.adapt(running, batch, prior=18)
+        want = 0.75 * np.array([[1, 2], [3, 4]]) + 0.25 * np.array(
+            [[5, 0], [2, 2]]
+        )
+        chex.assert_trees_all_close(got[:2], tuple(want), rtol=1e-6)
+
+    def test_ends_of_the_prior(self):
+        running = jaxbn.init_running(2)
+        batch = Moments(jnp.float32(6), jnp.full(2, 5.0), jnp.full(2, 12.0))
+        none = jaxbn.adapt(running, batch, prior=0)
+        chex.assert_trees_all_equal(none.mean, batch.mean)
+        chex.assert_trees_all_equal(none.var, batch.var)
+        for prior in (np.inf, jnp.inf):
+            same = jaxbn.adapt(running, batch, prior=prior)
+            chex.assert_trees_all_equal(same, running)
+
+    def test_a_batch_without_values_changes_nothing(self):
+        running = jaxbn.init_running(2)
+        empty = Moments(jnp.float32(0), jnp.zeros(2), jnp.zeros(2))
+        for prior in (0, 3.0):
+            same = jaxbn.adapt(running, empty, prior=prior)
+            chex.assert_trees_all_equal(same, running)
+
+    def test_a_negative_prior(self):
+        batch = jaxbn.moments(jnp.ones((4, 2)))
+        with pytest.raises(ValueError, match="at least 0; got -1"):
+            jaxbn.adapt(jaxbn.init_running(2), batch, prior=-1)
+
+
+class TestPool:
+    def test_replicas_of_a_whole_tree_have_the_statistics_of_their_data(self):
+        """The law of total variance is exact for parts that are disjoint."""
+        rng = np.random.default_rng(0)
+        x = rng.normal([[[0.0]], [[5.0]], [[9.0]]], 2, (3, 50, 4))
+        counts = [50, 20, 35]
+        parts = [part[:n] for part, n in zip(x, counts)]
+        stats = {
+            "bn": {
+                "mean": jnp.stack([jnp.float32(p.mean(0)) for p in parts]),
+                "var": jnp.stack([jnp.float32(p.var(0)) for p in parts]),
+                "skipped": jnp.array([0, 2, 1]),
+            },
+            "plain": [RunningStats(jnp.float32(x.mean(1)), jnp.ones((3, 4)))],
+        }
+        got = jaxbn.pool(stats, counts=jnp.array(counts))
+        together = np.concatenate(parts)
+        want = {"mean": together.mean(0), "var": together.var(0), "skipped": 2}
+        chex.assert_trees_all_close(got["bn"], want, rtol=1e-5)
+        got = jaxbn.pool(stats)["plain"][0]
+        want = 1 + x.mean(1).var(0)
+        chex.assert_trees_all_close(got.var, want, rtol=1e-5)
+        assert got.steps is None
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("check_vma", [False, True])
+    def test_over_devices(self, weighted, check_vma):
+        rng = np.random.default_rng(0)
+        mean = rng.normal(1e3, 2, (8, 3)).astype(np.float32)
+        var = rng.uniform(1, 4, (8, 3)).astype(np.float32)
+        counts = np.arange(8, dtype=np.float32)  # the first saw nothing
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+        def pooled(mean, var, count):
+            stats = {
+                "bn": {"mean": mean[0], "var": var[0], "skipped": count[0]}
+            }
+            count = count[0] if weighted else None
+            return jaxbn.pool(stats, axis_name="data", counts=count)
+
+        mapped = jax.jit(
+            jax.shard_map(
+                pooled,
+                mesh=mesh,
+                in_specs=P("data"),
+                out_specs=P(),
+                check_vma=check_vma,
+            )
+        )
+        got = mapped(mean, var, counts)["bn"]
+        w = (counts if weighted else np.ones(8)).astype(np.float64)
+        w = w[:, None] / w.sum()
+        center = (w * mean).sum(0)
+        want = (w * (var + (mean - center) ** 2)).sum(0)
+        chex.assert_trees_all_close(got["mean"], center, rtol=1e-6)
+        chex.assert_trees_all_close(got["var"], want, rtol=1e-4)
+        assert got["skipped"] == 7
+
+    def test_what_cannot_be_pooled(self):
+        stats = {"mean": jnp.zeros((2, 3)), "var": jnp.zeros((3, 3))}
+        with pytest.raises(ValueError, match="stacked on axis 0 of every leaf"):
+            jaxbn.pool(stats)
+        with pytest.raises(ValueError, match=r"counts \(3,\)"):
+            jaxbn.pool(stats | {"var": stats["mean"]}, counts=jnp.ones(3))
+        with pytest.raises(ValueError, match="is not bound here, so there is"):
+            jaxbn.pool(stats, axis_name="data")

@@ -1,0 +1,530 @@
+"""Every variant of the layer, in linen and nnx, against float64."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
+from jaxbn import RunningStats
+from tests import reference
+
+STEPS, N, C = 3, 16, 3
+EPSILON = 1e-5
+
+
+class Linen:
+    """A layer as a pure function of its state, a dict of arrays."""
+
+    def __init__(self, **options):
+        self.layer = jaxbn.linen.BatchNorm(**options)
+
+    def init(self, x, **call):
+        variables = self.layer.init(jax.random.key(0), x, False, **call)
+        return {**variables["params"], **variables["batch_stats"]}
+
+    def __call__(self, state, x, *, train=True, **call):
+        params = {k: v for k, v in state.items() if k in ("scale", "bias")}
+        stats = {k: v for k, v in state.items() if k not in params}
+        y, updates = self.layer.apply(
+            {"params": params, "batch_stats": stats},
+            x,
+            not train,
+            mutable=["batch_stats"] if train else [],
+            **call,
+        )
+        return y, {**params, **updates.get("batch_stats", stats)}
+
+
+class Nnx:
+    def __init__(self, **options):
+        layer = jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0), **options)
+        self.graph, self.start = nnx.split(layer)
+
+    def init(self, x, **call):
+        return nnx.to_pure_dict(self.start)
+
+    def __call__(self, state, x, *, train=True, **call):
+        whole = jax.tree.map(lambda a: a, self.start)
+        nnx.replace_by_pure_dict(whole, state)
+        layer = nnx.merge(self.graph, whole)
+        y = layer(x, use_running_average=not train, **call)
+        return y, nnx.to_pure_dict(nnx.state(layer))
+
+
+KINDS = pytest.mark.parametrize("kind", (Linen, Nnx))
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Batches, and masks by which devices keep unequally many, one nothing."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(2, 3, (STEPS, N, 4, C)).astype(np.float32)
+    keep = rng.random((STEPS, N, 4, 1)) < 0.6
+    keep[:, 4:6] = False
+    return x, keep
+
+
+def float64_running(x, keep, weights, *, ddof=0, start=(0.0, 1.0)):
+    """Statistics as an explicit weighted sum; weights[0] is the start's."""
+    mean, var = (np.full(C, weights[0] * value) for value in start)
+    for batch, kept, weight in zip(x.astype(np.float64), keep, weights[1:]):
+        values = batch[kept[..., 0]]
+        mean += weight * values.mean(0)
+        var += weight * values.var(0, ddof=ddof)
+    return mean, var
+
+
+def run(layer, x, keep, **call):
+    state = layer.init(x[0], **call)
+    step = jax.jit(lambda state, x, keep: layer(state, x, mask=keep, **call))
+    for batch, kept in zip(x, keep):
+        y, state = step(state, batch, kept)
+    return y, state
+
+
+def assert_running(state, want, rtol=1e-5):
+    np.testing.assert_allclose(state["mean"], want[0], rtol=rtol)
+    np.testing.assert_allclose(state["var"], want[1], rtol=rtol)
+
+
+AVERAGES = {
+    "ddof": (dict(momentum=0.8, ddof=1), [0.512, 0.128, 0.16, 0.2]),
+    "cumulative": (dict(momentum=None), [0, 1 / 3, 1 / 3, 1 / 3]),
+    "debiased": (
+        dict(momentum=0.8, debias=True),
+        np.array([0, 0.128, 0.16, 0.2]) / 0.488,
+    ),
+    "debiased slowly": (
+        dict(momentum=0.9999, debias=True, ddof=1),
+        np.array([0, 0.99980001, 0.9999, 1]) / 2.99970001,
+    ),
+}
+
+
+@KINDS
+@pytest.mark.parametrize("name", AVERAGES)
+def test_averages(kind, name, data):
+    options, weights = AVERAGES[name]
+    _, state = run(kind(**options), *data)
+    want = float64_running(*data, weights, ddof=options.get("ddof", 0))
+    assert_running(state, want)
+    if options["momentum"] is None or options.get("debias"):
+        np.testing.assert_array_equal(state["steps"], [STEPS] * C)
+    else:
+        assert "steps" not in state
+
+
+def in_shard_map(step, *, check_vma=True):
+    def mapped(state, x, keep):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        return jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(P(), P("data"), P("data")),
+            out_specs=(P("data"), P()),
+            check_vma=check_vma,
+        )(state, x, keep)
+
+    return jax.jit(mapped)
+
+
+def in_vmap(step):
+    def mapped(state, x, keep):
+        x, keep = (a.reshape(8, -1, *a.shape[1:]) for a in (x, keep))
+        y, state = jax.vmap(step, (None, 0, 0), (0, None), axis_name="data")(
+            state, x, keep
+        )
+        return y.reshape(-1, *y.shape[2:]), state
+
+    return jax.jit(mapped)
+
+
+def in_pmap(step):
+    mapped = jax.pmap(step, "data", in_axes=(None, 0, 0), out_axes=(0, None))
+
+    def joined(state, x, keep):
+        split = [a.reshape(8, -1, *a.shape[1:]) for a in (x, keep)]
+        y, state = mapped(state, *split)
+        return y.reshape(-1, *y.shape[2:]), state
+
+    return joined
+
+
+def on_global_arrays(step, *, kind=AxisType.Auto):
+    def placed(state, x, keep):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            sharding = NamedSharding(mesh, P("data"))
+            return jax.jit(step)(state, *jax.device_put((x, keep), sharding))
+
+    return placed
+
+
+CONTEXTS = {
+    "jit": jax.jit,
+    "shard_map": in_shard_map,
+    "check_vma=False": functools.partial(in_shard_map, check_vma=False),
+    "vmap": in_vmap,
+    "pmap": in_pmap,
+    "Auto": on_global_arrays,
+    "Explicit": functools.partial(on_global_arrays, kind=AxisType.Explicit),
+}
+
+
+def ramp(step):
+    """Limits of renormalization that open with the steps taken."""
+    return 1 + 0.1 * step, 0.2 * step
+
+
+@KINDS
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_all_at_once_in_every_context(kind, context, data):
+    """Unbiased, debiased, renormalized on a schedule, masked, with a NaN."""
+    x, keep = data
+    layer = kind(
+        axis_name="data",
+        momentum=0.8,
+        ddof=1,
+        debias=True,
+        renorm=ramp,
+        skip_nonfinite=True,
+    )
+    state = layer.init(x[0])
+    step = CONTEXTS[context](lambda state, x, keep: layer(state, x, mask=keep))
+    poisoned = x[0].copy()
+    poisoned[-1, 0, 1] = np.nan
+    seen = keep[0].copy()
+    seen[-1, 0] = True
+    _, state = step(state, poisoned, seen)
+    assert state["skipped"] == 1 and not state["steps"].any()
+    for i in range(STEPS):
+        weights = np.zeros(1 + i) if i else np.ones(1)
+        if i:
+            weights[1:] = 0.8 ** np.arange(i)[::-1]
+            weights /= weights.sum()
+        mean, var = float64_running(x[:i], keep[:i], weights, ddof=1)
+        y, state = step(state, x[i], keep[i])
+        batch = reference.batch_norm(x[i], 1.0, 0.0, keep[i], x[i])
+        (r_max, d_max), sigma = ramp(i), np.sqrt(var + EPSILON)
+        r = np.clip(np.sqrt(batch.var + EPSILON) / sigma, 1 / r_max, r_max)
+        d = np.clip((batch.mean - mean) / sigma, -d_max, d_max)
+        np.testing.assert_allclose(y, batch.y * r + d, atol=1e-4)
+    weights = np.array([0, 0.64, 0.8, 1]) / 2.44
+    assert_running(state, float64_running(x, keep, weights, ddof=1))
+    assert state["skipped"] == 1 and (state["steps"] == STEPS).all()
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "options", [dict(group_size=2), dict(normalize_over=8), dict(num_ids=2)]
+)
+def test_averages_under_every_scope(kind, options, data):
+    """The running statistics are those of all examples, whoever shares."""
+    x, keep = data
+    layer = kind(axis_name="data", momentum=None, ddof=1, **options)
+    ids = np.arange(N) % 2
+    call = dict(ids=ids[:2]) if "num_ids" in options else {}  # 2 a device
+    state = layer.init(x[0][:2], **call)
+    step = in_shard_map(
+        lambda state, x, keep: layer(state, x, mask=keep, **call)
+    )
+    for batch, kept in zip(x, keep):
+        _, state = step(state, batch, kept)
+    third = [0, 1 / 3, 1 / 3, 1 / 3]
+    if not call:
+        assert_running(state, float64_running(x, keep, third, ddof=1))
+        return
+    for i in range(2):
+        want = float64_running(x[:, ids == i], keep[:, ids == i], third, ddof=1)
+        row = {k: state[k][i] for k in ("mean", "var")}
+        assert_running(row, want)
+
+
+@KINDS
+def test_an_id_that_is_rare_is_averaged_over_its_own_batches(kind):
+    layer = kind(momentum=None, num_ids=2)
+    x = np.random.default_rng(0).normal(5, 2, (3, 6, C)).astype(np.float32)
+    ids = np.array([[0] * 6, [0, 0, 0, 1, 1, 1], [0] * 6])
+    state = layer.init(x[0], ids=ids[0])
+    for batch, i in zip(x, ids):
+        _, state = layer(state, batch, ids=jnp.asarray(i))
+    np.testing.assert_array_equal(state["steps"], [[3] * C, [1] * C])
+    np.testing.assert_allclose(state["mean"][1], x[1, 3:].mean(0), rtol=1e-5)
+
+
+@KINDS
+def test_frozen_and_not_trained(kind, data):
+    x, keep = data
+    stats = dict(mean=jnp.full(C, 0.5), var=jnp.full(C, 4.0))
+    rng = np.random.default_rng(1)
+    cotangent = rng.normal(size=x[0].shape).astype(np.float32)
+
+    def gradient(**options):
+        layer = kind(**options)
+        state = layer.init(x[0]) | stats
+
+        def loss(affine, x):
+            y, new = layer(state | affine, x, mask=keep[0])
+            return (y * cotangent).sum(), (y, new)
+
+        affine = {"scale": jnp.full(C, 2.0), "bias": jnp.ones(C)}
+        (of_affine, dx), (y, new) = jax.grad(loss, (0, 1), has_aux=True)(
+            affine, x[0]
+        )
+        return of_affine, dx, y, new
+
+    affine, dx, y, new = gradient(frozen=True)
+    assert_running(new, tuple(stats.values()))
+    np.testing.assert_allclose(y, (x[0] - 0.5) + 1, atol=1e-4)
+    np.testing.assert_allclose(dx, cotangent, rtol=1e-5)
+    xhat = (x[0] - 0.5) / 2
+    np.testing.assert_allclose(
+        affine["scale"], (cotangent * xhat).sum((0, 1)), rtol=1e-4
+    )
+    affine, dx, *_ = gradient(frozen=True, train_affine=False)
+    assert not affine["scale"].any() and not affine["bias"].any()
+    np.testing.assert_allclose(dx, cotangent, rtol=1e-5)
+    # The switches are independent of each other.
+    affine, dx, y, new = gradient(train_affine=False)
+    assert not affine["scale"].any() and (new["mean"] != 0.5).all()
+    want = reference.batch_norm(x[0], 2.0, 1.0, keep[0], cotangent)
+    np.testing.assert_allclose(dx, want.dx, atol=1e-5)
+    affine, dx, y, new = gradient(update_stats=False)
+    assert_running(new, tuple(stats.values()))
+    np.testing.assert_allclose(y, want.y, atol=1e-5)
+    assert affine["scale"].all()
+
+
+@KINDS
+def test_frozen_layers_need_not_be_told_the_mode(kind, data):
+    x = data[0][0]
+    if kind is Linen:
+        layer = jaxbn.linen.BatchNorm(frozen=True)
+        y = layer.apply(layer.init(jax.random.key(0), x), x)
+    else:
+        y = jaxbn.nnx.BatchNorm(C, frozen=True, rngs=nnx.Rngs(0))(x)
+    np.testing.assert_allclose(y, x, rtol=1e-4)
+
+
+@KINDS
+def test_statistics_per_timestep_with_sequences_that_end(kind):
+    """Cooijmans et al.: a row a timestep, from the sequences still running."""
+    rng = np.random.default_rng(0)
+    length, rows = 5, 4
+    x = rng.normal(1, 2, (length, N, C)).astype(np.float32)
+    x += np.arange(length)[:, None, None]  # statistics change over time
+    lengths = rng.integers(1, length + 1, N)
+    lengths[:3] = length
+    layer = kind(momentum=0.0, num_timesteps=rows, axis_name="data")
+    state = layer.init(x[0], timestep=0)
+    assert state["mean"].shape == (rows, C) and state["scale"].shape == (C,)
+
+    def sequence(state, x, lengths):
+        def body(state, now):
+            t, x = now
+            mask = (t < lengths)[:, None]
+            y, state = layer(state, x, mask=mask, timestep=t)
+            return state, y
+
+        return jax.lax.scan(body, state, (jnp.arange(rows), x[:rows]))
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    state, y = jax.jit(
+        jax.shard_map(
+            sequence,
+            mesh=mesh,
+            in_specs=(P(), P(None, "data"), P("data")),
+            out_specs=(P(), P(None, "data")),
+        )
+    )(state, x, lengths)
+    for t in range(rows):
+        running = x[t].astype(np.float64)[lengths > t]
+        np.testing.assert_allclose(state["mean"][t], running.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(state["var"][t], running.var(0), rtol=1e-5)
+        want = (x[t] - running.mean(0)) / np.sqrt(running.var(0) + EPSILON)
+        np.testing.assert_allclose(y[t], want, atol=1e-5)
+        again, _ = layer(state, x[t], train=False, timestep=t)
+        np.testing.assert_allclose(again, want, atol=1e-4)
+    # Beyond the last row its statistics go on serving.
+    late, _ = layer(state, x[4], train=False, timestep=4)
+    want = (x[4] - state["mean"][-1]) / np.sqrt(state["var"][-1] + EPSILON)
+    np.testing.assert_allclose(late, want, atol=1e-5)
+
+
+@KINDS
+def test_an_example_counts_in_its_own_inference(kind, data):
+    x, keep = data[0][0], data[1][0]
+    layer = kind(example_weight=0.2)
+    state = layer.init(x) | dict(
+        mean=jnp.array([1.0, 2.0, 3.0]), var=jnp.array([4.0, 1.0, 9.0])
+    )
+    y, new = layer(state, x, train=False, mask=keep)
+    assert_running(new, (state["mean"], state["var"]))
+    mean, var = (np.float64(state[k]) for k in ("mean", "var"))
+    for i in range(N):
+        values = np.float64(x[i])[keep[i, :, 0]]
+        m, v = mean, var
+        if len(values):  # the formula as the paper writes it
+            m = 0.2 * values.mean(0) + 0.8 * mean
+            v = 0.2 * (values**2).mean(0) + 0.8 * (var + mean**2) - m**2
+        want = (x[i] - m) / np.sqrt(v + EPSILON)
+        np.testing.assert_allclose(y[i], want, atol=1e-5)
+    # In training it changes nothing.
+    got, want = (one(state, x, mask=keep)[0] for one in (layer, kind()))
+    np.testing.assert_array_equal(got, want)
+
+
+@KINDS
+@pytest.mark.parametrize("context", ["jit", "shard_map", "vmap", "Explicit"])
+def test_adaptation_at_test_time(kind, context, data):
+    x, keep = data[0][0], data[1][0]
+    layer = kind(prior=10.0, axis_name="data")
+    state = layer.init(x) | dict(
+        mean=jnp.array([1.0, 2.0, 3.0]), var=jnp.array([4.0, 1.0, 9.0])
+    )
+    step = CONTEXTS[context](
+        lambda state, x, keep: layer(state, x, train=False, mask=keep)
+    )
+    y, new = step(state, x, keep)
+    assert_running(new, (state["mean"], state["var"]))
+    values = np.float64(x)[keep[..., 0]]
+    weight = len(values) / (len(values) + 10 * 4)  # 4 values an example
+    m = weight * values.mean(0) + (1 - weight) * np.float64(state["mean"])
+    v = weight * values.var(0) + (1 - weight) * np.float64(state["var"])
+    np.testing.assert_allclose(y, (x - m) / np.sqrt(v + EPSILON), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "axes, ids", [(-1, None), (1, None), (0, None), ((0, 3), None), (1, True)]
+)
+def test_example_weights_on_any_axes(axes, ids):
+    rng = np.random.default_rng(0)
+    x = rng.normal(2, 3, (5, 6, 4, 3)).astype(np.float32)
+    features = sorted(a % 4 for a in np.atleast_1d(axes))
+    size = tuple(x.shape[a] for a in features)
+    first = min(set(range(4)) - set(features))  # the axis of examples
+    ids = None if ids is None else rng.integers(0, 2, x.shape[first])
+    rows = size if ids is None else (2, *size)
+    mean, var = rng.normal(size=rows), rng.uniform(1, 4, rows)
+    scale, bias = rng.normal(size=(2, *rows))
+    got = jaxbn.normalize_weighted(
+        x,
+        *(jnp.float32(a) for a in (mean, var, scale, bias)),
+        weight=0.3,
+        ids=ids,
+        feature_axis=axes,
+    )
+    for i in range(x.shape[first]):
+        one, out = (np.take(a, [i], first) for a in (np.float64(x), got))
+        axis = tuple(set(range(4)) - set(features))
+        m, v, s, b = (
+            np.expand_dims(a if ids is None else a[ids[i]], axis)
+            for a in (mean, var, scale, bias)
+        )
+        own = dict(axis=axis, keepdims=True)
+        square = 0.3 * (one**2).mean(**own) + 0.7 * (v + m**2)
+        m = 0.3 * one.mean(**own) + 0.7 * m
+        want = (one - m) / np.sqrt(square - m**2 + EPSILON) * s + b
+        np.testing.assert_allclose(out, want, atol=2e-5)
+
+
+def test_weight_zero_is_inference_and_one_is_instance_norm(data):
+    x = data[0][0]
+    stats = jnp.full(C, 0.5), jnp.full(C, 4.0)
+    got = jaxbn.normalize_weighted(x, *stats, weight=0.0)
+    np.testing.assert_allclose(got, jaxbn.normalize(x, *stats), atol=1e-6)
+    got = jaxbn.normalize_weighted(x, *stats, weight=1.0)
+    wide = np.float64(x)
+    want = (wide - wide.mean(1, keepdims=True)) / np.sqrt(
+        wide.var(1, keepdims=True) + EPSILON
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, call, message",
+    [
+        (dict(num_timesteps=2), {}, "num_timesteps of the layer and timestep"),
+        ({}, dict(timestep=1), "got num_timesteps=None and timestep=1"),
+        (
+            dict(num_timesteps=2),
+            dict(timestep=jnp.zeros(4, int)),
+            "timestep must be one integer for the whole batch; got int32[4]",
+        ),
+        (
+            dict(num_timesteps=2, num_ids=3),
+            dict(timestep=1),
+            "num_timesteps=2 and num_ids=3 each give the running statistics",
+        ),
+        (
+            dict(example_weight=0.1, prior=3.0),
+            {},
+            "are two ways to normalize in inference",
+        ),
+        (dict(example_weight=1.5), {}, "weight must be in [0, 1]; got 1.5"),
+        (dict(prior=-1.0), {}, "prior must be at least 0; got -1.0"),
+    ],
+)
+def test_options_that_cannot_be(options, call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer = Nnx(**options)
+        layer(layer.init(None), jnp.ones((4, C)), train=False, **call)
+
+
+def test_linen_scans_over_time_with_statistics_per_step():
+    """As a recurrent net in flax would write it."""
+
+    class Cell(nn.Module):
+        @nn.compact
+        def __call__(self, carry, x):
+            t, h = carry
+            norm = jaxbn.linen.BatchNorm(
+                use_running_average=False, num_timesteps=4, momentum=0.0
+            )
+            h = nn.tanh(norm(x + h, timestep=t))
+            return (t + 1, h), h
+
+    scan = nn.scan(
+        Cell,
+        variable_broadcast="params",
+        variable_carry="batch_stats",
+        split_rngs={"params": False},
+    )()
+    x = np.random.default_rng(0).normal(size=(4, 8, C)).astype(np.float32)
+    start = jnp.int32(0), jnp.zeros((8, C))
+    # Flax cannot make the variables that a scan carries inside of it.
+    variables = Cell().init(jax.random.key(0), start, x[0])
+    (_, _), updates = scan.apply(variables, start, x, mutable=["batch_stats"])
+    (stats,) = updates["batch_stats"].values()
+    h = np.zeros((8, C))
+    for t in range(4):
+        np.testing.assert_allclose(
+            stats["mean"][t], (x[t] + h).mean(0), atol=1e-5
+        )
+        z = x[t] + h
+        h = np.tanh((z - z.mean(0)) / np.sqrt(z.var(0) + EPSILON))
+
+
+def test_renorm_of_the_layer_is_the_function(data):
+    x, keep = data
+    layer = Linen(renorm=(1.5, 0.3))
+    state = layer.init(x[0]) | dict(mean=jnp.ones(C), var=jnp.full(C, 2.0))
+    y, _ = layer(state, x[0], mask=keep[0])
+    want, _ = jaxbn.batch_renorm(
+        x[0],
+        running=RunningStats(state["mean"], state["var"]),
+        r_max=1.5,
+        d_max=0.3,
+        where=keep[0],
+    )
+    np.testing.assert_allclose(y, want, atol=1e-6)
