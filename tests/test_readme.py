@@ -1,16 +1,16 @@
-"""What the README shows runs as it stands."""
+"""What the README and the pages of the documentation show runs as it stands."""
 
 import pathlib
 import re
 
-TEXT = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "jaxbn" / "docs").glob("*.md"))]
 
 
-def test_there_are_blocks():
-    assert len(BLOCKS) >= 2
-
-
-def test_python_blocks_run_in_order():
-    together = "\n".join(BLOCKS)
-    exec(compile(together, "README.md", "exec"), {})
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run_in_order(page):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    exec(compile("\n".join(blocks), page.name, "exec"), {})
