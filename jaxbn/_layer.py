@@ -40,6 +40,7 @@ class Call(NamedTuple):
     ids: jax.Array | None
     timestep: jax.Array | None
     dtype: Any  # of the result
+    hand_out: bool  # moments also where normalization does not need them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +113,12 @@ class Layer:
             dtype=call.dtype,
         )
         if call.inference or self.frozen:
-            alone = not call.inference
-            y = self._infer(x, scale, bias, running, call.where, options, alone)
-            return y, state, None
+            plain = not call.inference
+            y = self._infer(x, scale, bias, running, call.where, options, plain)
+            if call.inference or not call.hand_out:
+                return y, state, None
+            batch = self._moments(x, call.where, options)
+            return y, state, _in_row(batch, state.running, row)
         options.update(
             where=call.where,
             axis_name=self.axis_name,
@@ -170,13 +174,7 @@ class Layer:
                 where=where,
                 **options,
             )
-        _, batch = standardize(
-            x,
-            where=where,
-            axis_name=self.axis_name,
-            scope=self.scope,
-            **options,
-        )
+        batch = self._moments(x, where, options)
         # The prior counts examples, the moments their values.
         _, axes = split_axes(x, self.axis)
         values = 1
@@ -184,6 +182,18 @@ class Layer:
             values *= x.shape[axis]
         adapted = adapt(running, batch, prior=self.prior * values)
         return normalize(x, adapted.mean, adapted.var, scale, bias, **options)
+
+    def _moments(
+        self, x: jax.Array, where: jax.Array | None, options: dict[str, Any]
+    ) -> Moments:
+        _, batch = standardize(
+            x,
+            where=where,
+            axis_name=self.axis_name,
+            scope=self.scope,
+            **options,
+        )
+        return batch
 
     def _row(self, timestep: jax.Array | None) -> jax.Array | None:
         """Index of the running statistics of a timestep; the last one stays."""

@@ -184,16 +184,17 @@ class BatchNorm(nn.Module):
         )
         if mask is not None:
             mask = jnp.asarray(mask, bool)
-        call = Call(inference, mask, ids, timestep, dtype)
+        hand_out = self._hands_out_moments()
+        call = Call(inference, mask, ids, timestep, dtype, hand_out)
         y, new, batch = layer(x, scale, bias, old, call)
         if batch is None or self.is_initializing():
             return y
-        if self.update_stats:
+        if self.update_stats and not self.frozen:
             values = (*new.running, new.skipped)
             for variable, value in zip((mean, var, steps, skipped), values):
                 if variable is not None:
                     variable.value = value
-        if self._hands_out_moments():
+        if hand_out:
             handed = self.variable(
                 "batch_moments", "moments", no_moments, old.running
             )

@@ -193,17 +193,18 @@ class BatchNorm(nnx.BatchNorm):
         counters = (self.steps, self.skipped)
         steps, skipped = (None if c is None else c[...] for c in counters)
         old = State(RunningStats(mean, var, steps), skipped)
-        call = Call(inference, mask, ids, timestep, dtype)
+        hand_out = self.moments is not None
+        call = Call(inference, mask, ids, timestep, dtype, hand_out)
         y, new, batch = self._layer()(x, scale, bias, old, call)
         if batch is None:
             return y
-        if self.update_stats:
+        if self.update_stats and not self.frozen:
             # Not by index, which would round to the dtype of the old value.
             variables = (self.mean, self.var, *counters)
             for variable, value in zip(variables, (*new.running, new.skipped)):
                 if variable is not None:
                     variable.set_value(value)
-        if self.moments is not None:
+        if hand_out:
             self.moments.set_value(record(self.moments.get_value(), batch))
         return y
 
