@@ -21,6 +21,7 @@ from jaxbn._running import (
     update_running,
 )
 from jaxbn._scope import Scope
+from jaxbn._shuffle import shuffle, unshuffle
 from jaxbn._sync import sync
 
 __all__ = [
@@ -38,8 +39,10 @@ __all__ = [
     "normalize_weighted",
     "pool",
     "renorm_limits",
+    "shuffle",
     "standardize",
     "sync",
+    "unshuffle",
     "update_running",
 ]
 
