@@ -1,0 +1,115 @@
+"""Options of a batch norm of PyTorch as fields of flax's layer, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from jaxbn.linen import BatchNorm
+
+
+def options_from_torch(
+    module: Any, *, axis_name: Hashable | None = None
+) -> dict[str, Any]:
+    """Returns the fields of BatchNorm for a batch norm module of PyTorch.
+
+    momentum is 1 - momentum, as PyTorch means the weight of the new value, and
+    None, the plain average over all batches, stays None, which jaxbn has and
+    flax has not. For running variances as PyTorch goes on to keep them add
+    ddof=1, a field of jaxbn.
+
+    Args:
+      module: a torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm, or anything
+        with momentum, eps, affine and track_running_stats.
+      axis_name: mesh axis to synchronize over; needed for SyncBatchNorm.
+
+    Returns:
+      dict of momentum, epsilon, use_scale, use_bias; axis_name where it is
+      given; use_running_average=False where running statistics are not
+      tracked, so that the call has to leave it out.
+
+    Raises:
+      ValueError: module is a SyncBatchNorm and axis_name is None; module has a
+        process group of its own; an attribute is missing.
+    """
+    names = [cls.__name__ for cls in type(module).__mro__]
+    needed = ("momentum", "eps", "affine", "track_running_stats")
+    missing = [name for name in needed if not hasattr(module, name)]
+    if missing:
+        raise ValueError(
+            f"{type(module).__name__} is no batch norm of PyTorch: it has no "
+            f"{', '.join(missing)}."
+        )
+    if "SyncBatchNorm" in names and axis_name is None:
+        raise ValueError(
+            "SyncBatchNorm takes its statistics over all processes. Give the "
+            'mesh axis that the batch is split over, such as axis_name="data".'
+        )
+    if getattr(module, "process_group", None) is not None:
+        raise ValueError(
+            "This SyncBatchNorm has a process group of its own, which says "
+            "nothing of a mesh. Set process_group to None, and group_size of "
+            "jaxbn's layer to the number of processes in a group."
+        )
+    momentum = module.momentum
+    affine = bool(module.affine)
+    options = {
+        "momentum": None if momentum is None else _other(momentum),
+        "epsilon": module.eps,
+        "use_scale": affine,
+        "use_bias": affine and getattr(module, "bias", True) is not None,
+    }
+    if axis_name is not None:
+        options["axis_name"] = axis_name
+    if not module.track_running_stats:
+        options["use_running_average"] = False
+    return options
+
+
+def options_to_torch(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a PyTorch batch norm for fields of BatchNorm.
+
+    For torch.nn.BatchNorm2d(channels, **options), or SyncBatchNorm where
+    fields have an axis_name, which is no option there. PyTorch's running
+    variance is unbiased whatever ddof says.
+
+    Args:
+      fields: fields of flax's or jaxbn's BatchNorm by name; what is left out
+        has its default. `dataclasses.asdict` makes them from a linen layer.
+
+    Returns:
+      dict of momentum, eps, affine and track_running_stats, and bias=False
+      for a layer with scale and no bias.
+
+    Raises:
+      ValueError: a field is unknown, or PyTorch has nothing like it.
+    """
+    known = {f.name: f.default for f in dataclasses.fields(BatchNorm)}
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise ValueError(f"BatchNorm has no field {', '.join(unknown)}.")
+    shared = {field.name for field in dataclasses.fields(nn.BatchNorm)}
+    for name, value in fields.items():
+        ignored = name == "ddof" or name in shared - {"axis_index_groups"}
+        if not ignored and value != known[name]:
+            raise ValueError(f"PyTorch has nothing like {name}={value!r}.")
+    given = {**known, **fields}
+    if given["use_bias"] and not given["use_scale"]:
+        raise ValueError("PyTorch has no batch norm with bias but no weight.")
+    momentum = given["momentum"]
+    options = {
+        "momentum": None if momentum is None else _other(momentum),
+        "eps": given["epsilon"],
+        "affine": given["use_scale"],
+        "track_running_stats": given["use_running_average"] is not False,
+    }
+    if given["use_scale"] and not given["use_bias"]:
+        options["bias"] = False
+    return options
+
+
+def _other(momentum: float) -> float:
+    return round(1 - momentum, 12)  # 0.1, not 0.09999999999999998

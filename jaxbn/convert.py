@@ -1,0 +1,135 @@
+"""Whole models between flax's BatchNorm and jaxbn's, and PyTorch's weights.
+
+Import it where a program starts: what JAX has compiled before is compiled
+again, because from then on the conversion in force is a part of JAX's keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from flax import linen as nn
+from flax import nnx
+
+import jaxbn.linen
+import jaxbn.nnx
+from jaxbn import _convert_linen, _convert_nnx
+from jaxbn._torch import from_torch, to_torch
+from jaxbn._torch_options import options_from_torch, options_to_torch
+
+__all__ = [
+    "from_torch",
+    "options_from_torch",
+    "options_to_torch",
+    "to_flax",
+    "to_jaxbn",
+    "to_torch",
+]
+
+_Model = TypeVar("_Model")
+
+
+def to_jaxbn(
+    model: _Model, *, keep: Iterable[type] = (), **overrides: Any
+) -> _Model:
+    """Returns the model with jaxbn's BatchNorm in place of flax's.
+
+    Parameters, statistics, their paths and what initialization draws stay the
+    same, and the code of the model as it is.
+
+    A linen model becomes an instance of a subclass made for it, which exchanges
+    a layer at the moment it is called, however the code came by it. It is equal
+    to another conversion of an equal model, can be pickled, and is a submodule
+    like any other. Of the model's own parts only what a bound model hands out
+    is converted too; the fields of an unbound one are what they were.
+
+    Of an nnx model a copy is returned, in which layers that were shared are
+    shared. Variables are copies too, over the same arrays, as `nnx.clone`
+    makes them. A linen model inside `nnx.bridge.ToNNX` is converted as well.
+
+    Args:
+      model: a flax.linen or flax.nnx module, or a layer itself. Layers of
+        jaxbn in it stay, with the overrides.
+      keep: subclasses of BatchNorm to leave as they are.
+      **overrides: fields to set on every layer, such as axis_name="data".
+
+    Returns:
+      A model that is used as the one given.
+
+    Raises:
+      ValueError: an override is no field of the layer, or would change the
+        shape of a variable of an nnx layer; a layer is a subclass of flax's
+        BatchNorm and not in keep (in linen, when it is first called); model
+        is something else.
+    """
+    if isinstance(model, nn.Module):
+        known = [
+            field.name
+            for field in dataclasses.fields(jaxbn.linen.BatchNorm)
+            if field.name not in ("parent", "name")
+        ]
+    else:
+        known = list(_convert_nnx.options(jaxbn.nnx.BatchNorm))
+    wrong = [name for name in overrides if name not in known]
+    if wrong:
+        raise ValueError(
+            f"BatchNorm has no field {', '.join(wrong)} that conversion could "
+            f"set. It has {', '.join(known)}."
+        )
+    return _convert(model, True, overrides, keep)
+
+
+def to_flax(model: _Model, *, keep: Iterable[type] = ()) -> _Model:
+    """Returns the model with flax's BatchNorm in place of jaxbn's.
+
+    The inverse of `to_jaxbn`: fields that both layers have stay, also those
+    that `to_jaxbn` has set. flax computes with its own arithmetic again, and
+    wants axis_name to be bound.
+
+    Args:
+      model: see `to_jaxbn`.
+      keep: subclasses of jaxbn's BatchNorm to leave as they are.
+
+    Returns:
+      A model that is used as the one given.
+
+    Raises:
+      ValueError: a field that flax lacks is not at its default (in linen, when
+        the layer is called, unless `to_jaxbn` set it); a layer is a subclass
+        of jaxbn's BatchNorm and not in keep; model is something else.
+    """
+    return _convert(model, False, {}, keep)
+
+
+def _convert(
+    model: _Model, ours: bool, overrides: dict[str, Any], keep: Iterable[type]
+) -> _Model:
+    keep = frozenset(keep)
+    fields = tuple(sorted((k, _frozen(v)) for k, v in overrides.items()))
+    rule = _convert_linen.Rule(
+        jaxbn.linen.BatchNorm if ours else nn.BatchNorm, fields, keep
+    )
+    if isinstance(model, nn.Module):
+        return _convert_linen.convert(model, rule)
+    if isinstance(model, nnx.Pytree):
+        return _convert_nnx.convert(
+            model,
+            jaxbn.nnx.BatchNorm if ours else nnx.BatchNorm,
+            overrides=overrides,
+            keep=keep,
+            convert_linen=functools.partial(_convert_linen.convert, rule=rule),
+        )
+    raise ValueError(
+        "model must be a flax.linen or flax.nnx module; got "
+        f"{'the class ' if isinstance(model, type) else ''}{model!r}. A class "
+        "is converted once it has been called."
+    )
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    return value
