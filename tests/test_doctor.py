@@ -1,0 +1,299 @@
+"""Layers with a known complaint, and what the doctor says of them."""
+
+import functools
+import io
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxbn.linen
+import jaxbn.nnx
+from jaxbn import Moments, doctor, precise
+from jaxbn.doctor import _symptoms
+
+
+class Net(nn.Module):
+    norm: type = jaxbn.linen.BatchNorm
+    axis_name: str | None = "data"
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        norm = functools.partial(
+            self.norm,
+            use_running_average=not train,
+            momentum=self.momentum,
+            axis_name=self.axis_name,
+        )
+        x = norm(name="first")(x)
+        x = nn.Dense(4, name="dense")(nn.relu(x))
+        return norm(name="second")(x).sum(-1)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    rng = np.random.default_rng(0)
+    return rng.normal(2, 3, (12, 64, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def healthy(batches):
+    """Variables whose running statistics are those of the data."""
+    model = Net()
+    variables = model.init(jax.random.key(1), batches[0], train=False)
+    moments = functools.partial(jaxbn.linen.batch_moments, model, train=True)
+    found = precise.recompute(moments, variables, batches)
+    stats = precise.with_statistics(variables["batch_stats"], found.stats)
+    return {**variables, "batch_stats": stats}
+
+
+def examine(variables, batches, *, model=None, devices=1, **options):
+    model = model or Net()
+    return doctor.examine(
+        model, variables, batches, devices=devices, file=None, **options
+    )
+
+
+def with_first(variables, **changes):
+    stats = variables["batch_stats"]
+    first = {**stats["first"], **changes}
+    return {**variables, "batch_stats": {**stats, "first": first}}
+
+
+def test_nothing_to_complain_of(healthy, batches):
+    out = io.StringIO()
+    report = doctor.examine(Net(), healthy, batches, devices=1, file=out)
+    assert report.warnings == [] and report.batches == 12
+    text = out.getvalue()
+    assert "Nothing to complain of." in text and str(report) in text
+    first, second = report.layers
+    assert (first.path, second.path) == ("first", "second")
+    assert first.kind == "jaxbn" and first.axis_name == "data"
+    assert first.examples == 64 and first.momentum == 0.9
+    wide = batches.reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(first.mean, wide.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(first.var, wide.var(0), rtol=1e-5)
+    assert first.z.max() < 1e-5 and first.kl.max() < 1e-9
+    assert first.gap == pytest.approx(first.noise, rel=1e-4)
+    row = next(r for r in text.splitlines() if r.startswith("first"))
+    assert row.split()[:5] == ["first", "jaxbn", "data", "64", "3"]
+
+
+def test_z_and_kl_are_what_they_say(healthy, batches):
+    mean, var = np.array([2.5, 2, 0]), np.array([9.0, 18, 4])
+    changed = with_first(healthy, mean=jnp.float32(mean), var=jnp.float32(var))
+    layer = examine(changed, batches).layers[0]
+    wide = batches.reshape(-1, 3).astype(np.float64)
+    m, v = wide.mean(0), wide.var(0) + 1e-5
+    np.testing.assert_allclose(layer.z, abs(mean - m) / np.sqrt(v), rtol=1e-4)
+    # The divergence of two normal distributions, by quadrature.
+    grid = np.linspace(-60, 60, 200_001)[:, None]
+    log_p = -((grid - m) ** 2) / (2 * v) - np.log(v) / 2
+    log_q = -((grid - mean) ** 2) / (2 * (var + 1e-5)) - np.log(var + 1e-5) / 2
+    p = np.exp(log_p) / np.sqrt(2 * np.pi)
+    kl = (p * (log_p - log_q)).sum(0) * (grid[1] - grid[0])
+    np.testing.assert_allclose(layer.kl, kl, rtol=1e-4)
+
+
+def test_the_gap_is_what_the_outputs_differ_by(healthy, batches):
+    changed = with_first(healthy, mean=jnp.zeros(3), var=jnp.full(3, 4.0))
+    report = examine(changed, batches)
+    layer = jaxbn.linen.BatchNorm(use_scale=False, use_bias=False)
+    stats = {"batch_stats": changed["batch_stats"]["first"]}
+    squares, model_squares, size = 0, 0, 0
+    for x in batches:
+        y, _ = layer.apply(stats, x, False, mutable=["batch_stats"])
+        squares += np.square(y - layer.apply(stats, x, True)).mean()
+        out, _ = Net().apply(changed, x, train=True, mutable=["batch_stats"])
+        gap = out - Net().apply(changed, x, train=False)
+        model_squares += np.square(gap).sum()
+        size += np.square(out).sum()
+    got = report.layers[0].gap
+    assert got == pytest.approx(np.sqrt(squares / len(batches)), rel=1e-3)
+    assert report.gap == pytest.approx(np.sqrt(model_squares / size), rel=1e-3)
+
+
+def test_averages_that_have_not_converged(healthy, batches):
+    stats = healthy["batch_stats"]["first"]
+    left = 0.9**10
+    changed = with_first(
+        healthy,
+        mean=(1 - left) * stats["mean"],
+        var=(1 - left) * stats["var"] + left,
+    )
+    (warning,) = examine(changed, batches).warnings
+    assert warning.startswith("first has running statistics that have not conv")
+    assert "35% of their start is left, as after 10 steps" in warning
+    assert "jaxbn.precise.recompute" in warning
+
+
+def test_statistics_that_were_never_updated(healthy, batches):
+    changed = with_first(healthy, mean=jnp.zeros(3), var=jnp.ones(3))
+    (warning,) = examine(changed, batches).warnings
+    assert "still has the running statistics it started with" in warning
+
+
+def test_statistics_of_other_data(healthy, batches):
+    stats = healthy["batch_stats"]["first"]
+    changed = with_first(healthy, mean=stats["mean"] + jnp.array([0, 3.0, -3]))
+    (warning,) = examine(changed, batches).warnings
+    assert "not those of this data" in warning
+
+
+def test_the_noise_of_an_average_is_no_complaint(healthy, batches):
+    """Statistics that training itself left, with momentum 0.9."""
+    variables = healthy
+    step = jax.jit(
+        lambda v, x: Net().apply(v, x, train=True, mutable=["batch_stats"])[1]
+    )
+    for x in np.concatenate([batches] * 4):
+        variables = {**variables, **step(variables, x)}
+    report = examine(variables, batches)
+    assert report.warnings == [] and report.layers[0].z.max() > 1e-3
+
+
+def test_layers_that_are_not_synchronized(healthy, batches):
+    alone = Net(axis_name=None)
+    report = examine(healthy, batches, model=alone, devices=4)
+    (warning,) = report.warnings
+    assert warning.startswith("Every layer (2) is not synchronized: no axis")
+    assert "each of the 4 devices" in warning and 'axis_name="data"' in warning
+    assert report.layers[0].examples == 16
+    assert " no " in str(report).splitlines()[1]
+    assert examine(healthy, batches, devices=4).layers[0].examples == 64
+
+
+@pytest.mark.parametrize(
+    "options, examples",
+    [
+        (dict(group_size=2), 16),
+        (dict(normalize_over=8), 8),
+        (dict(axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]]), 32),
+    ],
+)
+def test_over_how_many_examples(options, examples, batches):
+    layer = jaxbn.linen.BatchNorm(axis_name="data", **options)
+    variables = layer.init(jax.random.key(0), batches[0], False)
+    report = examine(variables, batches, model=layer, devices=8)
+    assert report.layers[0].examples == examples
+    whole = examine(variables, batches, model=jaxbn.linen.BatchNorm())
+    assert report.layers[0].noise == pytest.approx(
+        whole.layers[0].noise * np.sqrt(64 / examples), rel=1e-3
+    )
+    few = any(f"over {examples} examples" in w for w in report.warnings)
+    assert few == (examples < 16)
+
+
+def test_channels_in_trouble(healthy, batches):
+    x = batches * np.array([1, 0, 1e7], np.float32)
+    params = {**healthy["params"], "first": {**healthy["params"]["first"]}}
+    params["first"]["scale"] = jnp.array([1e-5, 1.0, 1.0])
+    params["second"] = {**params["second"], "scale": jnp.zeros(4)}
+    report = examine({**healthy, "params": params}, x)
+    first = report.layers[0]
+    np.testing.assert_array_equal(first.dead, [False, True, False])
+    np.testing.assert_array_equal(first.exploding, [False, False, True])
+    np.testing.assert_array_equal(first.closed, [True, False, False])
+    text = "\n".join(report.warnings)
+    assert "first has dead channels" in text
+    assert "first has channels beyond 1e6" in text
+    assert "first has an input of standard deviation far from 1" in text
+    assert "second has every scale near zero" in text
+
+
+def test_poisoned_statistics(healthy, batches):
+    mean = healthy["batch_stats"]["first"]["mean"].at[1].set(jnp.nan)
+    report = examine(with_first(healthy, mean=mean), batches)
+    (warning,) = [w for w in report.warnings if w.startswith("first")]
+    assert "running statistics that are not finite" in warning
+    assert "skip_nonfinite=True" in warning
+
+
+def test_flax_layers_are_examined_too(healthy, batches):
+    report = examine(healthy, batches, model=Net(norm=nn.BatchNorm))
+    assert [layer.kind for layer in report.layers] == ["flax", "flax"]
+    ours = examine(healthy, batches)
+    for a, b in zip(report.layers, ours.layers):
+        np.testing.assert_allclose(a.var, b.var, rtol=1e-6)
+    assert report.warnings == []
+
+
+@pytest.mark.parametrize("norm", [nnx.BatchNorm, jaxbn.nnx.BatchNorm])
+def test_nnx_models(norm, batches):
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(3, 4, rngs=rngs), norm(4, rngs=rngs), nnx.relu
+    )
+    model.eval()
+    report = doctor.examine(model, None, batches, devices=1, file=None)
+    (layer,) = report.layers
+    assert layer.path == "layers/1"
+    assert layer.kind == norm.__module__.split(".")[0]
+    wide = np.concatenate([model.layers[0](x) for x in batches])
+    np.testing.assert_allclose(layer.mean, wide.mean(0), atol=1e-4)
+    assert model.layers[1].use_running_average  # the model is as it was
+    assert not model.layers[1].mean[...].any()
+    assert "still has the running statistics" in "".join(report.warnings)
+
+
+def test_frozen_layers_are_compared_with_the_data_too(healthy, batches):
+    class Frozen(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return jaxbn.linen.BatchNorm(
+                frozen=True, axis_name="data", name="first"
+            )(x)
+
+    variables = {
+        name: {"first": healthy[name]["first"]}
+        for name in ("params", "batch_stats")
+    }
+    report = examine(variables, batches, model=Frozen())
+    assert report.layers[0].z.max() < 1e-5
+
+
+def test_noise_is_the_spread_of_batch_means():
+    """For one value of many batches: a closed form."""
+    rng = np.random.default_rng(0)
+    parts = [
+        Moments(np.full(1, 50.0), np.array([m]), np.full(1, 50 * 4.0))
+        for m in rng.normal(1, 0.1, 4000)
+    ]
+    found = _symptoms.measure(parts, 0.9)
+    assert found["mean_noise"][0] == pytest.approx(
+        0.05 * np.sqrt(0.1 / 1.9), rel=0.05
+    )
+    assert found["var"][0] == pytest.approx(4.01, rel=1e-2)
+    got = _symptoms.gap(parts, found["mean"], found["var"], 1e-5)
+    assert got == pytest.approx(0.05, rel=0.05)
+
+
+def test_models_the_doctor_cannot_call(healthy, batches):
+    class Odd(nn.Module):
+        @nn.compact
+        def __call__(self, x, mode):
+            return jaxbn.linen.BatchNorm(use_running_average=mode == "test")(x)
+
+    model = Odd()
+    variables = model.init(jax.random.key(0), batches[0], "test")
+    message = "How is Odd put into training mode? None of its arguments x, mode"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        examine(variables, batches, model=model)
+
+    def call(model, batch, train):
+        return model(batch, "train" if train else "test")
+
+    report = examine(variables, batches, model=model, call=call)
+    assert report.layers[0].path == "BatchNorm_0"
+    with pytest.raises(ValueError, match="There was no batch to examine"):
+        examine(healthy, [])
+    dense = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="There is no batch norm layer"):
+        examine(None, batches, model=dense)
+    with pytest.raises(ValueError, match="flax.nnx module; got function"):
+        examine(None, batches, model=lambda x: x)
