@@ -11,11 +11,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def run(*arguments, cwd=ROOT):
+def run(*arguments, module="train", cwd=ROOT):
     environment = {k: v for k, v in os.environ.items() if k != "NPROC"}
     environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run(
-        [sys.executable, "-m", "train", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -40,6 +40,17 @@ def test_quick_start_from_anywhere(tmp_path):
     assert done.stderr == ""
     (workdir,) = (tmp_path / "runs").glob("digits-*")
     assert json.loads((workdir / "summary.json").read_text())["devices"] == 4
+
+    done = run(str(workdir), "--batches=2", module="train.doctor", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:4] == ["layer", "kind", "sync", "over"]
+    assert lines[1].split()[:4] == ["BatchNorm_0", "jaxbn", "data", "64"]
+    assert len(lines[1:8]) == 7 and lines[8].startswith("Over 2 batches")
+    # Two steps with momentum 0.9 are not enough, and it says so.
+    assert "have not converged" in done.stdout
+    picture = (workdir / "doctor.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
 @pytest.mark.parametrize(
@@ -78,6 +89,13 @@ def test_bad_command_line_is_one_clear_line(arguments, message):
     assert done.stdout == ""
     assert done.stderr.splitlines()[0].startswith(f"train: {message}")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_doctor_of_no_run(tmp_path):
+    done = run(str(tmp_path / "none"), module="train.doctor")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "holds no run" in line and "Give the --workdir of a run" in line
 
 
 def test_missing_data_directory(tmp_path):

@@ -127,13 +127,7 @@ def make_test_step(recipe: Recipe, mesh: Mesh) -> Any:
 def _train_step(
     recipe: Recipe, state: TrainState, batch: Batch, epoch: jax.Array
 ) -> tuple[TrainState, Sums]:
-    key = jax.random.fold_in(jax.random.key(recipe.seed), epoch)
-    images = crop_and_flip(
-        _inputs(recipe, batch),
-        example_keys(key, batch.index),
-        padding=recipe.padding,
-        flip=recipe.flip,
-    )
+    images = augmented(recipe, batch, epoch)
 
     def loss(params: Any) -> tuple[jax.Array, tuple[Sums, Any]]:
         logits, updates = recipe.model.apply(
@@ -151,6 +145,20 @@ def _train_step(
     )
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, batch_stats, opt_state), sums
+
+
+def augmented(recipe: Recipe, batch: Batch, epoch: jax.Array) -> jax.Array:
+    """Returns the images (B, H, W, C) that the network sees in training.
+
+    A function of recipe.seed, epoch and batch.index alone.
+    """
+    key = jax.random.fold_in(jax.random.key(recipe.seed), epoch)
+    return crop_and_flip(
+        _inputs(recipe, batch),
+        example_keys(key, batch.index),
+        padding=recipe.padding,
+        flip=recipe.flip,
+    )
 
 
 def _test_step(

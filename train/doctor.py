@@ -1,0 +1,111 @@
+"""Examines the batch norm layers of a run: python -m train.doctor RUN.
+
+Prints a table of the layers and what is wrong with them, and draws it into
+RUN/doctor.png. Reads training batches as the run saw them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import jax
+import matplotlib
+import numpy as np
+
+from jaxbn import doctor
+from train import UserError, data
+from train.saved import Saved, load, read_config
+from train.step import augmented
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def examine(run: pathlib.Path, batches: int) -> doctor.Report:
+    """Prints the report on a run and draws it into doctor.png."""
+    saved = load(run)
+    state = saved.state
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    report = doctor.examine(
+        saved.recipe.model,
+        variables,
+        itertools.islice(_images(saved), batches),
+        devices=saved.mesh.size,
+    )
+    draw(report, run / "doctor.png")
+    return report
+
+
+def _images(saved: Saved) -> Iterator[jax.Array]:
+    """Yields augmented images, batch by batch, of the last epoch."""
+    epoch = saved.epochs - 1
+    see = jax.jit(lambda batch: augmented(saved.recipe, batch, epoch))
+    config = saved.config
+    for batch in data.train_batches(
+        saved.dataset.train, config.batch_size, seed=config.seed, epoch=epoch
+    ):
+        yield see(batch)
+
+
+def draw(report: doctor.Report, path: pathlib.Path) -> None:
+    """Draws every layer's statistics against the data's into a PNG."""
+    layers = report.layers
+    places = np.arange(len(layers))
+    figure, axes = plt.subplots(
+        3, 1, figsize=(max(6, 0.3 * len(layers) + 2), 8), sharex=True
+    )
+    shift, noise, scale = axes
+    worst = [float(np.max(layer.z)) for layer in layers]
+    middle = [float(np.median(layer.z)) for layer in layers]
+    shift.bar(places, worst, color="C0", label="worst channel")
+    shift.bar(places, middle, color="C1", label="median channel")
+    shift.set_ylabel("|running mean - mean| / std")
+    shift.legend()
+    shift.set_title("Running statistics against those of the data")
+    noise.plot(places, [layer.gap for layer in layers], "o-", label="gap")
+    noise.plot(
+        places,
+        [layer.noise for layer in layers],
+        ".--",
+        label="with exact statistics",
+    )
+    noise.set_ylabel("training - inference (std)")
+    noise.legend()
+    kept = [
+        np.abs(np.ones(1) if layer.scale is None else layer.scale)
+        for layer in layers
+    ]
+    scale.boxplot(kept, positions=places, manage_ticks=False)
+    scale.set_ylabel("|scale|")
+    scale.set_xticks(places, [layer.path for layer in layers], rotation=90)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m train.doctor", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("run", type=pathlib.Path, help="the --workdir of a run")
+    parser.add_argument(
+        "--batches", type=int, default=20, help="to read; 20 without"
+    )
+    given = parser.parse_args(arguments)
+    if given.batches < 1:
+        parser.error(f"--batches must be at least 1; got {given.batches}.")
+    devices = read_config(given.run).cpu_devices
+    jax.config.update("jax_num_cpu_devices", devices)
+    examine(given.run, given.batches)
+    print(f"The picture is {given.run / 'doctor.png'}.")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as user_error:
+        sys.exit(f"train.doctor: {user_error}")
