@@ -1,0 +1,162 @@
+"""What lies on the way to a kernel, and behind the layer that has it."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxbn._affine_axes import (
+    MOVES,
+    Axes,
+    Product,
+    axes_at_leaf,
+    follow,
+    varying,
+)
+from jaxbn._affine_trace import Op, Program
+
+AFFINE = frozenset(["add", "sub", "mul", "div", "neg"])
+
+
+class Unfoldable(Exception):
+    """Carries the reason, worded to follow the name of the layer."""
+
+
+class Step(NamedTuple):
+    """A scaling or shift of each feature by something no input changes."""
+
+    op: Op
+    slot: int  # of the data among the op's inputs
+    axes: Axes
+
+    @property
+    def data(self) -> int:
+        return self.op.inputs[self.slot]
+
+    @property
+    def operand(self) -> int | None:
+        return None if self.op.name == "neg" else self.op.inputs[1 - self.slot]
+
+
+class Walker:
+    """Walks a program from a product, both ways, as far as it can be folded."""
+
+    def __init__(self, program: Program, names: Sequence[str]):
+        self._program, self._names = program, names
+        live = program.live(program.outputs)
+        self._varying = varying(program, live)
+        self._user = {v: op for op in live for v in op.inputs}
+        self._uses = collections.defaultdict(list)
+        for op in live:
+            for v in op.inputs:
+                self._uses[v].append(f"`{op.label}`")
+        for v in program.outputs:
+            self._uses[v].append("the result")
+
+    def kernel(self, product: Product) -> tuple[int, Axes]:
+        """Returns the leaf that is the kernel, and where it has the features."""
+        value, path = product.kernel, []
+        while value not in self._program.leaves:
+            op = self._program.producer.get(value)
+            if op is None:
+                raise Unfoldable("follows a layer whose kernel is a constant")
+            if op.name not in MOVES:
+                raise Unfoldable(
+                    f"follows a layer whose kernel is computed (`{op.label}`), "
+                    "not a variable"
+                )
+            path.insert(0, op)
+            value = op.inputs[0]
+        leaf = self._program.leaves.index(value)
+        kernel = f"follows a layer whose kernel {self._names[leaf]!r}"
+        for v in (value, *(op.outputs[0] for op in path)):
+            if len(self._uses[v]) > 1:
+                raise Unfoldable(
+                    f"{kernel} is also used elsewhere: it goes into "
+                    f"{' and '.join(self._uses[v])}"
+                )
+        axes = axes_at_leaf(self._program, value, path, product)
+        real = map(self._program.is_real, (value, product.op.outputs[0]))
+        if axes is None or not all(real):
+            dtype = self._program.values[value].aval.dtype
+            raise Unfoldable(
+                f"{kernel}, {dtype}{list(self._program.shape(value))}, is not "
+                "floating or has no axis for the features alone"
+            )
+        return leaf, axes
+
+    def walk(self, product: Product) -> tuple[list[Step], str]:
+        """Follows the output of a product; returns steps and what ends them."""
+        steps: list[Step] = []
+        value, axes = product.op.outputs[0], product.axes
+        while True:
+            try:
+                op = self._next(value)
+                if op.name in MOVES:
+                    axes = self._moved(op, axes)
+                else:
+                    steps.append(self._step(op, value, axes))
+            except Unfoldable as reason:
+                return steps, str(reason)
+            value = op.outputs[0]
+
+    def _next(self, value: int) -> Op:
+        uses = self._uses[value]
+        if len(uses) != 1 or value not in self._user:
+            raise Unfoldable(
+                "takes in a value that is also used elsewhere: it goes into "
+                + " and ".join(uses)
+                + _hint("".join(uses))
+            )
+        return self._user[value]
+
+    def _moved(self, op: Op, axes: Axes) -> Axes:
+        if not self._program.is_real(op.outputs[0]):
+            raise Unfoldable(between(op))
+        moved = tuple(
+            None if axis is None else follow(self._program, op, axis)
+            for axis in axes
+        )
+        if moved.count(None) > axes.count(None):
+            raise Unfoldable(
+                f"follows `{op.label}`, which splits, merges or reorders the "
+                "features of the layer in front"
+            )
+        return moved
+
+    def _step(self, op: Op, value: int, axes: Axes) -> Step:
+        step = Step(op, op.inputs.index(value), axes)
+        if len(self._program.data(op)) > 1:
+            raise Unfoldable(two(op))
+        if op.name not in AFFINE or (op.name == "div" and step.slot == 1):
+            raise Unfoldable(between(op))
+        if step.operand is None:
+            return step
+        shape = self._program.shape(value)
+        if self._program.shape(op.outputs[0]) != shape:
+            raise Unfoldable(between(op))
+        others = sorted(self._varying[step.operand] - set(axes))
+        if others:
+            raise Unfoldable(
+                f"follows a layer with other features: axis {others[0]} of "
+                f"{list(shape)}, in `{op.label}`, is none of them"
+            )
+        return step
+
+
+def between(op: Op) -> str:
+    return (
+        f"follows `{op.label}`: only a convolution or dense layer, scaled and "
+        f"shifted feature by feature, takes it in{_hint(op.name)}"
+    )
+
+
+def two(op: Op) -> str:
+    return f"follows `{op.label}` of two values that depend on the input"
+
+
+def _hint(name: str) -> str:
+    if "reduce_sum" not in name:
+        return ""
+    return ". If it is in training mode, pass train=False"
