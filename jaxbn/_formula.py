@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, PartitionSpec
 
@@ -22,6 +23,7 @@ from jaxbn._moments import (
 )
 from jaxbn._scope import Groups
 from jaxbn._sync import all_sum, sync_local, vary_like
+from jaxbn.remat import INPUT, STATISTICS
 
 
 class Plan(NamedTuple):
@@ -60,6 +62,7 @@ def run(
     Compiled on its own for the sake of tracing: layers of one shape share what
     JAX derives from it.
     """
+    x = checkpoint_name(x, INPUT)
     y, shared = _batch_norm(plan, x, scale, bias, where, ids, pivot, renorm)
     return y, _of_all(plan, shared, names, pivot).moments
 
@@ -79,6 +82,21 @@ def _batch_norm(
     local = local_moments(x, where, ids, plan.layout)
     largest = plan.layout.values
     shared = sync_local(local, plan.names, plan.groups, pivot, largest)
+    y = _apply(plan, shared, x, scale, bias, where, ids, renorm)
+    return y, shared
+
+
+def _apply(
+    plan: Plan,
+    shared: Local,
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    where: jax.Array | None,
+    ids: jax.Array | None,
+    renorm: Renorm | None,
+) -> jax.Array:
+    """Returns y, without a reduction."""
     inv = jax.lax.rsqrt(shared.moments.var + plan.epsilon)
     centred = _centre(plan, x, apart(shared), where, ids)
     scale, bias = in_rows(plan, scale), in_rows(plan, bias)
@@ -86,17 +104,21 @@ def _batch_norm(
         r, d = _correction(plan, shared, renorm)
         bias = _times(d, scale) + (0 if bias is None else bias)
         scale = _times(r, scale)
-    return affine(plan, centred, inv, scale, bias, ids), shared
+    return affine(plan, centred, inv, scale, bias, ids)
 
 
 @functools.partial(_batch_norm.defjvp, symbolic_zeros=True)
 def _batch_norm_jvp(
     plan: Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    x, scale, _, where, ids, _, renorm = primals
+    x, scale, bias, where, ids, _, renorm = primals
     # The statistics come from the function itself, so that a derivative of
     # this rule goes through them too. As constants they bend Hessians.
-    y, shared = _batch_norm(plan, *primals)
+    _, shared = _batch_norm(plan, *primals)
+    # A policy for recomputation keeps them, and y follows without another
+    # reduction over devices; of the function above it would cost one.
+    shared = checkpoint_name(shared, STATISTICS)
+    y = _apply(plan, shared, x, scale, bias, where, ids, renorm)
     moving = [
         None if t is None or isinstance(t, SymbolicZero) else t
         for t in tangents[:3]
