@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,22 +28,24 @@ def _longest(path: str, keys: Iterable[str], separator: str) -> str | None:
 
 
 def new_paths(
-    paths: Iterable[str],
+    paths: Collection[str],
     rename: Rename,
     separators: tuple[str, str],
     wrong: list[str],
 ) -> dict[str, str]:
+    """Returns old path -> new path of every module."""
     if callable(rename):
         return {path: rename(path) for path in paths}
-    found, unused, (old, new) = {}, dict(rename or {}), separators
+    found, rename, (old, new) = {}, rename or {}, separators
     for path in paths:
-        key = _longest(path, rename or {}, old)
-        unused.pop(key, None)
+        key = _longest(path, rename, old)
         begin, end = "", path
         if key is not None:
             begin, end = rename[key], path[len(key) :].removeprefix(old)
         found[path] = join(new, begin, end.replace(old, new))
-    wrong += [f"rename: no module is {key!r} or below it" for key in unused]
+    for key in rename:
+        if all(_longest(path, [key], old) is None for path in paths):
+            wrong.append(f"rename: no module is {key!r} or below it")
     return found
 
 
@@ -71,8 +73,8 @@ def kinds_of(
                 for name, a in leaves.items()
             }
             wrong.append(
-                f"{path or 'the top level'}: {shapes} could be several kinds; "
-                f"choose one, as kinds={{{path!r}: ...}}"
+                f"{path or 'the top level'}: {shapes} may be several kinds; "
+                f"give kinds={{{path!r}: ...}}, one of {', '.join(KINDS)}"
             )
     return found
 

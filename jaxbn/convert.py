@@ -16,7 +16,7 @@ from flax import nnx
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn import _convert_linen, _convert_nnx
+from jaxbn import _convert_linen, _convert_nnx, _convert_rule
 from jaxbn._torch import from_torch, to_torch
 from jaxbn._torch_options import options_from_torch, options_to_torch
 
@@ -24,6 +24,7 @@ __all__ = [
     "from_torch",
     "options_from_torch",
     "options_to_torch",
+    "runs_as",
     "to_flax",
     "to_jaxbn",
     "to_torch",
@@ -104,12 +105,28 @@ def to_flax(model: _Model, *, keep: Iterable[type] = ()) -> _Model:
     return _convert(model, False, {}, keep)
 
 
+def runs_as(layer: nn.Module) -> nn.Module:
+    """Returns the layer that runs in place of one, for who looks from outside.
+
+    An interceptor of `flax.linen.intercept_methods` sees a layer of a converted
+    model as the model's code made it, with the fields given there.
+
+    Args:
+      layer: such as `context.module` of an interceptor.
+
+    Returns:
+      An unbound layer with the fields that are in force; layer itself where no
+      converted model is running or it is no batch norm.
+    """
+    return _convert_rule.runs_as(layer)
+
+
 def _convert(
     model: _Model, ours: bool, overrides: dict[str, Any], keep: Iterable[type]
 ) -> _Model:
     keep = frozenset(keep)
     fields = tuple(sorted((k, _frozen(v)) for k, v in overrides.items()))
-    rule = _convert_linen.Rule(
+    rule = _convert_rule.Rule(
         jaxbn.linen.BatchNorm if ours else nn.BatchNorm, fields, keep
     )
     if isinstance(model, nn.Module):

@@ -246,17 +246,28 @@ class LinenTest(parameterized.TestCase):
         with pytest.raises(AttributeError):
             model.nothing  # noqa: B018
 
-    def test_interceptors_see_each_layer_once(self):
-        seen = []
+    def test_what_interceptors_see(self):
+        seen, dense = [], nn.Dense(1)
 
         def tap(call, args, kwargs, context):
             if isinstance(context.module, nn.BatchNorm):
-                seen.append(context.module.path)
+                layer = convert.runs_as(context.module)
+                seen.append((context.module.path, type(layer), layer.axis_name))
+            assert convert.runs_as(dense) is dense
             return call(*args, **kwargs)
 
+        model = convert.to_jaxbn(Block(), axis_name="data")
+        x, key = data(), jax.random.key(0)
         with nn.intercept_methods(tap):
-            convert.to_jaxbn(Block()).init(jax.random.key(0), data())
-        assert seen == [("BatchNorm_0",)]
+            variables = jax.eval_shape(model.init, key, x)
+        ours = jaxbn.linen.BatchNorm
+        assert seen == [(("BatchNorm_0",), ours, "data")]
+        plain = nn.BatchNorm()
+        assert convert.runs_as(plain) is plain
+        moments = jax.eval_shape(
+            functools.partial(jaxbn.linen.batch_moments, model), variables, x
+        )
+        assert moments["BatchNorm_0"].mean.shape == (C,)
 
     def test_equal_hashed_pickled_copied(self):
         plain, model = Block(), convert.to_jaxbn(Block(), axis_name="data")
