@@ -99,6 +99,7 @@ def from_torch(
                 continue
             if key in flat:
                 wrong.append(f"{'/'.join(key)} comes from several modules")
+            # A copy: a module that trains on moves its own tensors.
             flat[key] = np.array(a)
     compare(wanted, flat, wrong)
     raise_all(wrong)

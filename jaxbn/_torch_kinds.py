@@ -161,14 +161,14 @@ def _check(
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
-    """Returns a copy: a module that trains on changes its tensors."""
+    """Returns a numpy array, over the memory of value where it can."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
     try:
-        array = np.array(value)
+        array = np.asarray(value)
     except TypeError:  # a dtype that numpy lacks, such as torch.bfloat16
         dtype = jnp.dtype(str(value.dtype).rpartition(".")[2])
-        array = np.array(value.float()).astype(dtype)
+        array = np.asarray(value.float()).astype(dtype)
     if array.dtype.kind in "OSU":
         raise ValueError(
             f"{name!r} must be an array; got {type(value).__name__}. Of a "

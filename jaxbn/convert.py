@@ -61,10 +61,10 @@ def to_jaxbn(
       A model that is used as the one given.
 
     Raises:
-      ValueError: an override is no field of the layer, or would change the
-        shape of a variable of an nnx layer; a layer is a subclass of flax's
-        BatchNorm and not in keep (in linen, when it is first called); model
-        is something else.
+      ValueError: an override is no field of the layer, cannot be hashed (in
+        linen), or would change the shape of a variable of an nnx layer; a layer
+        is a subclass of flax's BatchNorm and not in keep (in linen, when it is
+        first called); model is something else.
     """
     if isinstance(model, nn.Module):
         known = [
@@ -130,6 +130,14 @@ def _convert(
         jaxbn.linen.BatchNorm if ours else nn.BatchNorm, fields, keep
     )
     if isinstance(model, nn.Module):
+        for name, value in fields:
+            try:
+                hash(value)
+            except TypeError as error:
+                raise ValueError(
+                    f"{name}={value!r} cannot be hashed, and as a field of a "
+                    "linen module it has to be."
+                ) from error
         return _convert_linen.convert(model, rule)
     if isinstance(model, nnx.Pytree):
         return _convert_nnx.convert(

@@ -284,6 +284,9 @@ class LinenTest(parameterized.TestCase):
             model.copy(),
         ):
             assert twin == model and type(twin) is type(model)
+        groups = [[[0, 1], [2, 3]], ((0, 1), (2, 3))]
+        a, b = (convert.to_jaxbn(plain, axis_index_groups=g) for g in groups)
+        assert a == b and hash(a) == hash(b)
         changed = model.clone(decay=0.5)
         assert changed == convert.to_jaxbn(Block(decay=0.5), axis_name="data")
 
@@ -389,17 +392,20 @@ class LinenTest(parameterized.TestCase):
                 return new["batch_stats"]
 
             new = run(x)
+            layers = new["BatchNorm_0"], new["inner"]["layers_0"]
             return [
-                round(float(1 - (new[name]["mean"] / x.mean(0)).mean()), 3)
-                for name in ("BatchNorm_0", "inner")
+                round(float(1 - (layer["mean"] / x.mean(0)).mean()), 3)
+                for layer in layers
             ]
 
-        assert decays(Net(nn.BatchNorm())) == [0.9, 0.99]
-        one = convert.to_jaxbn(nn.BatchNorm(), momentum=0.5)
+        inner = nn.Sequential([nn.BatchNorm()])
+        assert decays(Net(inner)) == [0.9, 0.99]
+        one = convert.to_jaxbn(inner, momentum=0.5, debias=False)
         assert decays(Net(one)) == [0.9, 0.5]
         both = convert.to_jaxbn(Net(one), momentum=0.25)
         assert decays(both) == [0.25, 0.25]
         assert decays(convert.to_jaxbn(both, momentum=0.125)) == [0.125] * 2
+        assert decays(convert.to_jaxbn(Net(one), epsilon=1e-3)) == [0.9, 0.5]
         assert decays(convert.to_flax(Net(one))) == [0.9, 0.5]
 
     def test_beside_the_original_they_share_nothing(self):
@@ -530,6 +536,7 @@ class LinenTest(parameterized.TestCase):
     [
         (Block(), dict(axisname="x"), "BatchNorm has no field axisname that"),
         (Block(), dict(parent=None), "BatchNorm has no field parent that"),
+        (Block(), dict(renorm=([], {})), "cannot be hashed"),
         (nnx.Rngs(0), dict(scale_init=None), "has no field scale_init that"),
         (Block, {}, "must be a flax.linen or flax.nnx module; got the class"),
         ([1], {}, re.escape("module; got [1]")),
