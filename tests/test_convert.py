@@ -287,6 +287,8 @@ class LinenTest(parameterized.TestCase):
         groups = [[[0, 1], [2, 3]], ((0, 1), (2, 3))]
         a, b = (convert.to_jaxbn(plain, axis_index_groups=g) for g in groups)
         assert a == b and hash(a) == hash(b)
+        steps = convert.to_jaxbn(convert.to_jaxbn(plain, momentum=0.5), ddof=1)
+        assert steps == convert.to_jaxbn(plain, ddof=1, momentum=0.5)
         changed = model.clone(decay=0.5)
         assert changed == convert.to_jaxbn(Block(decay=0.5), axis_name="data")
 
@@ -406,6 +408,7 @@ class LinenTest(parameterized.TestCase):
         assert decays(both) == [0.25, 0.25]
         assert decays(convert.to_jaxbn(both, momentum=0.125)) == [0.125] * 2
         assert decays(convert.to_jaxbn(Net(one), epsilon=1e-3)) == [0.9, 0.5]
+        assert decays(convert.to_jaxbn(both, epsilon=1e-3)) == [0.25, 0.25]
         assert decays(convert.to_flax(Net(one))) == [0.9, 0.5]
 
     def test_beside_the_original_they_share_nothing(self):
