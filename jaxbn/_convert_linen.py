@@ -31,6 +31,7 @@ def convert(model: nn.Module, rule: Rule) -> nn.Module:
     cls = written_class(model)
     if cls is not type(model):
         rule = type(model)._converted_from[1].then(rule)
+        rule.check("every layer", dict(rule.fields))
     fields = fields_of(model, cls)
     if cls in (nn.BatchNorm, BatchNorm):
         cls, fields = rule.apply(model)

@@ -35,6 +35,11 @@ class Rule:
         keep = self.keep | later.keep
         return Rule(later.to, tuple(sorted(fields.items())), keep)
 
+    def check(self, path: str, fields: dict[str, Any]) -> None:
+        """Raises where the layer to make cannot have the fields."""
+        if self.to is nn.BatchNorm:
+            refuse(path, fields, _DEFAULTS, _SHARED)
+
     def apply(self, layer: nn.Module) -> tuple[type, dict[str, Any]]:
         """Returns class and fields of what a layer turns into."""
         kind = written_class(layer)
@@ -47,8 +52,7 @@ class Rule:
                 raise ValueError(own_class(path, kind, self.to, plain))
             kind = self.to
         fields = {**fields_of(layer, BatchNorm), **dict(self.fields)}
-        if self.to is nn.BatchNorm:
-            refuse(layer_path(layer), fields, _DEFAULTS, _SHARED)
+        self.check(layer_path(layer), fields)
         known = fields_of(layer, kind)
         return kind, {name: fields.get(name, known[name]) for name in known}
 

@@ -45,7 +45,9 @@ def to_jaxbn(
     a layer at the moment it is called, however the code came by it. It is equal
     to another conversion of an equal model, can be pickled, and is a submodule
     like any other. Of the model's own parts only what a bound model hands out
-    is converted too; the fields of an unbound one are what they were.
+    is converted too; the fields of an unbound one are what they were. What JAX
+    traces after the model has returned is out of its reach: the forward
+    function of an nn.custom_vjp, under jax.grad of jax.jit.
 
     Of an nnx model a copy is returned, in which layers that were shared are
     shared. Variables are copies too, over the same arrays, as `nnx.clone`

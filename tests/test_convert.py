@@ -505,6 +505,16 @@ class LinenTest(parameterized.TestCase):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(model.init, jax.random.key(0), x)
 
+    def test_flax_cannot_express_what_conversion_has_set(self):
+        model = convert.to_jaxbn(Block(), num_ids=2)
+        message = "every layer: flax's BatchNorm has no counterpart of num_ids"
+        with pytest.raises(ValueError, match=message):
+            convert.to_flax(model)
+        back = convert.to_flax(convert.to_jaxbn(model, num_ids=None))
+        variables = jax.eval_shape(back.init, jax.random.key(0), data())
+        want = program(Block(), variables, data())
+        assert program(back, variables, data()) == want
+
     def test_calls_that_flax_cannot_take(self):
         class Net(nn.Module):
             @nn.compact
