@@ -1,0 +1,133 @@
+"""`jax.vmap` with an axis name, in the memory of one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._checks import describe
+from jaxbn._lockstep_run import run
+from jaxbn._lockstep_trace import trace
+
+
+def lockstep(
+    fn: Callable[..., Any],
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    *,
+    axis_name: Hashable,
+    unroll: bool | None = None,
+) -> Callable[..., Any]:
+    """`jax.vmap` with an axis name, but one row after the other.
+
+    Returns what jax.vmap(fn, in_axes, out_axes, axis_name=axis_name) returns.
+    Between two collectives over axis_name the rows take turns, so that what
+    does not cross a collective is in memory for one row only. What is the same
+    for all rows is computed once.
+
+    Derivatives belong inside: of a function that calls jax.grad, forward and
+    backward pass are cut at their collectives. Under shard_map axes may be
+    joined, as in ("data", "micro").
+
+    Args:
+      fn: see `value_and_grad` for what it may do.
+      in_axes: an axis or None for every argument, or trees of them.
+      out_axes: likewise for what fn returns; None for what rows share.
+      axis_name: name of the rows.
+      unroll: see `value_and_grad`.
+
+    Returns:
+      Function of the arguments of fn.
+
+    Raises:
+      ValueError: in_axes or out_axes does not fit; the axes have no length or
+        several; out_axes is None for a result that rows do not share; axis_name
+        is bound already; and see `value_and_grad`.
+    """
+
+    def mapped(*args: Any) -> Any:
+        check_unbound(axis_name)
+        leaves, treedef = jax.tree.flatten(args)
+        given = tuple(in_axes) if isinstance(in_axes, list) else in_axes
+        axes = _spread("in_axes", given, args)
+        lengths = {
+            jnp.shape(leaf)[axis]
+            for leaf, axis in zip(leaves, axes)
+            if axis is not None and -jnp.ndim(leaf) <= axis < jnp.ndim(leaf)
+        }
+        if len(lengths) != 1:
+            raise ValueError(
+                f"in_axes={in_axes} must name axes of one length; got "
+                f"{sorted(lengths)} of {', '.join(map(describe, leaves))}."
+            )
+        axes = [
+            None if axis is None else axis % jnp.ndim(leaf)
+            for leaf, axis in zip(leaves, axes)
+        ]
+
+        def flat(*leaves: jax.Array) -> Any:
+            return fn(*jax.tree.unflatten(treedef, leaves))
+
+        (size,) = lengths
+        program, tree = trace(
+            flat, leaves, axes, axis_name=axis_name, size=size
+        )
+        numbers = program.outputs
+        wanted = _spread(
+            "out_axes", out_axes, jax.tree.unflatten(tree, numbers)
+        )
+        for number, axis in zip(numbers, wanted):
+            if axis is None and program.stacked[number]:
+                raise ValueError(
+                    "out_axes is None for a result that rows do not share, "
+                    f"{describe(program.kinds[number])} of each."
+                )
+        results = run(program, leaves, axes, unroll=unroll)
+        out = [
+            _place(array, program.stacked[number], axis, size)
+            for array, number, axis in zip(results, numbers, wanted)
+        ]
+        return jax.tree.unflatten(tree, out)
+
+    return mapped
+
+
+def check_unbound(axis_name: Hashable) -> None:
+    """Raises unless axis_name is free for microbatches."""
+    try:
+        size = jax.lax.axis_size(axis_name)
+    except NameError:
+        return
+    raise ValueError(
+        f"axis_name={axis_name!r} is bound here already, to an axis of length "
+        f"{size}. Microbatches need a name of their own."
+    )
+
+
+def _spread(name: str, axes: Any, tree: Any) -> list[int | None]:
+    """Returns an axis for every leaf of a tree."""
+
+    def is_none(x: Any) -> bool:
+        return x is None
+
+    try:
+        spread = jax.tree.broadcast(axes, tree, is_leaf=is_none)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}={axes} does not fit {jax.tree.structure(tree)}."
+        ) from error
+    return jax.tree.leaves(spread, is_leaf=is_none)
+
+
+def _place(
+    array: jax.Array, stacked: bool, axis: int | None, size: int
+) -> jax.Array:
+    """Moves the rows of a result to where they are wanted."""
+    if axis is None:
+        return array
+    if not stacked:
+        array = jnp.broadcast_to(array, (size, *jnp.shape(array)))
+    return jnp.moveaxis(array, 0, axis)

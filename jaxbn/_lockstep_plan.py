@@ -1,0 +1,157 @@
+"""What each segment of a program computes, and what it keeps.
+
+What one segment needs of an earlier one is kept for all microbatches, so it is
+chosen with care; all else lives for one microbatch at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from jaxbn._lockstep_nodes import Node, Program
+
+# To make a value again may read so many times its size. Else residual networks
+# would go back to their input in every block.
+_READS = 4
+
+
+class Segment(NamedTuple):
+    """The code between two collectives."""
+
+    shared: tuple[Node, ...]  # first and once: what no microbatch changes
+    reads: tuple[int, ...]  # stacked values
+    nodes: tuple[Node, ...]  # run for every microbatch
+    keeps: tuple[int, ...]  # stacked values that later segments read
+    places: dict[int, int]  # one of keeps -> one of reads, then dead
+    sums: tuple[int, ...]  # values that a collective adds up
+    ends: tuple[Node, ...]  # the collectives
+
+
+def plan(program: Program) -> list[Segment]:
+    """Decides, from the last segment to the first, what is kept.
+
+    Of what a segment needs of earlier ones, cheap values are computed again
+    where the values they are made of are kept anyway; all others are kept.
+    """
+    inputs = {*program.inputs, program.index}
+    keep = {i for i in program.outputs if program.stacked[i]} - inputs
+    nodes = _needed(program)
+    segments = []
+    for level in range(max([n.level for n in nodes], default=0), -1, -1):
+        here = [node for node in nodes if node.level == level]
+        ends = [node for node in here if node.collective]
+        effects = [node for node in here if node.stacked and not node.outputs]
+        keep -= {i for node in ends for i in node.outputs}
+        work, loads = _slice(
+            program,
+            level,
+            keep.union(*(node.inputs for node in (*ends, *effects))),
+        )
+        work.update(effects)
+        summed, stacked = (
+            {
+                i
+                for node in ends
+                if node.collective == way and program.stacked[node.inputs[0]]
+                for i in node.inputs
+            }
+            for way in ("sum", "stack")
+        )
+        reads = loads & summed.union(*(node.inputs for node in work))
+        writes = (keep | stacked) - loads - inputs
+        dying = reads - keep - stacked - inputs
+        segments.append(
+            Segment(
+                shared=tuple(node for node in here if not node.stacked),
+                reads=tuple(sorted(reads)),
+                nodes=tuple(node for node in program.nodes if node in work),
+                keeps=tuple(sorted(writes)),
+                places=_places(program, writes, dying),
+                sums=tuple(sorted(summed)),
+                ends=tuple(ends),
+            )
+        )
+        keep = loads - inputs
+    return segments[::-1]
+
+
+def _needed(program: Program) -> list[Node]:
+    """Returns the nodes that a result or an effect depends on."""
+    wanted = set(program.outputs)
+    nodes = []
+    for node in reversed(program.nodes):
+        if not node.outputs or not wanted.isdisjoint(node.outputs):
+            wanted.update(node.inputs)
+            nodes.append(node)
+    return nodes[::-1]
+
+
+def _slice(
+    program: Program, level: int, want: Iterable[int]
+) -> tuple[set[Node], set[int]]:
+    """Returns the nodes that make want, and the stacked values they need."""
+    nodes, found = _walk(program, want, lambda node: node.level == level)
+    earlier = {
+        i for i in found if i in program.maker and program.maker[i].cheap
+    }
+    loads = found - earlier
+    free = {*program.inputs, program.index}
+    for value in sorted(earlier):
+        again, leaves = _walk(
+            program, [value], lambda node: node.cheap, stop=loads
+        )
+        missing = leaves - loads - free
+        cost = sum(program.bytes(i) for i in missing)
+        # What is there already needs no new array.
+        level_of = program.levels.__getitem__
+        there = all(level_of(i) < level_of(value) for i in missing)
+        size = program.kinds[value].size
+        read = sum(program.kinds[i].size for i in leaves)
+        if cost - there < program.bytes(value) and read <= _READS * size:
+            nodes |= again
+            loads |= leaves
+        else:
+            loads.add(value)
+    return nodes, loads
+
+
+def _walk(
+    program: Program,
+    want: Iterable[int],
+    enters: Callable[[Node], bool],
+    stop: Iterable[int] = (),
+) -> tuple[set[Node], set[int]]:
+    """Goes back through nodes; returns them, and stacked values it ends at."""
+    nodes: set[Node] = set()
+    ends: set[int] = set()
+    stack, seen = list(want), set()
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        node = program.maker.get(value)
+        stacked = program.stacked[value]
+        enter = node and stacked and value not in stop and enters(node)
+        if enter or value in program.inline:
+            nodes.add(node)
+            stack.extend(node.inputs)
+        elif stacked:
+            ends.add(value)
+    return nodes, ends
+
+
+def _places(
+    program: Program, writes: Iterable[int], dying: Iterable[int]
+) -> dict[int, int]:
+    """Finds arrays of the same type to write into."""
+    places: dict[int, int] = {}
+    dying = sorted(dying)
+    for value in sorted(writes):
+        for old in dying:
+            if program.kinds[old] == program.kinds[value]:
+                places[value] = old
+                dying.remove(old)
+                break
+    return places

@@ -1,0 +1,135 @@
+"""Evaluates a program, microbatch after microbatch, segment by segment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._lockstep_loop import Job, Stack, loop
+from jaxbn._lockstep_nodes import Node, Program
+from jaxbn._lockstep_plan import Segment, plan
+
+
+def run(
+    program: Program,
+    leaves: Sequence[jax.Array],
+    axes: Sequence[int | None],
+    *,
+    unroll: bool | None,
+) -> list[jax.Array]:
+    """Evaluates a program; stacked results get a new first axis.
+
+    Args:
+      program: of `trace`.
+      leaves: all arguments of all microbatches.
+      axes: the axis of the microbatches of every leaf, or None.
+      unroll: see `loop`; None unrolls where loops are slow.
+
+    Returns:
+      The results.
+    """
+    if unroll is None:
+        unroll = loops_are_slow(node.name for node in program.nodes)
+    shared = dict(program.constants)
+    stacks: dict[int, Stack] = {}
+    for value, leaf, axis in zip(program.inputs, leaves, axes):
+        if axis is None:
+            shared[value] = leaf
+        else:
+            stacks[value] = Stack(leaf, axis)
+    token = jnp.int32(0)
+    for segment in plan(program):
+        for node in segment.shared:
+            _evaluate(node, shared, shared)
+        totals, token = _run_segment(
+            program, segment, shared, stacks, token, unroll
+        )
+        for node in segment.ends:
+            (value,) = node.inputs
+            if node.collective == "sum":
+                operand = totals[value]
+            else:
+                operand = _together(program, value, shared, stacks)
+            for out, result in zip(node.outputs, node.run(operand)):
+                if program.stacked[out]:
+                    stacks[out] = Stack(result)
+                else:
+                    shared[out] = result
+    return [
+        _together(program, i, shared, stacks)
+        if program.stacked[i]
+        else shared[i]
+        for i in program.outputs
+    ]
+
+
+def loops_are_slow(names: Iterable[str]) -> bool:
+    """Returns whether the compiler is bad at these operations in loops."""
+    # XLA's for CPUs prepares convolutions for its fast code outside of loops
+    # only: inside, their derivatives take 20 times longer.
+    return jax.default_backend() == "cpu" and "conv_general_dilated" in set(
+        names
+    )
+
+
+def _evaluate(
+    node: Node, known: dict[int, Any], shared: dict[int, Any]
+) -> None:
+    inputs = (known[i] if i in known else shared[i] for i in node.inputs)
+    known.update(zip(node.outputs, node.run(*inputs)))
+
+
+def _together(
+    program: Program,
+    value: int,
+    shared: dict[int, Any],
+    stacks: dict[int, Stack],
+) -> jax.Array:
+    """Returns a value of all microbatches along a new first axis."""
+    if value == program.index:
+        return jnp.arange(program.size, dtype=jnp.int32)
+    if value in stacks:
+        return stacks[value].together()
+    one = jnp.asarray(shared[value])
+    return jnp.broadcast_to(one, (program.size, *one.shape))
+
+
+def _run_segment(
+    program: Program,
+    segment: Segment,
+    shared: dict[int, Any],
+    stacks: dict[int, Stack],
+    token: jax.Array,
+    unroll: bool,
+) -> tuple[dict[int, jax.Array], jax.Array]:
+    """Returns the sums of a segment; what it keeps is added to stacks."""
+    if not (segment.nodes or segment.sums or segment.keeps):
+        return {}, token
+
+    def body(index: jax.Array, values: dict[int, Any]) -> tuple[Any, Any]:
+        known = {**values, program.index: index}
+        for node in segment.nodes:
+            _evaluate(node, known, shared)
+        sums = {i: known[i] for i in segment.sums}
+        return sums, {i: known[i] for i in segment.keeps}
+
+    kinds = program.kinds
+    job = Job(
+        body,
+        reads={i: stacks[i] for i in segment.reads if i != program.index},
+        sums={i: kinds[i] for i in segment.sums},
+        keeps={i: kinds[i] for i in segment.keeps},
+        places=segment.places,
+    )
+    totals, kept, token = loop(
+        job,
+        token,
+        size=program.size,
+        axis_name=program.axis_name,
+        unroll=unroll,
+    )
+    stacks.update(kept)
+    return totals, token

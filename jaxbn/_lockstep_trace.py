@@ -1,0 +1,256 @@
+"""From a function of one microbatch to its program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+
+from jaxbn._lockstep_collectives import (
+    add_collective,
+    bind,
+    inner_equations,
+    named_axes,
+    other_axes,
+)
+from jaxbn._lockstep_nodes import Program
+from jaxbn._lockstep_rebuild import REBUILD
+from jaxbn._lockstep_types import is_typed, varies_over, vary
+
+# Equations that only wrap the ones that count.
+_CALL_NAMES = (
+    "call checkpoint closed_call core_call custom_jvp_call custom_vjp_call "
+    "custom_vjp_call_jaxpr jit pjit remat remat2"
+)
+# One pass at most over what they read. What is not named here runs once.
+_CHEAP_NAMES = (
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh "
+    "bitcast_convert_type broadcast_in_dim cbrt ceil clamp complex concatenate "
+    "conj convert_element_type copy copy_p cos cosh div eq erf erf_inv erfc "
+    "exp exp2 expand_dims expm1 floor ge gt imag integer_pow iota is_finite le "
+    "log log1p logistic lt max min mul ne neg nextafter not or pad "
+    "population_count pow random_bits random_clone random_fold_in random_seed "
+    "random_split random_unwrap random_wrap real reduce_precision rem reshape "
+    "rev round rsqrt select_n shift_left shift_right_arithmetic "
+    "shift_right_logical sign sin sinh slice split sqrt square squeeze stack "
+    "stop_gradient sub tan tanh threefry2x32 transpose xor"
+)
+_CALLS = frozenset(_CALL_NAMES.split())
+_CHEAP = frozenset(_CHEAP_NAMES.split())
+
+
+def trace(
+    fn: Callable[..., Any],
+    leaves: Sequence[jax.Array],
+    axes: Sequence[int | None],
+    *,
+    axis_name: Hashable,
+    size: int,
+) -> tuple[Program, Any]:
+    """Traces fn of one microbatch with axis_name in scope.
+
+    Args:
+      fn: takes the leaves, those with an axis without it.
+      leaves: all arguments of all microbatches.
+      axes: the axis of the microbatches of every leaf; None: they share it.
+      axis_name: what fn's collectives call the microbatches.
+      size: number of microbatches.
+
+    Returns:
+      (Program, tree of what fn returns).
+    """
+    examples = [
+        leaf
+        if axis is None
+        else jax.lax.index_in_dim(leaf, 0, axis, keepdims=False)
+        for leaf, axis in zip(leaves, axes)
+    ]
+    make = functools.partial(
+        jax.make_jaxpr, axis_env=[(axis_name, size)], return_shape=True
+    )
+    if is_typed():
+        closed, shapes = _trace_typed(make, fn, examples, axes, axis_name, size)
+    else:
+        closed, shapes = make(fn)(*examples)
+    program = Program(axis_name, size)
+    program.inputs = [
+        program.value(var.aval, axis is not None)
+        for var, axis in zip(closed.jaxpr.invars, axes)
+    ]
+    program.outputs = _inline(
+        program, closed.jaxpr, closed.consts, program.inputs, 0
+    )
+    return program, jax.tree.structure(shapes)
+
+
+def _trace_typed(
+    make: Callable[..., Any],
+    fn: Callable[..., Any],
+    examples: Sequence[jax.Array],
+    axes: Sequence[int | None],
+    axis_name: Hashable,
+    size: int,
+) -> Any:
+    """Traces under shard_map with check_vma=True.
+
+    There a collective wants its axis in the mesh. The mesh with this axis is
+    never run on; every equation is evaluated on the real one, without it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    wider = jax.sharding.AbstractMesh(
+        (*mesh.axis_sizes, size),
+        (*mesh.axis_names, axis_name),
+        axis_types=(*mesh.axis_types, jax.sharding.AxisType.Manual),
+    )
+    over = [
+        varies_over(example) | (set() if axis is None else {axis_name})
+        for example, axis in zip(examples, axes)
+    ]
+
+    def typed(*plain: jax.Array) -> Any:
+        return fn(*map(vary, plain, over))
+
+    plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in examples]
+    nothing = jax.sharding.AbstractMesh((), ())
+    use = jax.sharding.use_abstract_mesh
+    # A mesh may not replace one of another size, but nothing may, and it
+    # nothing.
+    try:
+        with use(nothing), use(wider):
+            return make(typed)(*plain)
+    except ValueError as error:
+        if "context mesh" not in str(error):
+            raise
+        raise ValueError(
+            "Under shard_map with check_vma=True a function in lockstep cannot "
+            "read arrays of the function around it: pass them as arguments."
+        ) from error
+
+
+def _inline(
+    program: Program,
+    jaxpr: jex.Jaxpr,
+    consts: Sequence[Any],
+    inputs: Sequence[int],
+    floor: int,
+) -> list[int]:
+    """Appends all equations, of at least level floor; returns the outputs."""
+    numbers = dict(zip(jaxpr.invars, inputs))
+    for var, array in zip(jaxpr.constvars, consts):
+        numbers[var] = program.constant(array, var.aval)
+
+    def read(atom: Any) -> int:
+        if isinstance(atom, jex.Literal):
+            # Plain: what JAX keeps remembers the mesh it was traced on.
+            plain = np.asarray(atom.val, atom.aval.dtype)
+            return program.constant(plain, atom.aval)
+        return numbers[atom]
+
+    for eqn in jaxpr.eqns:
+        outputs = _equation(program, eqn, [read(a) for a in eqn.invars], floor)
+        numbers.update(zip(eqn.outvars, outputs))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _equation(
+    program: Program, eqn: jex.JaxprEqn, inputs: list[int], floor: int
+) -> list[int]:
+    name, params = eqn.primitive.name, eqn.params
+    kinds = [var.aval for var in eqn.outvars]
+    if name in _CALLS:
+        if params.get("differentiated") and np.any(params["prevent_cse"]):
+            # jax.checkpoint: to be recomputed once the cotangent is there,
+            # not kept since the first time.
+            floor = max([floor, *(program.levels[i] for i in inputs)])
+        return _inline(program, *_body(eqn), inputs, floor)
+    if name == "name":  # a label for policies of jax.checkpoint
+        return inputs
+    if name == "optimization_barrier":
+        # Each operand has its own, so that what is shared stays shared.
+        return [
+            program.add(name, _barrier, [i], [kind], cheap=True, floor=floor)[0]
+            for i, kind in zip(inputs, kinds)
+        ]
+    if name == "pvary":
+        rest = other_axes(program, eqn)
+        if not rest:
+            return inputs
+        run = functools.partial(_vary, rest)
+        return program.add(name, run, inputs, kinds, cheap=True, floor=floor)
+    if program.axis_name in named_axes(eqn):
+        return add_collective(program, eqn, inputs, floor)
+    _check_inside(program, eqn)
+    if name in REBUILD and is_typed():
+        # Types inside of it name the axis; see _trace_typed.
+        evaluate = functools.partial(_evaluate, program)
+        run = functools.partial(REBUILD[name], evaluate, params)
+    else:
+        params = _on_real_mesh(program, params)
+        run = functools.partial(bind, eqn.primitive, params)
+    return program.add(
+        name,
+        run,
+        inputs,
+        kinds,
+        cheap=name in _CHEAP,
+        floor=floor,
+    )
+
+
+def _on_real_mesh(program: Program, params: dict[str, Any]) -> dict[str, Any]:
+    """Takes the axis of the microbatches out of shardings; see _trace_typed."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {
+        key: jax.sharding.NamedSharding(mesh, value.spec)
+        if isinstance(value, jax.sharding.NamedSharding)
+        and program.axis_name in value.mesh.axis_names
+        else value
+        for key, value in params.items()
+    }
+
+
+def _barrier(x: jax.Array) -> list[jax.Array]:
+    return [jax.lax.optimization_barrier(x)]
+
+
+def _vary(over: tuple[Hashable, ...], x: jax.Array) -> list[jax.Array]:
+    return [vary(x, over)]
+
+
+def _body(eqn: jex.JaxprEqn) -> tuple[jex.Jaxpr, Sequence[Any]]:
+    for value in eqn.params.values():
+        if isinstance(value, jex.ClosedJaxpr):
+            return value.jaxpr, value.consts
+        if isinstance(value, jex.Jaxpr):
+            return value, ()
+    raise ValueError(f"{eqn.primitive.name} holds no code to run in lockstep.")
+
+
+def _check_inside(program: Program, eqn: jex.JaxprEqn) -> None:
+    for jaxpr in jex.jaxprs_in_params(eqn.params):
+        for inner in inner_equations(jaxpr):
+            if program.axis_name in named_axes(inner):
+                raise ValueError(
+                    f"{inner.primitive.name} over {program.axis_name!r} stands "
+                    f"inside {eqn.primitive.name}, which cannot be cut there. "
+                    "Write the loop or the branch in Python, or keep layers "
+                    "that synchronize out of it."
+                )
+
+
+def _evaluate(
+    program: Program, closed: jex.ClosedJaxpr, *inputs: Any
+) -> list[Any]:
+    """Evaluates code whose types name the axis of the microbatches."""
+    inner = Program(program.axis_name, program.size)
+    numbers = [inner.value(var.aval, False) for var in closed.jaxpr.invars]
+    outputs = _inline(inner, closed.jaxpr, closed.consts, numbers, 0)
+    known = {**inner.constants, **dict(zip(numbers, inputs))}
+    for node in inner.nodes:
+        out = node.run(*(known[i] for i in node.inputs))
+        known.update(zip(node.outputs, out))
+    return [known[i] for i in outputs]

@@ -1,0 +1,200 @@
+"""Value and gradient of every microbatch, and what they are together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from jaxbn._checks import describe
+from jaxbn._lockstep_collectives import inner_equations
+from jaxbn._lockstep_loop import Job, Stack, loop
+from jaxbn._lockstep_run import loops_are_slow, run
+from jaxbn._lockstep_trace import trace
+from jaxbn._lockstep_types import varies_over, vary
+from jaxbn._moments import Moments, merge
+
+
+class Work(NamedTuple):
+    """A function of one microbatch, and all microbatches.
+
+    fn: takes the leaves, those with an axis without it; returns (tree to take
+      the mean of, aux).
+    leaves: arrays.
+    axes: of the microbatches, for every leaf; None: they share it.
+    size: number of microbatches.
+    axis_name: of the microbatches.
+    unroll: whether to write them out; None: where loops are slow.
+    """
+
+    fn: Callable[..., tuple[Any, Any]]
+    leaves: Sequence[jax.Array]
+    axes: Sequence[int | None]
+    size: int
+    axis_name: Hashable
+    unroll: bool | None
+
+
+def exactly(work: Work) -> tuple[Any, Any]:
+    """Returns (means, aux) with the microbatches in lockstep."""
+    program, tree = trace(
+        work.fn,
+        work.leaves,
+        work.axes,
+        axis_name=work.axis_name,
+        size=work.size,
+    )
+    if not any(node.collective for node in program.nodes):
+        raise ValueError(
+            f"loss does nothing over axis_name={work.axis_name!r}, so no layer "
+            "normalizes with the statistics of all microbatches. Give the "
+            f"layers axis_name={work.axis_name!r}, under shard_map a tuple "
+            "with the mesh axis, or use exact=False."
+        )
+    to_mean, aux = jax.tree.unflatten(tree, program.outputs)
+    to_mean = jax.tree.map(program.add_mean, to_mean)
+    program.outputs = jax.tree.leaves((to_mean, aux))
+    out = run(program, work.leaves, work.axes, unroll=work.unroll)
+    means, values = jax.tree.unflatten(tree, out)
+    differs = jax.tree.map(program.stacked.__getitem__, aux)
+    return means, _merge_moments(values, differs, work.size)
+
+
+def apart(work: Work) -> tuple[Any, Any]:
+    """Returns (means, aux) with every microbatch on its own."""
+    stacks = {
+        i: Stack(leaf, axis)
+        for i, (leaf, axis) in enumerate(zip(work.leaves, work.axes))
+        if axis is not None
+    }
+
+    def own(values: dict[int, Any]) -> list[jax.Array]:
+        return [values.get(i, leaf) for i, leaf in enumerate(work.leaves)]
+
+    first = own({i: stack.at(0, None) for i, stack in stacks.items()})
+    closed, shapes = jax.make_jaxpr(work.fn, return_shape=True)(*first)
+    count = len(jax.tree.leaves(shapes[0]))
+
+    def body(_: jax.Array, values: dict[int, Any]) -> Any:
+        out = jex.jaxpr_as_fun(closed)(*own(values))
+        return dict(enumerate(out[:count])), dict(enumerate(out[count:]))
+
+    unroll = work.unroll
+    if unroll is None:
+        names = (e.primitive.name for e in inner_equations(closed.jaxpr))
+        unroll = loops_are_slow(names)
+    sums, kept, _ = loop(
+        Job(
+            body,
+            stacks,
+            sums=dict(enumerate(closed.out_avals[:count])),
+            keeps=dict(enumerate(closed.out_avals[count:])),
+        ),
+        jnp.int32(0),
+        size=work.size,
+        axis_name=work.axis_name,
+        unroll=unroll,
+    )
+    out = [sums[i] / work.size for i in range(count)]
+    out += [kept[i].together() for i in range(len(kept))]
+    means, values = jax.tree.unflatten(jax.tree.structure(shapes), out)
+    differs = jax.tree.map(lambda _: True, values)
+    return means, _merge_moments(values, differs, work.size)
+
+
+def _merge_moments(aux: Any, differs: Any, size: int) -> Any:
+    """Merges the Moments that differ between microbatches."""
+
+    def merged(found: Any, differs: Any) -> Any:
+        if not _is_moments(found) or not any(differs):
+            return found
+        fields = [
+            field if own else jnp.broadcast_to(field, (size, *field.shape))
+            for field, own in zip(found, differs)
+        ]
+        return merge(*(Moments(*row) for row in zip(*fields)))
+
+    return jax.tree.map(merged, aux, differs, is_leaf=_is_moments)
+
+
+def _is_moments(tree: Any) -> bool:
+    return isinstance(tree, Moments)
+
+
+def gradient_of_one(
+    loss: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    axis: set[Hashable],
+) -> Callable[..., Any]:
+    """Returns ((value, gradient), aux) of a microbatch as a function.
+
+    axis: what the value is marked to vary over, where types say such things: a
+    value that all microbatches share counts once in each, as it does where
+    they do not.
+    """
+
+    def scalar(*args: Any) -> Any:
+        value, aux = loss(*args) if has_aux else (loss(*args), None)
+        return vary(jnp.asarray(value), axis), aux
+
+    def both(*args: Any) -> Any:
+        (value, aux), grads = jax.value_and_grad(scalar, argnums, has_aux=True)(
+            *args
+        )
+        # A sum in bfloat16 over microbatches would lose what the last ones add.
+        return (value, jax.tree.map(_widen, grads)), aux
+
+    return both
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def split(batch: Any, microbatches: int) -> Any:
+    """Gives every leaf the microbatches as its axis 1, or raises."""
+    leaves = jax.tree.leaves(batch)
+    words = ", ".join(map(describe, leaves)) or "no leaf"
+    if not leaves or any(leaf.ndim == 0 for leaf in leaves):
+        raise ValueError(
+            "Every leaf of the batch, the last argument, needs the examples on "
+            f"axis 0; got {words}."
+        )
+    sizes = {leaf.shape[0] for leaf in leaves}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"The leaves of the batch differ in length on axis 0; got {words}."
+        )
+    (size,) = sizes
+    if microbatches < 1 or size < 1 or size % microbatches:
+        fits = [n for n in range(1, size + 1) if size % n == 0]
+        near = [n for n in fits if n < microbatches][-1:]
+        near += [n for n in fits if n > microbatches][:1]
+        raise ValueError(
+            f"microbatches={microbatches} does not divide the {size} examples "
+            f"of the batch; {' and '.join(map(str, near)) or 'nothing'} would."
+        )
+    return jax.tree.map(
+        lambda x: x.reshape(-1, microbatches, *x.shape[1:]), batch
+    )
+
+
+def vary_some(
+    args: Sequence[Any], nums: Sequence[int], over: set[Hashable]
+) -> list[Any]:
+    """Marks the arguments in nums as varying over mesh axes."""
+    return [
+        jax.tree.map(lambda x: vary(x, over), arg) if n in nums else arg
+        for n, arg in enumerate(args)
+    ]
+
+
+def gradient_like(grad: jax.Array, param: jax.Array) -> jax.Array:
+    """Sums over the mesh axes that param is the same on, as jax.grad does."""
+    over = tuple(varies_over(grad) - varies_over(param))
+    total = jax.lax.psum(grad, over) if over else grad
+    return total.astype(param.dtype)
