@@ -53,7 +53,8 @@ class Analysis:
       program: what was analysed.
       names: of the leaves of its variables.
       folds: in the order of the program.
-      layers: a Layer for every use of a normalization.
+      layers: a Layer for every use of a normalization, and for one in training
+        mode.
     """
 
     def __init__(
@@ -116,8 +117,18 @@ class Analysis:
             for norm in self._norms(self._statistics(op)):
                 found[Layer(norm, *facts)] = None
         idle = set(self._norm_of.values()) - {layer.norm for layer in found}
-        dead = [Layer(norm, None, None, _TRAINING) for norm in sorted(idle)]
-        return (*found, *dead)
+        dead = [norm for norm in sorted(idle) if not self._is_uncalled(norm)]
+        return (*found, *(Layer(norm, None, None, _TRAINING) for norm in dead))
+
+    def _is_uncalled(self, norm: str) -> bool:
+        """Whether a normalization has scale or bias, and they are unused too."""
+        own = [
+            self._walker.is_used(value)
+            for i, value in enumerate(self.program.leaves)
+            if i not in self._norm_of
+            and f"/{self.names[i]}".rpartition("/")[0].endswith(f"/{norm}")
+        ]
+        return bool(own) and not any(own)
 
     def _why(self, op: Op) -> str:
         """Returns why what meets the statistics in op is not folded."""

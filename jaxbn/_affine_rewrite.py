@@ -142,6 +142,6 @@ def _take(operand: jax.Array, axes: Axes) -> jax.Array:
 
 def _bias_name(kernel: str, taken: set[str]) -> str:
     parent, _, own = kernel.rpartition("/")
-    name = "bias" if own == "kernel" else f"{own}_bias"
+    name = "bias" if own in ("kernel", "weight") else f"{own}_bias"
     name = f"{parent}/{name}" if parent else name
     return name if name not in taken else f"{kernel}_folded_bias"

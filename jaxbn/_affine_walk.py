@@ -54,6 +54,9 @@ class Walker:
         for v in program.outputs:
             self._uses[v].append("the result")
 
+    def is_used(self, value: int) -> bool:
+        return bool(self._uses.get(value))
+
     def kernel(self, product: Product) -> tuple[int, Axes]:
         """Returns the leaf that is the kernel, and where it has the features."""
         value, path = product.kernel, []

@@ -108,6 +108,10 @@ def fold(
     model = Model(apply, variables, is_statistic)
     inputs = jax.tree.map(_random(np.random.default_rng(0)), examples)
     analysis, _ = model.analyse(leaves, inputs)
+    if not analysis.layers:
+        raise ValueError(
+            "apply calls none of the normalizations that variables hold."
+        )
     complete = all(layer.kernel for layer in analysis.layers)
     if on_unfoldable == "raise" and not complete:
         raise ValueError(_refusal(analysis.layers))

@@ -621,6 +621,12 @@ def test_training_mode_is_told_apart(module, returns_statistics):
         fold(apply, initialized(model, x), x)
 
 
+def test_one_example_does_not_look_like_a_weight():
+    model, x = Dictated(after_skip), normal(1, 3)
+    with pytest.raises(ValueError, match="follows `add` of two values"):
+        fold(model.apply, initialized(model, x), x)
+
+
 def test_half_a_normalization_stays_whole():
     def apply(v, x):
         y = jax.nn.relu(x @ v["kernel"] - v["mean"])
@@ -631,6 +637,34 @@ def test_half_a_normalization_stays_whole():
     assert set(folded.params) == set(v)
     (layer,) = folded.layers
     assert layer.reason.startswith("follows `relu`")
+
+
+def test_reshape_tells_features_from_examples_as_many():
+    def apply(v, x):
+        y = (x @ v["weight"]).reshape(5, 1, 5)
+        return (y - v["mean"]) * jax.lax.rsqrt(v["var"])
+
+    v = dict(weight=normal(3, 5), mean=normal(5), var=np.float32(range(1, 6)))
+    folded = fold(apply, v, normal(5, 3))
+    assert set(folded.params) == {"weight", "bias"}
+    x = normal(5, 3, seed=2)
+    assert_close(folded.apply(folded.params, x), apply(v, x))
+
+
+def test_norm_that_is_not_called_is_no_obstacle():
+    class TwoHeads(nn.Module):
+        @nn.compact
+        def __call__(self, x, both=True):
+            y = norm("first")(dense(x, "a"))
+            return (y, norm("second")(dense(x, "b"))) if both else y
+
+    model, x = TwoHeads(), normal(4, 3)
+    variables = initialized(model, x)
+    folded = fold(functools.partial(model.apply, both=False), variables, x)
+    assert [layer.norm for layer in folded.layers] == ["first"]
+    assert set(folded.params) == {"params/a/kernel", "params/a/bias"}
+    with pytest.raises(ValueError, match="calls none of the normalizations"):
+        fold(lambda v, x: x @ v["params"]["a"]["kernel"], variables, x)
 
 
 def test_reversed_features_are_not_mixed_up():
