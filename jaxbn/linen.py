@@ -201,6 +201,7 @@ class BatchNorm(nn.Module):
             handed.value = record(handed.value, batch)
         return y
 
+    @nn.nowrap
     def _layer(self, *, alone: bool) -> Layer:
         scope = Scope(num_ids=self.num_ids)
         if not alone:
@@ -219,6 +220,7 @@ class BatchNorm(nn.Module):
             given["axis_name"] = None
         return Layer(scope=scope, **given)
 
+    @nn.nowrap
     def _hands_out_moments(self) -> bool:
         # Not where everything is mutable: nobody asked for them there, and
         # variables that are handed back would go on adding up.

@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn import Moments, doctor, precise
+from jaxbn import Moments, convert, doctor, precise
 from jaxbn.doctor import _symptoms
 
 
@@ -221,6 +221,14 @@ def test_flax_layers_are_examined_too(healthy, batches):
     for a, b in zip(report.layers, ours.layers):
         np.testing.assert_allclose(a.var, b.var, rtol=1e-6)
     assert report.warnings == []
+
+
+def test_converted_models_are_seen_as_they_run(healthy, batches):
+    model = Net(norm=nn.BatchNorm, axis_name=None)
+    model = convert.to_jaxbn(model, axis_name="data")
+    report = examine(healthy, batches, model=model, devices=8)
+    assert [layer.kind for layer in report.layers] == ["jaxbn", "jaxbn"]
+    assert [layer.axis_name for layer in report.layers] == ["data", "data"]
 
 
 @pytest.mark.parametrize("norm", [nnx.BatchNorm, jaxbn.nnx.BatchNorm])

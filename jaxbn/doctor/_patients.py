@@ -55,7 +55,7 @@ class Linen:
             layer = context.module
             kinds = (nn.BatchNorm, jaxbn.linen.BatchNorm)
             if isinstance(layer, kinds) and context.method_name == "__call__":
-                found["/".join(layer.path)] = _options(layer)
+                found["/".join(layer.path)] = _options(convert.runs_as(layer))
                 # Not run: axes that it names are not bound here.
                 return args[0]
             return run(*args, **kwargs)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax.extend.core
 import numpy as np
 
-from jaxbn._affine_axes import MOVES, Axes, Product, find_product
-from jaxbn._affine_trace import PRODUCTS, Op, Program
-from jaxbn._affine_walk import AFFINE, Step, Unfoldable, Walker, between, two
+from jaxbn.fold._axes import MOVES, Axes, Product, find_product
+from jaxbn.fold._trace import PRODUCTS, Op, Program
+from jaxbn.fold._walk import AFFINE, Step, Unfoldable, Walker, between, two
 
 _TRAINING = (
     "is in training mode, or never called: its running statistics do not reach "

@@ -13,7 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxbn._convert_rule import (
+from jaxbn.convert._rule import (
     Rule,
     activated,
     fields_of,

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._affine_axes import Axes
-from jaxbn._affine_chain import Analysis, Fold, Step
-from jaxbn._affine_trace import Op
+from jaxbn.fold._axes import Axes
+from jaxbn.fold._chain import Analysis, Fold, Step
+from jaxbn.fold._trace import Op
 
 
 class Rewritten:

@@ -6,7 +6,7 @@ import collections
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxbn._affine_axes import (
+from jaxbn.fold._axes import (
     MOVES,
     Axes,
     Product,
@@ -14,7 +14,7 @@ from jaxbn._affine_axes import (
     follow,
     varying,
 )
-from jaxbn._affine_trace import Op, Program
+from jaxbn.fold._trace import Op, Program
 
 AFFINE = frozenset(["add", "sub", "mul", "div", "neg"])
 

@@ -1,8 +1,4 @@
-"""Whole models between flax's BatchNorm and jaxbn's, and PyTorch's weights.
-
-Import it where a program starts: what JAX has compiled before is compiled
-again, because from then on the conversion in force is a part of JAX's keys.
-"""
+"""Exchanges the layers of a linen or nnx model."""
 
 from __future__ import annotations
 
@@ -16,19 +12,7 @@ from flax import nnx
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn import _convert_linen, _convert_nnx, _convert_rule
-from jaxbn._torch import from_torch, to_torch
-from jaxbn._torch_options import options_from_torch, options_to_torch
-
-__all__ = [
-    "from_torch",
-    "options_from_torch",
-    "options_to_torch",
-    "runs_as",
-    "to_flax",
-    "to_jaxbn",
-    "to_torch",
-]
+from jaxbn.convert import _linen, _nnx, _rule
 
 _Model = TypeVar("_Model")
 
@@ -75,7 +59,7 @@ def to_jaxbn(
             if field.name not in ("parent", "name")
         ]
     else:
-        known = list(_convert_nnx.options(jaxbn.nnx.BatchNorm))
+        known = list(_nnx.options(jaxbn.nnx.BatchNorm))
     wrong = [name for name in overrides if name not in known]
     if wrong:
         raise ValueError(
@@ -120,7 +104,7 @@ def runs_as(layer: nn.Module) -> nn.Module:
       An unbound layer with the fields that are in force; layer itself where no
       converted model is running or it is no batch norm.
     """
-    return _convert_rule.runs_as(layer)
+    return _rule.runs_as(layer)
 
 
 def _convert(
@@ -128,7 +112,7 @@ def _convert(
 ) -> _Model:
     keep = frozenset(keep)
     fields = tuple(sorted((k, _frozen(v)) for k, v in overrides.items()))
-    rule = _convert_rule.Rule(
+    rule = _rule.Rule(
         jaxbn.linen.BatchNorm if ours else nn.BatchNorm, fields, keep
     )
     if isinstance(model, nn.Module):
@@ -140,14 +124,14 @@ def _convert(
                     f"{name}={value!r} cannot be hashed, and as a field of a "
                     "linen module it has to be."
                 ) from error
-        return _convert_linen.convert(model, rule)
+        return _linen.convert(model, rule)
     if isinstance(model, nnx.Pytree):
-        return _convert_nnx.convert(
+        return _nnx.convert(
             model,
             jaxbn.nnx.BatchNorm if ours else nnx.BatchNorm,
             overrides=overrides,
             keep=keep,
-            convert_linen=functools.partial(_convert_linen.convert, rule=rule),
+            convert_linen=functools.partial(_linen.convert, rule=rule),
         )
     raise ValueError(
         "model must be a flax.linen or flax.nnx module; got "

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from jaxbn._affine_chain import Analysis
-from jaxbn._affine_rewrite import Rewritten
-from jaxbn._affine_trace import Program
+from jaxbn.fold._chain import Analysis
+from jaxbn.fold._rewrite import Rewritten
+from jaxbn.fold._trace import Program
 
 
 class Model:

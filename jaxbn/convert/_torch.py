@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._torch_kinds import (
+from jaxbn.convert._torch_kinds import (
     Name,
     for_torch,
     kind_in_flax,
@@ -16,7 +16,7 @@ from jaxbn._torch_kinds import (
     module_to_torch,
     to_array,
 )
-from jaxbn._torch_names import (
+from jaxbn.convert._torch_names import (
     Rename,
     Values,
     compare,

@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._affine_chain import Layer
-from jaxbn._affine_model import Model
-from jaxbn._affine_rewrite import Rewritten
-from jaxbn._affine_trace import Program
-
-__all__ = ["Difference", "Folded", "Layer", "fold"]
+from jaxbn.fold._chain import Layer
+from jaxbn.fold._model import Model
+from jaxbn.fold._rewrite import Rewritten
+from jaxbn.fold._trace import Program
 
 
 class Difference(NamedTuple):

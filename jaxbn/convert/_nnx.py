@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._convert_checks import own_class, refuse, spell
+from jaxbn.convert._checks import own_class, refuse, spell
 from jaxbn.nnx import BatchNorm
 
 # Of these a layer keeps no record, and the variables they make exist already.

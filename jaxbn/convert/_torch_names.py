@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._torch_kinds import KINDS, Name
+from jaxbn.convert._torch_kinds import KINDS, Name
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 Values = int | Mapping[str, int] | None

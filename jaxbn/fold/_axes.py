@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from jaxbn._affine_trace import Op, Program
+from jaxbn.fold._trace import Op, Program
 
 # These pass values on and move axes, as `follow` says; nothing is computed.
 MOVES = frozenset(

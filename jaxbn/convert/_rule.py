@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxbn._convert_checks import own_class, refuse, spell_class
+from jaxbn.convert._checks import own_class, refuse, spell_class
 from jaxbn.linen import BatchNorm
 
 # Inside a model JAX must not reuse what it traced for the unconverted one, so

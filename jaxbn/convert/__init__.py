@@ -1,0 +1,19 @@
+"""Whole models between flax's BatchNorm and jaxbn's, and PyTorch's weights.
+
+Import it where a program starts: what JAX has compiled before is compiled
+again, because from then on the conversion in force is a part of JAX's keys.
+"""
+
+from jaxbn.convert._models import runs_as, to_flax, to_jaxbn
+from jaxbn.convert._torch import from_torch, to_torch
+from jaxbn.convert._torch_options import options_from_torch, options_to_torch
+
+__all__ = [
+    "from_torch",
+    "options_from_torch",
+    "options_to_torch",
+    "runs_as",
+    "to_flax",
+    "to_jaxbn",
+    "to_torch",
+]
