@@ -1,11 +1,4 @@
-"""Gradient accumulation that gives what the whole batch would give.
-
-A batch that does not fit into memory is cut into microbatches. Run one after
-the other, each with its own statistics, they train another network: statistics
-are noisier, running statistics move once a microbatch, and the gradient is not
-that of the batch. `value_and_grad` gives value, gradient and running statistics
-of the whole batch; `lockstep` is what it is made of.
-"""
+"""Value and gradient of a batch in microbatches, and its statistics."""
 
 from __future__ import annotations
 
@@ -15,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._lockstep import check_unbound, lockstep
-from jaxbn._lockstep_types import is_typed, varies_over
-from jaxbn._microbatches import (
+from jaxbn._moments import Moments
+from jaxbn._running import RunningStats, is_finite, update_running
+from jaxbn.accumulate._lockstep import check_unbound
+from jaxbn.accumulate._microbatches import (
     Work,
     apart,
     exactly,
@@ -26,10 +20,7 @@ from jaxbn._microbatches import (
     split,
     vary_some,
 )
-from jaxbn._moments import Moments
-from jaxbn._running import RunningStats, is_finite, update_running
-
-__all__ = ["lockstep", "update_batch_stats", "value_and_grad"]
+from jaxbn.accumulate._types import is_typed, varies_over
 
 
 def value_and_grad(

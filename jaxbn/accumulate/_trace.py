@@ -10,16 +10,16 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from jaxbn._lockstep_collectives import (
+from jaxbn.accumulate._collectives import (
     add_collective,
     bind,
     inner_equations,
     named_axes,
     other_axes,
 )
-from jaxbn._lockstep_nodes import Program
-from jaxbn._lockstep_rebuild import REBUILD
-from jaxbn._lockstep_types import is_typed, varies_over, vary
+from jaxbn.accumulate._nodes import Program
+from jaxbn.accumulate._rebuild import REBUILD
+from jaxbn.accumulate._types import is_typed, varies_over, vary
 
 # Equations that only wrap the ones that count.
 _CALL_NAMES = (

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxbn._lockstep_types import varies_over, vary, varying
+from jaxbn.accumulate._types import varies_over, vary, varying
 
 Values = dict[Any, Any]
 

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._lockstep_loop import Job, Stack, loop
-from jaxbn._lockstep_nodes import Node, Program
-from jaxbn._lockstep_plan import Segment, plan
+from jaxbn.accumulate._loop import Job, Stack, loop
+from jaxbn.accumulate._nodes import Node, Program
+from jaxbn.accumulate._plan import Segment, plan
 
 
 def run(

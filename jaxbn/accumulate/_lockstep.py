@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._checks import describe
-from jaxbn._lockstep_run import run
-from jaxbn._lockstep_trace import trace
+from jaxbn.accumulate._run import run
+from jaxbn.accumulate._trace import trace
 
 
 def lockstep(

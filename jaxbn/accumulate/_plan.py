@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jaxbn._lockstep_nodes import Node, Program
+from jaxbn.accumulate._nodes import Node, Program
 
 # To make a value again may read so many times its size. Else residual networks
 # would go back to their input in every block.

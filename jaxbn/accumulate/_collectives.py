@@ -11,7 +11,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._lockstep_nodes import Program
+from jaxbn.accumulate._nodes import Program
 
 
 def named_axes(eqn: jex.JaxprEqn) -> tuple[Hashable, ...]:

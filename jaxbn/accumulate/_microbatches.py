@@ -10,12 +10,12 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxbn._checks import describe
-from jaxbn._lockstep_collectives import inner_equations
-from jaxbn._lockstep_loop import Job, Stack, loop
-from jaxbn._lockstep_run import loops_are_slow, run
-from jaxbn._lockstep_trace import trace
-from jaxbn._lockstep_types import varies_over, vary
 from jaxbn._moments import Moments, merge
+from jaxbn.accumulate._collectives import inner_equations
+from jaxbn.accumulate._loop import Job, Stack, loop
+from jaxbn.accumulate._run import loops_are_slow, run
+from jaxbn.accumulate._trace import trace
+from jaxbn.accumulate._types import varies_over, vary
 
 
 class Work(NamedTuple):
