@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.bench import layers, measure, sharded
+from tests.bench import layers, measure, memory_policy, sharded
 from train import resnet
 
 SHAPES = ((64, 32, 32, 64), (128, 8, 8, 256), (32, 56, 56, 64))
@@ -101,6 +101,11 @@ def memory(names: list[str], quick: bool) -> dict:
             )
             result["temp"].setdefault(name, {})[dtype] = temp / x.nbytes
     return result
+
+
+def policy(names: list[str], quick: bool) -> dict:
+    """Memory and time of a ResNet that computes its norms again."""
+    return memory_policy.run(quick, on_cpu(), say)
 
 
 def compile_times(names: list[str], quick: bool) -> dict:
@@ -202,6 +207,7 @@ def _eight(names: tuple[str, ...], quick: bool) -> dict:
 SECTIONS = {
     "speed": speed,
     "memory": memory,
+    "policy": policy,
     "compile": compile_times,
     "stability": stability,
     "sync": sync,

@@ -116,6 +116,33 @@ def memory(result: dict) -> str:
     )
 
 
+def policy(result: dict) -> str:
+    """Returns memory and time under policies of recomputation."""
+    rows = result["rows"]
+    base = next(iter(rows.values()))
+    shape = "x".join(map(str, result["shape"]))
+
+    def size(row: dict, key: str) -> str:
+        change = "" if row is base else f" ({row[key] / base[key] - 1:+.0%})"
+        return f"{row[key] / 2**20:.0f}{change}"
+
+    return (
+        "### Memory of a gradient under jax.checkpoint, MiB\n\n"
+        f"Bottlenecks {result['stages']}, first width {result['width']}, "
+        f"images {shape}, float32. Kept: by jax.vjp, besides arguments. "
+        "Temporary: of the compiled gradient. Time: over the first row's "
+        "within a round.\n\n"
+        + table(
+            ["norm", "kept", "temporary", "ms", "time"],
+            [
+                [name, size(row, "kept"), size(row, "temp")]
+                + [ranged(row["ms"], 0), ranged(row["ratio"])]
+                for name, row in rows.items()
+            ],
+        )
+    )
+
+
 def compile_times(result: dict) -> str:
     """Returns seconds until a training step runs."""
     parts = "trace and lower", "compile"
@@ -218,6 +245,7 @@ def sync(result: dict) -> str:
 TABLES = {
     "speed": speed,
     "memory": memory,
+    "policy": policy,
     "compile": compile_times,
     "stability": stability,
     "sync": sync,
