@@ -21,27 +21,56 @@ def get_config() -> ConfigDict:
     config.flip = True
 
     # Network.
+    config.model = "resnet"  # preact, preact_bottleneck, wide, resnet18
     config.depth = 20  # 6n + 2
-    config.width = 16
-    config.norm = "jaxbn"  # or flax
+    config.width = 16  # channels of the first stage
+    config.widen = 1  # times width, for model="wide"
+    # jaxbn, flax, none, or a variant: renorm, ghost, debiased, pivot.
+    config.norm = "jaxbn"
+    config.norm_axes = "all"  # that are synchronized; an axis, or none
     config.norm_momentum = 0.9  # weight of the old running statistics
     config.norm_epsilon = 1e-5
+    config.norm_options = ConfigDict()  # fields of jaxbn.linen.BatchNorm
+    config.norm_options.normalize_over = placeholder(int)
+    config.norm_options.debias = placeholder(bool)
+    config.norm_options.pivot = placeholder(bool)
+    config.norm_options.ddof = placeholder(int)
+    config.norm_options.frozen = placeholder(bool)
+    config.norm_options.train_affine = placeholder(bool)
+    config.norm_options.skip_nonfinite = placeholder(bool)
     config.zero_init_gamma = False
     config.dtype = "float32"  # of the computation; or bfloat16
 
     # Optimization.
     config.seed = 0
+    config.seeds = 1  # runs with seed, seed + 1, ...: mean and deviation
     config.epochs = 10
     config.batch_size = 128  # over all devices together
     config.test_batch_size = 1000
+    # A device takes its share of a batch in so many parts, with statistics and
+    # gradients of the whole; for a batch that does not fit.
+    config.microbatches = 1
     config.learning_rate = 0.1  # the peak
     config.schedule = "step"  # step, cosine or one_cycle
-    config.boundaries = (32_000, 48_000)  # steps that divide the rate by ten
+    config.boundaries = (32_000, 48_000)  # steps at which the rate falls
+    config.decay_factor = 0.1  # that it is then multiplied with
     config.warmup_epochs = 0.0  # linear, for step and cosine
     config.momentum = 0.9
     config.nesterov = False
     config.weight_decay = 1e-4  # on kernels only
+    config.label_smoothing = 0.0
+    # Of an average of the weights, evaluated at the end beside the last ones
+    # with statistics taken anew over so many batches; 0 takes none.
+    config.average_decay = 0.0
+    config.precise_batches = 200
+    config.on_nonfinite = "stop"  # or skip: leaves the batch out, goes on
 
     # Machine.
-    config.cpu_devices = 4  # simulated where there is no accelerator
+    config.mesh = "data"  # or replica=2,data=4: axes that the batch lies on
+    config.cpu_devices = 4  # of a process, where there is no accelerator
+    config.checkpoint_every = 0  # steps; besides those after each epoch
+    config.profile = False  # writes a trace of ten steps into the workdir
+    # Batches that one program takes in turn. More than 1 pays where a step is
+    # shorter than its launch: small networks on accelerators, never on CPUs.
+    config.steps_per_dispatch = 1
     return config

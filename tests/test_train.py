@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AxisType
 
 from configs import digits, resnet20_cifar10, resnet20_cifar10_short
-from train import UserError, augment, data, loop, report
+from train import UserError, augment, data, loop, report, seeds
+from train import recipe as recipes
 from train.resnet import ResNet
 from train.step import (
     Recipe,
@@ -101,7 +102,8 @@ def test_every_crop_and_mirror_occurs_and_nothing_else():
 def test_pixel_statistics_are_exact():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, 4, 4, 3), np.uint8)
-    mean, std = augment.pixel_statistics(pixels)
+    parts = [augment.pixel_counts(part) for part in np.split(pixels, [7, 9])]
+    mean, std = augment.pixel_statistics(sum(parts))
     np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(std, pixels.std((0, 1, 2)), rtol=1e-12)
     floats = augment.to_float(pixels, jnp.array(mean), jnp.array(std))
@@ -126,13 +128,9 @@ def test_size_of_the_network(depth, count):
 
 
 def test_network_errors():
-    for field, message in (
-        ({"depth": 21}, "depth=21 is not 6n + 2"),
-        ({"norm": "group"}, "norm='group' is unknown"),
-    ):
-        model = ResNet(**{"depth": 8, "num_classes": 10, **field})
-        with pytest.raises(UserError, match=re.escape(message)):
-            model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+    model = ResNet(depth=21, num_classes=10)
+    with pytest.raises(UserError, match=re.escape("depth=21 is not 6n + 2")):
+        model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
 
 
 def test_zero_init_gamma_starts_as_the_shortcut():
@@ -169,16 +167,16 @@ def test_only_kernels_decay():
 
 def test_schedules():
     config = resnet20_cifar10.get_config()
-    rate = loop.make_schedule(config, 390)
+    rate = recipes.make_schedule(config, 390)
     got = [float(rate(s)) for s in (0, 31_999, 32_001, 48_001, 63_959)]
     np.testing.assert_allclose(got, [0.1, 0.1, 0.01, 0.001, 0.001], rtol=1e-5)
     config.update(schedule="cosine", warmup_epochs=1.0, epochs=10)
-    rate = loop.make_schedule(config, 100)
+    rate = recipes.make_schedule(config, 100)
     got = [float(rate(s)) for s in (0, 49, 500, 1000)]
     want = [0.001, 0.05 * (1 + np.cos(np.pi * 0.049)) / 2, 0.05, 0.0]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-8)
     config = resnet20_cifar10_short.get_config()
-    rate = loop.make_schedule(config, 390)
+    rate = recipes.make_schedule(config, 390)
     steps = 390 * config.epochs
     peak = max(float(rate(s)) for s in range(0, steps, 13))
     np.testing.assert_allclose(peak, config.learning_rate, rtol=1e-3)
@@ -243,7 +241,7 @@ def test_evaluation_counts_every_image_once(images):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, loop.train(small_config(), workdir)
+    return workdir, loop.train(small_config(profile=True), workdir)
 
 
 def records_of(workdir):
@@ -260,10 +258,12 @@ def test_what_a_run_leaves(finished):
         "epochs",
         "steps",
         "devices",
+        "processes",
         "device_kind",
         "versions",
         "seconds",
         "images_per_second",
+        "time",
     }
     assert (summary["epochs"], summary["steps"]) == (3, 12)
     assert summary["devices"] == 8
@@ -280,6 +280,7 @@ def test_what_a_run_leaves(finished):
             "test_accuracy",
             "learning_rate",
             "images_per_second",
+            "skipped",
         }
         assert 0 <= record["test_accuracy"] <= 1
         # Of 100 images: a padded or dropped one would show.
@@ -290,6 +291,39 @@ def test_what_a_run_leaves(finished):
     assert (workdir / "curves.png").read_bytes()[1:4] == b"PNG"
     assert list(workdir.glob("events.out.tfevents.*"))
     assert (workdir / "checkpoints" / "12").is_dir()
+
+
+def test_a_trace_of_some_steps(finished):
+    workdir, _ = finished
+    assert [*(workdir / "profile").rglob("perfetto_trace.json.gz")]
+    assert [*(workdir / "profile").rglob("*.xplane.pb")]
+
+
+def test_seeds_are_runs_of_their_own(tmp_path, monkeypatch):
+    ran = []
+
+    def train(config, workdir):
+        ran.append((config.seed, config.seeds))
+        summary = {
+            "test_accuracy": {3: 0.5, 4: 0.75, 5: 0.7}[config.seed],
+            "epochs": 3,
+            "steps": 12,
+            "seconds": 1.0,
+        }
+        report.write_json(workdir / "summary.json", summary)
+        return summary
+
+    monkeypatch.setattr(loop, "train", train)
+    got = seeds.train(small_config(seed=3, seeds=2), tmp_path)
+    assert ran == [(3, 1), (4, 1)]
+    assert got["test_accuracies"] == [0.5, 0.75]
+    assert got["test_accuracy"] == 0.625
+    np.testing.assert_allclose(got["test_accuracy_deviation"], 0.125 * 2**0.5)
+    assert json.loads((tmp_path / "summary.json").read_text()) == got
+    seeds.train(small_config(seed=3, seeds=3), tmp_path)
+    assert ran[2:] == [(5, 1)], "what is finished is not run again"
+    with pytest.raises(UserError, match="there momentum is 0.9, here 0.5"):
+        seeds.train(small_config(seed=3, seeds=3, momentum=0.5), tmp_path)
 
 
 def test_finished_run_is_not_run_again(finished):
@@ -349,6 +383,19 @@ def test_workdir_that_is_a_file(tmp_path):
         ({"epochs": 0}, "epochs must be positive; got 0"),
         ({"schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"dtype": "float16"}, "dtype='float16' is unknown"),
+        ({"norm": "group"}, "norm='group' is unknown; take one of debiased, "),
+        ({"mesh": "rows"}, "write the axes replica and data once each"),
+        ({"mesh": "replica=3,data=2"}, "does not fit 8 devices"),
+        ({"mesh": "replica=3,data"}, "does not fit 8 devices"),
+        ({"norm_axes": "replica"}, "must be one of all, none, data"),
+        ({"norm": "flax", "norm_axes": "none"}, "it must be 'all'"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be in [0, 1)"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is unknown"),
+        ({"checkpoint_every": -1}, "checkpoint_every must be at least 0"),
+        ({"microbatches": 3}, "microbatches=3 does not divide the 8 examples"),
+        ({"seeds": 0}, "seeds must be at least 1; got 0"),
+        ({"steps_per_dispatch": 0}, "steps_per_dispatch must be at least 1"),
+        ({"model": "resnext"}, "model='resnext' is unknown"),
     ],
 )
 def test_config_that_cannot_run(changes, message, tmp_path):

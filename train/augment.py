@@ -7,20 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def pixel_counts(images: np.ndarray) -> np.ndarray:
+    """Returns how often each channel has each level, (C, 256) integers.
+
+    Args:
+      images: (N, H, W, C) uint8, in host memory.
+    """
+    channels = np.moveaxis(images, -1, 0)
+    return np.stack([np.bincount(c.ravel(), minlength=256) for c in channels])
+
+
 def pixel_statistics(
-    images: np.ndarray,
+    histogram: np.ndarray,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and standard deviation of each channel, in 0..255.
 
     Exact, from the histogram: a float copy of the images is never made.
 
     Args:
-      images: (N, H, W, C) uint8, in host memory.
+      histogram: (C, 256) of `pixel_counts`; those of parts add up.
     """
     levels = np.arange(256)
     means, stds = [], []
-    for channel in range(images.shape[-1]):
-        counts = np.bincount(images[..., channel].ravel(), minlength=256)
+    for counts in histogram:
         mean = np.average(levels, weights=counts)
         var = np.average((levels - mean) ** 2, weights=counts)
         means.append(float(mean))

@@ -7,7 +7,7 @@ TensorFlow, which its own archive extraction and CIFAR reader would import.
 import contextlib
 import difflib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,8 @@ _CHUNK = 1000  # examples decoded at a time
 
 
 class Split(NamedTuple):
+    """Examples, as arrays or as columns that are read when asked for."""
+
     images: np.ndarray  # (N, H, W, C) uint8
     labels: np.ndarray  # (N,) int32
 
@@ -39,8 +41,10 @@ class Batch(NamedTuple):
 
 class _Source(NamedTuple):
     splits: dict  # split name -> tfds.core.SplitInfo
-    read: Callable[[str, range], Split]  # (split name, places) -> examples
+    # (split name, places) -> examples
+    read: Callable[[str, Sequence[int]], Split]
     num_classes: int
+    image_shape: tuple[int, ...]
 
 
 def load(
@@ -49,6 +53,7 @@ def load(
     data_dir: str | None = None,
     train_split: str = "train",
     test_split: str = "test",
+    lazy: bool = False,
 ) -> Dataset:
     """Reads a data set into memory, preparing CIFAR first if necessary.
 
@@ -60,6 +65,8 @@ def load(
         in place of a download.
       train_split, test_split: TFDS split expressions. A validation set is
         train_split="train[:45000]", test_split="train[45000:]".
+      lazy: Reads and decodes an example when it is first asked for, and then
+        keeps it: where several processes each want a share.
 
     Raises:
       UserError: name, data_dir or a split does not exist, a split is empty, or
@@ -76,8 +83,11 @@ def load(
             "Create it, or point data_dir at one that does."
         )
     source = _digits() if name == "digits" else _cifar(name, data_dir)
-    train = _select(source, train_split)
-    return Dataset(train, _select(source, test_split), source.num_classes)
+    train, test = (
+        _select(source, expression, lazy)
+        for expression in (train_split, test_split)
+    )
+    return Dataset(train, test, source.num_classes)
 
 
 def order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -86,9 +96,22 @@ def order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 def train_batches(
-    split: Split, batch_size: int, *, seed: int, epoch: int
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Full batches in `order`; the rest of the epoch is left out.
+
+    Args:
+      split: what to read from.
+      batch_size: of all processes together.
+      seed, epoch: decide the order.
+      start: batches to leave out at the beginning, without reading them.
+      rows: places in each batch to read; None reads all.
 
     Raises:
       UserError: batch_size is not in 1..N.
@@ -101,36 +124,69 @@ def train_batches(
         )
     places = order(num_examples, seed=seed, epoch=epoch)
     full = num_examples - num_examples % batch_size
-    return _batches(split, places[:full], batch_size)
+    places = places[start * batch_size : full]
+    return _batches(split, places, batch_size, rows)
 
 
-def test_batches(split: Split, batch_size: int) -> Iterator[Batch]:
+def stacked(
+    batches: Iterable[Batch], count: int
+) -> Iterator[tuple[int, Batch]]:
+    """Yields (how many, batches on a new first axis); what is left, singly.
+
+    A batch that comes alone has no such axis.
+    """
+    waiting: list[Batch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) == count:
+            yield count, waiting[0] if count == 1 else _stack(waiting)
+            waiting = []
+    for batch in waiting:
+        yield 1, batch
+
+
+def _stack(batches: Sequence[Batch]) -> Batch:
+    return Batch(*map(np.stack, zip(*batches)))
+
+
+def test_batches(
+    split: Split, batch_size: int, *, rows: np.ndarray | None = None
+) -> Iterator[Batch]:
     """Every example once, in place; zeros fill the last batch.
+
+    Args:
+      split: what to read from.
+      batch_size: of all processes together.
+      rows: places in each batch to read; None reads all.
 
     Raises:
       UserError: batch_size is not positive.
     """
     if batch_size < 1:
         raise UserError(f"Batch size {batch_size} is not positive.")
-    return _batches(split, np.arange(len(split.labels)), batch_size)
+    return _batches(split, np.arange(len(split.labels)), batch_size, rows)
 
 
 test_batches.__test__ = False  # for pytest, where it is imported by name
 
 
-def _batches(split: Split, places: np.ndarray, size: int) -> Iterator[Batch]:
+def _batches(
+    split: Split, places: np.ndarray, size: int, rows: np.ndarray | None
+) -> Iterator[Batch]:
+    rows = np.arange(size) if rows is None else rows
     for start in range(0, len(places), size):
-        index = places[start : start + size].astype(np.int32)
+        batch = places[start : start + size].astype(np.int32)
+        index = batch[rows[rows < len(batch)]]
         where = np.ones(len(index), bool)
-        batch = split.images[index], split.labels[index], index, where
-        padding = (0, size - len(index))
+        values = split.images[index], split.labels[index], index, where
+        padding = (0, len(rows) - len(index))
         yield Batch(
-            *(np.pad(x, [padding] + [(0, 0)] * (x.ndim - 1)) for x in batch)
+            *(np.pad(x, [padding] + [(0, 0)] * (x.ndim - 1)) for x in values)
         )
 
 
-def _select(source: _Source, expression: str) -> Split:
-    """Reads the examples of a TFDS split expression, in its order."""
+def _select(source: _Source, expression: str, lazy: bool) -> Split:
+    """Finds the examples of a TFDS split expression, in its order."""
     import tensorflow_datasets as tfds
 
     parts = []
@@ -146,8 +202,55 @@ def _select(source: _Source, expression: str) -> Split:
             f"Split {expression!r} selects nothing of {' or '.join(sizes)}.\n"
             "Write it like train, train[:1000], train[90%:] or test."
         )
+    if lazy:
+        return _Lazy(source, parts).split
     arrays = zip(*(source.read(*part) for part in parts))
     return Split(*map(np.concatenate, arrays))
+
+
+class _Lazy:
+    """Examples in memory once they have been asked for."""
+
+    def __init__(self, source: _Source, parts: list[tuple[str, range]]):
+        self._source = source
+        self._places = [(name, p) for name, places in parts for p in places]
+        n = len(self._places)
+        # The system gives memory to what is written, not to what is reserved.
+        self._kept = Split(
+            np.empty((n, *source.image_shape), np.uint8), np.empty(n, np.int32)
+        )
+        self._known = np.zeros(n, bool)
+        self.split = Split(*(_Column(self, i) for i in range(2)))
+
+    def rows(self, index: np.ndarray, column: int) -> np.ndarray:
+        wanted = np.unique(index[~self._known[index]])
+        names = np.array([self._places[i][0] for i in wanted])
+        for name in np.unique(names):
+            part = wanted[names == name]
+            read = self._source.read(name, [self._places[i][1] for i in part])
+            for kept, values in zip(self._kept, read):
+                kept[part] = values
+        self._known[wanted] = True
+        return self._kept[column][index]
+
+    def whole(self, column: int) -> np.ndarray:
+        return self._kept[column]
+
+
+class _Column:
+    """One array of the examples; indexed by arrays of places."""
+
+    def __init__(self, examples: _Lazy, column: int):
+        self._examples, self._column = examples, column
+        self.shape = examples.whole(column).shape
+        self.dtype = examples.whole(column).dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        places = np.arange(len(self))[index]
+        return self._examples.rows(places, self._column)
 
 
 def _digits() -> _Source:
@@ -168,18 +271,20 @@ def _digits() -> _Source:
         for name, split in data.items()
     }
 
-    def read(name: str, places: range) -> Split:
-        return Split(*(x[places.start : places.stop] for x in data[name]))
+    def read(name: str, places: Sequence[int]) -> Split:
+        return Split(*(x[np.asarray(places)] for x in data[name]))
 
-    return _Source(splits, read, num_classes=10)
+    return _Source(splits, read, 10, images.shape[1:])
 
 
 def _cifar(name: str, data_dir: str | None) -> _Source:
     builder = cifar.prepared(name, data_dir)
     features = builder.info.features
 
-    def read(split: str, places: range) -> Split:
-        images = np.empty((len(places), *features["image"].shape), np.uint8)
+    shape = features["image"].shape
+
+    def read(split: str, places: Sequence[int]) -> Split:
+        images = np.empty((len(places), *shape), np.uint8)
         labels = np.empty(len(places), np.int32)
         try:
             rows = builder.as_data_source(split, file_format="array_record")
@@ -196,4 +301,4 @@ def _cifar(name: str, data_dir: str | None) -> _Source:
         return Split(images, labels)
 
     splits = dict(builder.info.splits)
-    return _Source(splits, read, features["label"].num_classes)
+    return _Source(splits, read, features["label"].num_classes, shape)

@@ -31,10 +31,10 @@ def examine(run: pathlib.Path, batches: int) -> doctor.Report:
     state = saved.state
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     report = doctor.examine(
-        saved.recipe.model,
+        saved.prepared.recipe.model,
         variables,
         itertools.islice(_images(saved), batches),
-        devices=saved.mesh.size,
+        devices=saved.prepared.place.mesh.size,
     )
     draw(report, run / "doctor.png")
     return report
@@ -42,11 +42,14 @@ def examine(run: pathlib.Path, batches: int) -> doctor.Report:
 
 def _images(saved: Saved) -> Iterator[jax.Array]:
     """Yields augmented images, batch by batch, of the last epoch."""
-    epoch = saved.epochs - 1
-    see = jax.jit(lambda batch: augmented(saved.recipe, batch, epoch))
-    config = saved.config
+    config, epoch = saved.config, max(saved.progress.epoch - 1, 0)
+    recipe = saved.prepared.recipe
+    see = jax.jit(lambda batch: augmented(recipe, batch, epoch))
     for batch in data.train_batches(
-        saved.dataset.train, config.batch_size, seed=config.seed, epoch=epoch
+        saved.prepared.dataset.train,
+        config.batch_size,
+        seed=config.seed,
+        epoch=epoch,
     ):
         yield see(batch)
 

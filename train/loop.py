@@ -2,62 +2,71 @@
 
 from __future__ import annotations
 
-import collections
-import difflib
 import importlib.metadata
 import pathlib
 import platform
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from train import UserError, data
-from train.augment import pixel_statistics
-from train.checkpoint import Checkpoints
-from train.report import Report, open_workdir, write_json
-from train.resnet import ResNet
+from train import Stopped, UserError, data, networks, topology
+from train.averaged import evaluate_average
+from train.checkpoint import Checkpoints, what_is_left
+from train.meter import Meter
+from train.norms import examples_together
+from train.recipe import check, make_recipe, make_schedule
+from train.report import Report, SilentReport, open_workdir, write_json
+from train.signals import Interrupt
 from train.step import (
-    AXIS,
     Recipe,
     Sums,
     TrainState,
     init_state,
-    make_optimizer,
     make_test_step,
     make_train_step,
 )
+from train.timeline import Timeline, ready
+from train.topology import Topology
+from train.trace import Trace
+from train.trouble import explain
 
-# More steps in flight than this gain nothing, and simulated devices that run
-# far ahead of each other can wait for ever.
-MAX_IN_FLIGHT = 8
+
+class Prepared(NamedTuple):
+    """What a config stands for, before anything is written."""
+
+    place: Topology
+    dataset: data.Dataset
+    steps: int  # of an epoch
+    schedule: optax.Schedule
+    recipe: Recipe
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains as config says and returns what stands in summary.json.
+class Progress(NamedTuple):
+    """Where in the run a state is; kept beside it in a checkpoint."""
 
-    A workdir with the same config is gone on with after its last checkpoint.
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the next one
+    sums: tuple[float, ...] = (0.0,) * len(Sums._fields)  # over these
+
+
+def prepare(config: ConfigDict) -> Prepared:
+    """Reads the data and makes the recipe.
 
     Raises:
       UserError: the config cannot be run, with what to change.
     """
-    started = time.monotonic()
-    mesh = jax.make_mesh(
-        (jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,)
-    )
-    check(config, mesh.size)
+    check(config)
+    place = topology.make(config.mesh, config.batch_size, config.microbatches)
     dataset = data.load(
         config.dataset,
         data_dir=config.data_dir,
         train_split=config.train_split,
         test_split=config.test_split,
+        lazy=jax.process_count() > 1,
     )
     steps = len(dataset.train.labels) // config.batch_size
     if not steps:
@@ -67,142 +76,86 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             f"{config.train_split!r}."
         )
     schedule = make_schedule(config, steps)
-    recipe = make_recipe(config, dataset, schedule)
-    shape = dataset.train.images.shape[1:]
-    open_workdir(workdir, config)
+    recipe = make_recipe(config, dataset, schedule, place)
+    return Prepared(place, dataset, steps, schedule, recipe)
 
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains as config says and returns what stands in summary.json.
+
+    A workdir with the same config is gone on with after its last checkpoint.
+
+    Raises:
+      UserError: the config cannot be run, with what to change.
+      Stopped: a signal asked for it; the state is saved.
+    """
+    started = time.monotonic()
+    prepared = prepare(config)
+    place, dataset, steps, _, recipe = prepared
+    with topology.main_first("workdir"):
+        open_workdir(workdir, config)
+    timeline = Timeline()
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        state = init_state(recipe, shape, mesh)
-        state, done = checkpoints.restore(state) or (state, 0)
-        with Report(
-            workdir,
-            epochs=config.epochs,
-            images_per_epoch=steps * config.batch_size,
-            done=done,
-        ) as report:
-            report.say(_headline(config, dataset, mesh, done))
-            loop = _Loop(config, recipe, schedule, dataset, mesh, report)
-            for epoch in range(done, config.epochs):
-                state, record = loop.epoch(state, epoch)
-                report.add(record)
-                checkpoints.save(state, epochs=epoch + 1)
-            summary = _summary(report.records, mesh, started)
-    write_json(workdir / "summary.json", summary)
+        shape = dataset.train.images.shape[1:]
+        state = init_state(recipe, shape, place.mesh)
+        progress = Progress()
+        found = checkpoints.restore(state)
+        if found:
+            state, kept = found
+            progress = Progress(**kept)
+        kind = Report if topology.is_main() else SilentReport
+        with (
+            kind(
+                workdir,
+                epochs=config.epochs,
+                images_per_epoch=steps * config.batch_size,
+                done=progress.epoch,
+            ) as report,
+            Interrupt() as interrupt,
+            Trace(
+                workdir / "profile"
+                if config.profile and topology.is_main()
+                else None,
+                report.say,
+            ) as trace,
+        ):
+            report.say(headline(config, prepared, state, progress))
+            loop = _Loop(
+                config,
+                prepared,
+                report,
+                checkpoints,
+                timeline,
+                interrupt,
+                trace,
+            )
+            for epoch in range(progress.epoch, config.epochs):
+                state, record = loop.epoch(state, progress)
+                try:
+                    report.add(record)
+                except OSError as error:
+                    raise UserError(
+                        f"Cannot write to {workdir}: {error.strerror}. "
+                        f"{what_is_left(checkpoints.newest)}"
+                    ) from error
+                progress = Progress(epoch + 1)
+                with timeline.of("save"):
+                    checkpoints.save(
+                        state,
+                        progress._asdict(),
+                        test_accuracy=record["test_accuracy"],
+                    )
+            extra = {}
+            if state.average is not None:
+                extra = evaluate_average(config, prepared, state, loop.test)
+            with timeline.of("save"):
+                checkpoints.wait()
+            summary = _summary(report.records, prepared, started, timeline)
+            summary |= extra
+            if topology.is_main():
+                write_json(workdir / "summary.json", summary)
+            report.say(f"time: {timeline}")
     return summary
-
-
-def check(config: ConfigDict, devices: int) -> None:
-    """Raises UserError for values that no run can have."""
-    positive = ("epochs", "batch_size", "test_batch_size", "learning_rate")
-    for key in positive:
-        if not config[key] > 0:
-            raise UserError(f"{key} must be positive; got {config[key]}.")
-    if config.batch_size % devices:
-        below = config.batch_size // devices * devices
-        nearest = " or ".join(str(n) for n in (below, below + devices) if n)
-        raise UserError(
-            f"batch_size={config.batch_size} does not split over {devices} "
-            f"devices; the nearest that does is {nearest}."
-        )
-    _one_of("schedule", config.schedule, SCHEDULES)
-    _one_of("dtype", config.dtype, ("float32", "bfloat16"))
-
-
-def _one_of(key: str, value: str, known: Any) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1, 0)[0]
-        raise UserError(
-            f"{key}={value!r} is unknown; did you mean {near!r}? Known are "
-            f"{', '.join(sorted(known))}."
-        )
-
-
-def _step_schedule(config: ConfigDict, _: int) -> optax.Schedule:
-    return optax.piecewise_constant_schedule(
-        config.learning_rate, {step: 0.1 for step in config.boundaries}
-    )
-
-
-def _cosine_schedule(config: ConfigDict, total: int) -> optax.Schedule:
-    return optax.cosine_decay_schedule(config.learning_rate, total)
-
-
-def _one_cycle_schedule(config: ConfigDict, total: int) -> optax.Schedule:
-    return optax.cosine_onecycle_schedule(total, config.learning_rate)
-
-
-SCHEDULES = {
-    "step": _step_schedule,
-    "cosine": _cosine_schedule,
-    "one_cycle": _one_cycle_schedule,
-}
-
-
-def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the steps taken before."""
-    total = steps_per_epoch * config.epochs
-    main = SCHEDULES[config.schedule](config, total)
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-
-    def schedule(step: jax.Array) -> jax.Array:
-        rise = jnp.minimum((step + 1) / max(warmup, 1), 1) if warmup else 1
-        return main(step) * rise
-
-    return schedule
-
-
-def make_recipe(
-    config: ConfigDict, dataset: data.Dataset, schedule: optax.Schedule
-) -> Recipe:
-    """Returns what the compiled steps are made from."""
-    mean, std = pixel_statistics(dataset.train.images)
-    return Recipe(
-        model=ResNet(
-            depth=config.depth,
-            num_classes=dataset.num_classes,
-            width=config.width,
-            norm=config.norm,
-            axis_name=AXIS,
-            norm_momentum=config.norm_momentum,
-            norm_epsilon=config.norm_epsilon,
-            zero_init_gamma=config.zero_init_gamma,
-            dtype=jnp.dtype(config.dtype),
-        ),
-        optimizer=make_optimizer(
-            schedule,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        ),
-        pixel_mean=mean,
-        pixel_std=std,
-        padding=config.crop_padding,
-        flip=config.flip,
-        seed=config.seed,
-    )
-
-
-class _Meter:
-    """Adds up the sums of steps while it keeps only a few of them in flight."""
-
-    def __init__(self) -> None:
-        self._in_flight: collections.deque[Sums] = collections.deque()
-        self._total = np.zeros(len(Sums._fields))
-
-    def add(self, sums: Sums) -> None:
-        self._in_flight.append(sums)
-        if len(self._in_flight) > MAX_IN_FLIGHT:
-            self._land()
-
-    def _land(self) -> None:
-        self._total += np.array(jax.device_get(self._in_flight.popleft()))
-
-    def means(self) -> tuple[float, float]:
-        """Waits for all steps; returns mean loss and accuracy."""
-        while self._in_flight:
-            self._land()
-        total = Sums(*self._total)
-        return total.loss / total.count, total.correct / total.count
 
 
 class _Loop:
@@ -211,49 +164,74 @@ class _Loop:
     def __init__(
         self,
         config: ConfigDict,
-        recipe: Recipe,
-        schedule: optax.Schedule,
-        dataset: data.Dataset,
-        mesh: Mesh,
+        prepared: Prepared,
         report: Report,
+        checkpoints: Checkpoints,
+        timeline: Timeline,
+        interrupt: Interrupt,
+        trace: Trace,
     ):
         self._config = config
-        self._schedule = schedule
-        self._dataset = dataset
+        self._prepared = prepared
         self._report = report
-        self._split = NamedSharding(mesh, P(AXIS))
-        self._train_step = make_train_step(recipe, mesh)
-        self._test_step = make_test_step(recipe, mesh)
+        self._checkpoints = checkpoints
+        self._timeline = timeline
+        self._interrupt = interrupt
+        self._trace = trace
+        place = prepared.place
+        self._train_steps: dict[int, Any] = {}  # by batches of a dispatch
+        self._test_step = make_test_step(prepared.recipe, place.mesh)
         # The last batch is padded anyway, so any whole share will do.
-        size = min(config.test_batch_size, len(dataset.test.labels))
-        self._test_batch_size = -(-size // mesh.size) * mesh.size
+        devices = place.mesh.size
+        size = min(config.test_batch_size, len(prepared.dataset.test.labels))
+        self._test_batch_size = -(-size // devices) * devices
+        self._forecast = _Forecast(report, config.epochs * prepared.steps)
 
     def epoch(
-        self, state: TrainState, epoch: int
+        self, state: TrainState, progress: Progress
     ) -> tuple[TrainState, dict[str, float]]:
-        """Trains one epoch, then measures; returns state and record."""
-        meter = _Meter()
-        size = self._config.batch_size
-        images = 0
+        """Trains the rest of an epoch, then measures; state and record.
+
+        Raises:
+          Stopped: a signal asked for it; the state is saved.
+          UserError: the loss or a gradient is not finite.
+        """
+        config, (place, dataset, *_) = self._config, self._prepared
+        size, epoch = config.batch_size, progress.epoch
+        meter = Meter(progress.sums)
+        batch_number, images = progress.batch, 0
         started = time.monotonic()
-        for batch in data.train_batches(
-            self._dataset.train, size, seed=self._config.seed, epoch=epoch
-        ):
-            batch = jax.device_put(batch, self._split)
-            state, sums = self._train_step(state, batch, epoch)
-            meter.add(sums)
-            self._report.advance(size)
-            images += size
-        train_loss, train_accuracy = meter.means()
+        batches = data.train_batches(
+            dataset.train,
+            size,
+            seed=config.seed,
+            epoch=epoch,
+            start=progress.batch,
+            rows=place.rows(size),
+        )
+        together = data.stacked(batches, config.steps_per_dispatch)
+        for count, rows in ready(together, self._timeline):
+            state = self._dispatch(state, count, rows, epoch, meter)
+            if meter.nonfinite and config.on_nonfinite == "stop":
+                self._fail(state, epoch)
+            batch_number += count
+            images += count * size
+            self._report.advance(count * size)
+            done = epoch * self._prepared.steps + batch_number
+            self._forecast.step(done)
+            self._maybe_save(
+                state, Progress(epoch, batch_number), meter, done, count
+            )
+        with self._timeline.of("steps"):
+            train_loss, train_accuracy = meter.means()
+        if meter.nonfinite and config.on_nonfinite == "stop":
+            self._fail(state, epoch)
         seconds = time.monotonic() - started
         step = int(state.step)
-        if not np.isfinite(train_loss):
-            raise UserError(
-                f"The training loss is {train_loss} in epoch {epoch + 1} "
-                f"(up to step {step}). Lower learning_rate, now "
-                f"{self._config.learning_rate}, or raise warmup_epochs."
+        with self._timeline.of("test"):
+            test_loss, test_accuracy = self.test(
+                state.params, state.batch_stats
             )
-        test_loss, test_accuracy = self.test(state)
         return state, {
             "epoch": epoch + 1,
             "step": step,
@@ -261,38 +239,140 @@ class _Loop:
             "train_accuracy": train_accuracy,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            "learning_rate": float(self._schedule(step - 1)),
-            "images_per_second": images / seconds,
+            "learning_rate": float(self._prepared.schedule(step - 1)),
+            "images_per_second": images / seconds if images else 0.0,
+            "skipped": meter.nonfinite,
         }
 
-    def test(self, state: TrainState) -> tuple[float, float]:
-        """Mean loss and accuracy on the test split, each example once."""
-        meter = _Meter()
-        for batch in data.test_batches(
-            self._dataset.test, self._test_batch_size
+    def _dispatch(
+        self, state: TrainState, count: int, rows: Any, epoch: int, meter: Meter
+    ) -> TrainState:
+        """Starts the steps on some batches, stacked if they are several."""
+        place, size = self._prepared.place, self._config.batch_size
+        first = count not in self._train_steps
+        if first:
+            self._train_steps[count] = make_train_step(
+                self._prepared.recipe, place.mesh, steps=count
+            )
+        with (
+            self._timeline.of("compile" if first else "steps"),
+            self._trace.step(meter.sums),
         ):
-            batch = jax.device_put(batch, self._split)
-            meter.add(self._test_step(state.params, state.batch_stats, batch))
+            batch = place.put(rows, size, stacked=count > 1)
+            state, sums = self._train_steps[count](state, batch, epoch)
+            meter.add(sums)
+        return state
+
+    def test(self, params: Any, batch_stats: Any) -> tuple[float, float]:
+        """Mean loss and accuracy on the test split, each example once."""
+        meter = Meter()
+        place, size = self._prepared.place, self._test_batch_size
+        for rows in data.test_batches(
+            self._prepared.dataset.test, size, rows=place.rows(size)
+        ):
+            batch = place.put(rows, size)
+            meter.add(self._test_step(params, batch_stats, batch))
         return meter.means()
 
+    def _maybe_save(
+        self,
+        state: TrainState,
+        progress: Progress,
+        meter: Meter,
+        done: int,
+        count: int,
+    ) -> None:
+        """Saves where the config asks for it, or a signal does."""
+        every = self._config.checkpoint_every
+        due = every and done // every > (done - count) // every
+        # All processes ask each time, and all get the same answer.
+        stop = self._checkpoints.preempted() or self._interrupt.asked
+        if not stop and not due:
+            return
+        if progress.batch == self._prepared.steps and not stop:
+            return  # the end of the epoch is saved with its test
+        with self._timeline.of("steps"):
+            sums = meter.sums()
+        if meter.nonfinite and self._config.on_nonfinite == "stop":
+            self._fail(state, progress.epoch)
+        with self._timeline.of("save"):
+            self._checkpoints.save(
+                state, progress._replace(sums=sums)._asdict()
+            )
+            if stop:
+                self._checkpoints.wait()
+        if stop:
+            raise Stopped(
+                f"Stopped and saved at step {done}; the same command goes on "
+                "from there."
+            )
 
-def _headline(
-    config: ConfigDict, dataset: data.Dataset, mesh: Mesh, done: int
+    def _fail(self, state: TrainState, epoch: int) -> None:
+        where = explain(self._config, self._prepared, state, epoch)
+        newest = self._checkpoints.newest
+        raise UserError(
+            f"{where} The last good checkpoint is "
+            f"{'of step ' + str(newest) if newest is not None else 'none yet'}."
+            f" Lower learning_rate, now {self._config.learning_rate}, raise "
+            "warmup_epochs, or set on_nonfinite=skip."
+        )
+
+
+class _Forecast:
+    """Says once when the run will be over."""
+
+    BEGIN, END = 3, 13  # of the steps it measures; the first ones compile
+
+    def __init__(self, report: Report, total: int):
+        self._report, self._total = report, total
+        self._seen, self._started = 0, 0.0
+
+    def step(self, done: int) -> None:
+        self._seen += 1
+        if self._seen == self.BEGIN:
+            self._started = time.monotonic()
+        if self._seen == self.END:
+            each = (time.monotonic() - self._started) / (self.END - self.BEGIN)
+            left = each * (self._total - done)
+            if left > 60:
+                end = time.strftime("%H:%M", time.localtime(time.time() + left))
+                self._report.say(
+                    f"about {left / 60:.0f} min to go, until {end}"
+                )
+
+
+def headline(
+    config: ConfigDict, prepared: Prepared, state: TrainState, done: Progress
 ) -> str:
-    device = mesh.devices.flat[0]
-    goes_on = f", going on after epoch {done}" if done else ""
+    """Returns what the run is, in a line."""
+    place, dataset = prepared.place, prepared.dataset
+    device = place.mesh.devices.flat[0]
+    shape = " x ".join(f"{k}={v}" for k, v in place.mesh.shape.items())
+    processes = jax.process_count()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    goes_on = ""
+    if done.batch:
+        goes_on = f", going on in epoch {done.epoch + 1}"
+    elif done.epoch:
+        goes_on = f", going on after epoch {done.epoch}"
     return (
-        f"ResNet-{config.depth} on {config.dataset}: "
-        f"{len(dataset.train.labels)} training and "
+        f"{networks.title(config)} ({parameters:,} parameters) on "
+        f"{config.dataset}: {len(dataset.train.labels)} training and "
         f"{len(dataset.test.labels)} test images, batch {config.batch_size} "
-        f"over {mesh.size} {device.device_kind} devices{goes_on}"
+        f"over {place.mesh.size} {device.device_kind} devices ({shape}"
+        f"{f', {processes} processes' if processes > 1 else ''}), "
+        f"norm {config.norm}, {examples_together(config, place)}{goes_on}"
     )
 
 
 def _summary(
-    records: list[dict[str, float]], mesh: Mesh, started: float
+    records: list[dict[str, float]],
+    prepared: Prepared,
+    started: float,
+    timeline: Timeline,
 ) -> dict[str, Any]:
     last = records[-1]
+    mesh = prepared.place.mesh
     # The first epoch holds the compilation.
     speeds = [record["images_per_second"] for record in records]
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -302,6 +382,7 @@ def _summary(
         "epochs": last["epoch"],
         "steps": last["step"],
         "devices": mesh.size,
+        "processes": jax.process_count(),
         "device_kind": mesh.devices.flat[0].device_kind,
         "versions": {
             "python": platform.python_version(),
@@ -309,4 +390,5 @@ def _summary(
         },
         "seconds": round(time.monotonic() - started, 1),
         "images_per_second": statistics.median(speeds[1:] or speeds),
+        "time": {k: round(v, 4) for k, v in timeline.shares().items()},
     }

@@ -20,7 +20,16 @@ from matplotlib import pyplot as plt
 
 # Where the data lies and how many devices are simulated may change from one
 # start of a run to the next; it is still the same run.
-OF_THE_MACHINE = ("data_dir", "cpu_devices")
+OF_THE_MACHINE = (
+    "data_dir",
+    "cpu_devices",
+    "checkpoint_every",
+    "mesh",
+    "microbatches",
+    "profile",
+    "seeds",
+    "steps_per_dispatch",
+)
 
 
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -55,6 +64,28 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(partial, path)
+
+
+class SilentReport:
+    """The report of a process that leaves the telling to another."""
+
+    def __init__(self, *_: Any, done: int, **__: Any):
+        self.records: list[dict[str, float]] = [{}] * done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def advance(self, images: int) -> None:
+        pass
+
+    def add(self, record: dict[str, float]) -> None:
+        self.records.append(record)
 
 
 class Report:

@@ -6,25 +6,21 @@ import json
 import pathlib
 from typing import NamedTuple
 
-import jax
-from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from configs import defaults
-from train import UserError, data, loop
+from train import UserError, loop
 from train.checkpoint import Checkpoints
-from train.step import AXIS, Recipe, TrainState, init_state
+from train.step import TrainState, init_state
 
 
 class Saved(NamedTuple):
     """What `load` returns."""
 
     config: ConfigDict
-    dataset: data.Dataset
-    recipe: Recipe
-    mesh: Mesh  # of the devices here, however many had trained it
+    prepared: loop.Prepared  # for the devices here, whoever trained it
     state: TrainState  # of the newest checkpoint
-    epochs: int  # finished by then
+    progress: loop.Progress  # at that state
 
 
 def read_config(run: pathlib.Path) -> ConfigDict:
@@ -53,19 +49,10 @@ def load(run: pathlib.Path) -> Saved:
       UserError: run is no workdir, or has no checkpoint yet.
     """
     config = read_config(run)
-    dataset = data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        train_split=config.train_split,
-        test_split=config.test_split,
-    )
-    steps = len(dataset.train.labels) // config.batch_size
-    schedule = loop.make_schedule(config, steps)
-    recipe = loop.make_recipe(config, dataset, schedule)
-    mesh = jax.make_mesh(
-        (jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,)
-    )
-    state = init_state(recipe, dataset.train.images.shape[1:], mesh)
+    config.mesh = "data"
+    prepared = loop.prepare(config)
+    shape = prepared.dataset.train.images.shape[1:]
+    state = init_state(prepared.recipe, shape, prepared.place.mesh)
     with Checkpoints(run / "checkpoints") as checkpoints:
         found = checkpoints.restore(state)
     if found is None:
@@ -73,4 +60,5 @@ def load(run: pathlib.Path) -> Saved:
             f"{run} has no checkpoint yet; the first is written after the "
             "first epoch."
         )
-    return Saved(config, dataset, recipe, mesh, *found)
+    state, progress = found
+    return Saved(config, prepared, state, loop.Progress(**progress))

@@ -12,19 +12,21 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxbn import accumulate
 from train.augment import crop_and_flip, example_keys, to_float
 from train.data import Batch
-
-AXIS = "data"
+from train.topology import MICRO
 
 
 class TrainState(NamedTuple):
     """All that changes from step to step, the same on every device."""
 
-    step: jax.Array  # () steps taken
+    step: jax.Array  # () batches taken
+    skipped: jax.Array  # () of them with a loss or gradient not finite
     params: Any
     batch_stats: Any
     opt_state: Any
+    average: Any  # of params, where the recipe asks for it; else None
 
 
 class Sums(NamedTuple):
@@ -33,6 +35,7 @@ class Sums(NamedTuple):
     loss: jax.Array  # () in nats
     correct: jax.Array  # ()
     count: jax.Array  # ()
+    nonfinite: jax.Array  # () batches whose update was left out
 
 
 class Recipe(NamedTuple):
@@ -45,6 +48,12 @@ class Recipe(NamedTuple):
     padding: int  # of the random crop; 0 for none
     flip: bool
     seed: int
+    label_smoothing: float = 0.0
+    average_decay: float | None = None  # of the average of params
+    stop_if_nonfinite: bool = True  # False: leave the batch out and go on
+    microbatches: int = 1  # that a device takes one after the other
+    # The same network, synchronized over microbatches too, if there are some.
+    in_microbatches: nn.Module | None = None
 
 
 def make_optimizer(
@@ -85,27 +94,37 @@ def init_state(
         key = jax.random.key(recipe.seed)
         variables = recipe.model.init(key, image, train=False)
         params = variables["params"]
+        averaged = recipe.average_decay is not None
         return TrainState(
             step=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=variables.get("batch_stats", {}),
             opt_state=recipe.optimizer.init(params),
+            average=params if averaged else None,
         )
 
     return jax.jit(init, out_shardings=NamedSharding(mesh, P()))()
 
 
-def make_train_step(recipe: Recipe, mesh: Mesh) -> Any:
+def make_train_step(recipe: Recipe, mesh: Mesh, *, steps: int = 1) -> Any:
     """Returns jit of (state, batch, epoch) -> (state, Sums).
 
-    The batch is split over the mesh axis `data`; loss, gradient and batch
+    The batch is split over all axes of the mesh; loss, gradient and running
     statistics are those of the whole batch. The state is donated.
+
+    Args:
+      recipe: what a step does.
+      mesh: that the batch lies on.
+      steps: above 1 the batch has another axis in front, of so many batches
+        that are taken in turn by one program, and Sums are over all of them.
     """
-    step = functools.partial(_train_step, recipe)
+    axes = tuple(mesh.axis_names)
+    one = functools.partial(_train_step, recipe, axes)
     sharded = jax.shard_map(
-        step,
+        one if steps == 1 else functools.partial(_train_steps, one),
         mesh=mesh,
-        in_specs=(P(), P(AXIS), P()),
+        in_specs=(P(), P(axes) if steps == 1 else P(None, axes), P()),
         out_specs=P(),
         check_vma=True,
     )
@@ -114,37 +133,15 @@ def make_train_step(recipe: Recipe, mesh: Mesh) -> Any:
 
 def make_test_step(recipe: Recipe, mesh: Mesh) -> Any:
     """Returns jit of (params, batch_stats, batch) -> Sums, masked by where."""
+    axes = tuple(mesh.axis_names)
     sharded = jax.shard_map(
-        functools.partial(_test_step, recipe),
+        functools.partial(_test_step, recipe, axes),
         mesh=mesh,
-        in_specs=(P(), P(), P(AXIS)),
+        in_specs=(P(), P(), P(axes)),
         out_specs=P(),
         check_vma=True,
     )
     return jax.jit(sharded)
-
-
-def _train_step(
-    recipe: Recipe, state: TrainState, batch: Batch, epoch: jax.Array
-) -> tuple[TrainState, Sums]:
-    images = augmented(recipe, batch, epoch)
-
-    def loss(params: Any) -> tuple[jax.Array, tuple[Sums, Any]]:
-        logits, updates = recipe.model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            images,
-            train=True,
-            mutable=["batch_stats"],
-        )
-        sums = _sums(logits, batch)
-        return sums.loss / sums.count, (sums, updates.get("batch_stats", {}))
-
-    grads, (sums, batch_stats) = jax.grad(loss, has_aux=True)(state.params)
-    updates, opt_state = recipe.optimizer.update(
-        grads, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, batch_stats, opt_state), sums
 
 
 def augmented(recipe: Recipe, batch: Batch, epoch: jax.Array) -> jax.Array:
@@ -161,15 +158,98 @@ def augmented(recipe: Recipe, batch: Batch, epoch: jax.Array) -> jax.Array:
     )
 
 
+def _train_steps(
+    one: Any, state: TrainState, batches: Batch, epoch: jax.Array
+) -> tuple[TrainState, Sums]:
+    def body(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        return one(state, batch, epoch)
+
+    state, sums = jax.lax.scan(body, state, batches)
+    return state, jax.tree.map(lambda each: each.sum(0), sums)
+
+
+def _train_step(
+    recipe: Recipe,
+    axes: tuple[str, ...],
+    state: TrainState,
+    batch: Batch,
+    epoch: jax.Array,
+) -> tuple[TrainState, Sums]:
+    several = recipe.microbatches > 1
+    model = recipe.in_microbatches if several else recipe.model
+    names = (*axes, MICRO) if several else axes
+
+    def loss(
+        params: Any, batch_stats: Any, epoch: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, tuple[Sums, Any]]:
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            augmented(recipe, batch, epoch),
+            train=True,
+            mutable=["batch_stats"],
+        )
+        sums = _sums(logits, batch, names, recipe.label_smoothing)
+        return sums.loss / sums.count, (sums, updates.get("batch_stats", {}))
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if several:
+        value_and_grad = accumulate.value_and_grad(
+            loss,
+            microbatches=recipe.microbatches,
+            axis_name=MICRO,
+            has_aux=True,
+        )
+    (_, (sums, batch_stats)), grads = value_and_grad(
+        state.params, state.batch_stats, epoch, batch
+    )
+    updates, opt_state = recipe.optimizer.update(
+        grads, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average is not None:
+        decay = recipe.average_decay
+        average = optax.incremental_update(params, average, 1 - decay)
+    new = TrainState(
+        state.step + 1, state.skipped, params, batch_stats, opt_state, average
+    )
+    return _unless_nonfinite(recipe, state, new, sums, grads)
+
+
+def _unless_nonfinite(
+    recipe: Recipe, old: TrainState, new: TrainState, sums: Sums, grads: Any
+) -> tuple[TrainState, Sums]:
+    """Takes the new state, or where something is not finite the old one.
+
+    The host looks at the sums some steps later. If the run is to stop, the
+    state waits for it where it was: no later batch moves it.
+    """
+    finite = jnp.isfinite(sums.loss) & jnp.isfinite(optax.tree.norm(grads))
+    halted = recipe.stop_if_nonfinite & (old.skipped > 0)
+    take = finite & ~halted
+    state = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
+    nonfinite = jnp.where(finite, 0, 1)
+    step = jnp.where(halted, old.step, old.step + 1)
+    if recipe.stop_if_nonfinite:
+        step = jnp.where(take, step, old.step)
+    state = state._replace(step=step, skipped=old.skipped + nonfinite)
+    kept = jax.tree.map(lambda a: jnp.where(take, a, 0), sums)
+    return state, kept._replace(nonfinite=nonfinite)
+
+
 def _test_step(
-    recipe: Recipe, params: Any, batch_stats: Any, batch: Batch
+    recipe: Recipe,
+    axes: tuple[str, ...],
+    params: Any,
+    batch_stats: Any,
+    batch: Batch,
 ) -> Sums:
     logits = recipe.model.apply(
         {"params": params, "batch_stats": batch_stats},
         _inputs(recipe, batch),
         train=False,
     )
-    return _sums(logits, batch)
+    return _sums(logits, batch, axes, 0.0)
 
 
 def _inputs(recipe: Recipe, batch: Batch) -> jax.Array:
@@ -177,13 +257,17 @@ def _inputs(recipe: Recipe, batch: Batch) -> jax.Array:
     return to_float(batch.images, mean, std)
 
 
-def _sums(logits: jax.Array, batch: Batch) -> Sums:
+def _sums(
+    logits: jax.Array, batch: Batch, axes: tuple[str, ...], smoothing: float
+) -> Sums:
     """Sums over the whole batch on all devices; padding counts nothing."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    correct = logits.argmax(-1) == batch.labels
-    return Sums(
-        *(
-            jax.lax.psum(jnp.where(batch.where, values, 0).sum(), AXIS)
-            for values in (loss, correct, jnp.ones_like(loss))
-        )
+    labels = jax.nn.one_hot(batch.labels, logits.shape[-1])
+    loss = optax.softmax_cross_entropy(
+        logits, optax.smooth_labels(labels, smoothing)
     )
+    correct = logits.argmax(-1) == batch.labels
+    totals = (
+        jax.lax.psum(jnp.where(batch.where, values, 0).sum(), axes)
+        for values in (loss, correct, jnp.ones_like(loss))
+    )
+    return Sums(*totals, nonfinite=jnp.zeros((), jnp.int32))

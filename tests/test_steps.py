@@ -1,0 +1,276 @@
+"""What a training step may be asked for beyond the plain one."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from configs import digits
+from jaxbn import accumulate
+from train import data, norms, topology
+from train.resnet import ResNet
+from train.step import (
+    Recipe,
+    augmented,
+    init_state,
+    make_optimizer,
+    make_test_step,
+    make_train_step,
+)
+
+
+class Poisoned(nn.Module):
+    """A network whose output is NaN where an image is white all over."""
+
+    network: nn.Module
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        white = (x.min((1, 2, 3)) > 1.9)[:, None]
+        return jnp.where(white, jnp.nan, self.network(x, train=train))
+
+
+def network(axis_name="data", **fields):
+    norm = functools.partial(norms.BatchNorm, momentum=0.9, axis_name=axis_name)
+    return Poisoned(
+        ResNet(depth=8, num_classes=10, width=4, norm=norm, **fields)
+    )
+
+
+def make_recipe(**changes):
+    optimizer = make_optimizer(
+        lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4
+    )
+    recipe = Recipe(
+        model=network(),
+        optimizer=optimizer,
+        pixel_mean=(80.0,),
+        pixel_std=(90.0,),
+        padding=0,
+        flip=True,
+        seed=0,
+    )
+    return recipe._replace(**changes)
+
+
+@pytest.fixture(scope="module")
+def place():
+    auto = (AxisType.Auto,)
+    return topology.Topology(jax.make_mesh((8,), ("data",), axis_types=auto))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Four of 32 images; in the third a share of one device is white."""
+    images = data.load("digits", train_split="train[:128]").train
+    found = list(data.train_batches(images, 32, seed=0, epoch=0))
+    found[2].images[8:11] = 255
+    return found
+
+
+def walk(recipe, place, batches):
+    step = make_train_step(recipe, place.mesh)
+    state = init_state(recipe, (8, 8, 1), place.mesh)
+    states, sums = [], []
+    for batch in batches:
+        state, got = step(state, place.put(batch, 32), 0)
+        states.append(jax.device_get(state))
+        sums.append(jax.device_get(got))
+    return states, sums
+
+
+@pytest.fixture(scope="module")
+def skipping(place, batches):
+    recipe = make_recipe(
+        stop_if_nonfinite=False, average_decay=0.75, label_smoothing=0.2
+    )
+    return recipe, *walk(recipe, place, batches)
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace(skipping):
+    _, states, sums = skipping
+    before, after = states[1], states[2]
+    assert (before.skipped, after.skipped, after.step) == (0, 1, 3)
+    assert [int(one.nonfinite) for one in sums] == [0, 0, 1, 0]
+    assert sums[2].loss == 0 and sums[2].count == 0
+    for field in ("params", "batch_stats", "opt_state", "average"):
+        chex.assert_trees_all_equal(
+            getattr(before, field), getattr(after, field)
+        )
+    assert np.isfinite(sums[3].loss)
+    moved = jax.tree.map(
+        lambda a, b: not np.array_equal(a, b), after.params, states[3].params
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.fixture(scope="module")
+def stopping(place, batches):
+    return walk(make_recipe(), place, batches)
+
+
+def test_a_run_that_is_to_stop_waits_where_it_was(stopping):
+    states, sums = stopping
+    for field in ("step", "params", "batch_stats", "opt_state"):
+        for late in states[2:]:
+            chex.assert_trees_all_equal(
+                getattr(states[1], field), getattr(late, field)
+            )
+    assert [int(one.nonfinite) for one in sums] == [0, 0, 1, 0]
+
+
+def test_average_of_the_weights(skipping):
+    _, states, _ = skipping
+    want = jax.tree.map(
+        lambda a, p: 0.75 * np.float64(a) + 0.25 * np.float64(p),
+        states[0].average,
+        states[1].params,
+    )
+    chex.assert_trees_all_close(states[1].average, want, rtol=1e-5, atol=1e-7)
+
+
+def test_label_smoothing(skipping, place, batches):
+    """The first loss, from the logits of the network as it began."""
+    recipe, _, sums = skipping
+    state = init_state(recipe, (8, 8, 1), place.mesh)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    model = network(axis_name=None)
+
+    @jax.jit
+    def logits_of(variables, batch):
+        images = augmented(recipe, batch, 0)
+        trained, _ = model.apply(
+            variables, images, train=True, mutable=["batch_stats"]
+        )
+        images = (batch.images - 80.0) / 90.0
+        return trained, model.apply(variables, images, train=False)
+
+    def loss(logits, wanted):
+        log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        return -(wanted * log_p).sum()
+
+    trained, tested = logits_of(variables, batches[0])
+    hot = np.eye(10)[batches[0].labels]
+    want = loss(trained, 0.8 * hot + 0.02)
+    np.testing.assert_allclose(sums[0].loss, want, rtol=1e-5)
+    test_step = make_test_step(recipe, place.mesh)
+    got = test_step(*variables.values(), place.put(batches[0], 32))
+    np.testing.assert_allclose(got.loss, loss(tested, hot), rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["microbatches", "steps of one dispatch"])
+def test_the_same_steps_in_another_way(how, skipping, place, batches):
+    recipe, states, want_sums = skipping
+    state = init_state(recipe, (8, 8, 1), place.mesh)
+    if how == "microbatches":
+        recipe = recipe._replace(
+            microbatches=2, in_microbatches=network(("data", "micro"))
+        )
+        step = make_train_step(recipe, place.mesh)
+        sums = []
+        for batch in batches:
+            state, got = step(state, place.put(batch, 32), 0)
+            sums.append(got)
+        total = jax.tree.map(lambda *each: sum(each), *sums)
+    else:
+        ((count, rows),) = data.stacked(batches, 4)
+        assert count == 4
+        step = make_train_step(recipe, place.mesh, steps=4)
+        state, total = step(state, place.put(rows, 32, stacked=True), 0)
+    want = jax.tree.map(lambda *each: sum(each), *want_sums)
+    chex.assert_trees_all_close(total, want, rtol=1e-5)
+    chex.assert_trees_all_close(state, states[-1], rtol=1e-3, atol=1e-5)
+
+
+def test_stacked_batches():
+    batches = [
+        data.Batch(*(np.full((2, 3), i + 10 * j) for j in range(4)))
+        for i in range(5)
+    ]
+    got = list(data.stacked(batches, 2))
+    assert [count for count, _ in got] == [2, 2, 1]
+    np.testing.assert_array_equal(got[1][1].labels[:, 0, 0], [12, 13])
+    np.testing.assert_array_equal(got[2][1].labels, batches[4].labels)
+    assert got[2][1].labels.shape == (2, 3)
+    assert [b.images[0, 0] for _, b in data.stacked(batches, 1)] == [*range(5)]
+
+
+def test_bfloat16_computes_and_float32_keeps(stopping, place, batches):
+    recipe = make_recipe(model=network(dtype=jnp.bfloat16))
+    (state,), (sums,) = walk(recipe, place, batches[:1])
+    kept = (state.params, state.batch_stats, state.opt_state)
+    floats = [x for x in jax.tree.leaves(kept) if np.ndim(x)]
+    assert {x.dtype for x in floats} == {np.dtype(np.float32)}
+    _, (want, *_) = stopping
+    np.testing.assert_allclose(sums.loss, want.loss, rtol=0.05)
+    assert sums.loss != want.loss
+
+
+# Whom a layer synchronizes
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(
+    "mesh, axes, groups",
+    [
+        ("data", "all", [range(16)]),
+        ("data", "none", [(2 * i, 2 * i + 1) for i in range(8)]),
+        ("replica=2,data", "data", [range(8), range(8, 16)]),
+        (
+            "replica=2,data",
+            "replica",
+            [(2 * i, 2 * i + 1, 2 * i + 8, 2 * i + 9) for i in range(4)],
+        ),
+    ],
+)
+def test_groups_on_a_mesh(mesh, axes, groups, microbatches):
+    """Two examples a device; each group has statistics of its own."""
+    config = digits.get_config()
+    config.update(mesh=mesh, norm_axes=axes, batch_size=16)
+    place = topology.make(mesh, 16, microbatches)
+    layer = norms.norm_of(config, place, microbatches=microbatches)(
+        use_running_average=False
+    )
+    x = np.random.default_rng(0).normal(3, 2, (16, 5)).astype(np.float32)
+    variables = {
+        "params": {"scale": np.ones(5), "bias": np.zeros(5)},
+        "batch_stats": {"mean": np.zeros(5), "var": np.ones(5)},
+    }
+
+    def apply(variables, x):
+        def one(variables, x):
+            return layer.apply(variables, x, mutable=["batch_stats"])
+
+        if microbatches == 1:
+            return one(variables, x)
+        y, new = accumulate.lockstep(
+            one,
+            in_axes=(None, 0),
+            out_axes=(0, None),
+            axis_name=topology.MICRO,
+        )(variables, x.reshape(microbatches, -1, 5))
+        return y.reshape(-1, 5), new
+
+    sharded = jax.shard_map(
+        apply,
+        mesh=place.mesh,
+        in_specs=(P(), P(place.axes)),
+        out_specs=(P(place.axes), P()),
+        check_vma=True,
+    )
+    y, new = jax.jit(sharded)(variables, x)
+    want = np.empty((16, 5))
+    for group in map(list, groups):
+        part = x[group].astype(np.float64)
+        want[group] = (part - part.mean(0)) / np.sqrt(part.var(0) + 1e-5)
+    np.testing.assert_allclose(y, want, atol=1e-5)
+    stats = new["batch_stats"]
+    x = x.astype(np.float64)
+    np.testing.assert_allclose(stats["mean"], 0.1 * x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * x.var(0), rtol=1e-5)

@@ -1,0 +1,82 @@
+"""The average of the weights, with statistics of its own."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+import jaxbn.linen
+from jaxbn import precise
+from train import UserError, data
+from train.step import Recipe, TrainState, augmented
+
+if TYPE_CHECKING:
+    from train.loop import Prepared
+
+
+def evaluate_average(
+    config: ConfigDict,
+    prepared: Prepared,
+    state: TrainState,
+    test: Callable[[Any, Any], tuple[float, float]],
+) -> dict[str, float]:
+    """Returns loss and accuracy of the averaged weights.
+
+    The running statistics belong to the weights of each step; those of the
+    average are taken anew, over config.precise_batches training batches.
+    """
+    batch_stats = precise_statistics(config, prepared, state)
+    loss, accuracy = test(state.average, batch_stats)
+    return {"average_test_loss": loss, "average_test_accuracy": accuracy}
+
+
+def precise_statistics(
+    config: ConfigDict, prepared: Prepared, state: TrainState
+) -> Any:
+    """Returns batch_stats for the averaged weights."""
+    place, dataset, _, _, recipe = prepared
+    size, epoch = config.batch_size, config.epochs - 1
+    if config.norm in ("flax", "none"):
+        raise UserError(
+            f"average_decay={config.average_decay} needs statistics taken "
+            f"anew, which norm={config.norm!r} does not hand out; use jaxbn."
+        )
+    read = jax.shard_map(
+        functools.partial(_moments, recipe),
+        mesh=place.mesh,
+        in_specs=(P(), (P(place.axes), P())),
+        out_specs=P(),
+    )
+    batches = data.train_batches(
+        dataset.train,
+        size,
+        seed=config.seed,
+        epoch=epoch,
+        rows=place.rows(size),
+    )
+    found = precise.recompute(
+        read,
+        {"params": state.average, "batch_stats": state.batch_stats},
+        (
+            (place.put(rows, size), epoch)
+            for rows in itertools.islice(batches, config.precise_batches)
+        ),
+    )
+    return precise.with_statistics(
+        jax.device_get(state.batch_stats), found.stats
+    )
+
+
+def _moments(
+    recipe: Recipe, variables: dict[str, Any], given: tuple[Any, Any]
+) -> Any:
+    batch, epoch = given
+    return jaxbn.linen.batch_moments(
+        recipe.model, variables, augmented(recipe, batch, epoch), train=True
+    )

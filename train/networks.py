@@ -1,0 +1,92 @@
+"""Networks by the name that a config gives them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+from ml_collections import ConfigDict
+
+from train import UserError
+from train.preact import PreActResNet, WideResNet
+from train.resnet import ResNet
+from train.resnet18 import ResNet18
+
+NETWORKS = {
+    "resnet": ResNet,
+    "preact": PreActResNet,
+    "preact_bottleneck": functools.partial(PreActResNet, bottleneck=True),
+    "wide": WideResNet,
+    "resnet18": ResNet18,
+}
+
+# What stands before the depth in a network's name.
+_TITLES = {
+    "resnet": "ResNet",
+    "preact": "PreActResNet",
+    "preact_bottleneck": "PreActResNet",
+    "wide": "WRN",
+    "resnet18": "ResNet",
+}
+
+
+def make(
+    config: ConfigDict,
+    *,
+    num_classes: int,
+    norm: Callable[..., nn.Module],
+    dtype: Any,
+) -> nn.Module:
+    """Returns the network that config asks for, not yet initialized.
+
+    Args:
+      config: its model, depth, width, widen and zero_init_gamma are read.
+      num_classes: length of the logits.
+      norm: what makes a layer, given use_running_average, dtype and
+        scale_init; see `train.norms.norm_of`.
+      dtype: of the computation.
+
+    Returns:
+      A module that is called with (images, train=...).
+
+    Raises:
+      UserError: model is unknown, depth does not fit it, width or widen is not
+        positive, or widen is set for a model that has none.
+    """
+    if config.model not in NETWORKS:
+        near = difflib.get_close_matches(str(config.model), NETWORKS, 1, 0)[0]
+        raise UserError(
+            f"model={config.model!r} is unknown; did you mean {near!r}? Known "
+            f"are {', '.join(sorted(NETWORKS))}."
+        )
+    for key in ("width", "widen"):
+        if config[key] < 1:
+            raise UserError(f"{key} must be at least 1; got {config[key]}.")
+    options = {}
+    if config.model == "wide":
+        options["widen"] = config.widen
+    elif config.widen != 1:
+        raise UserError(
+            f"widen={config.widen} is for model='wide'; with "
+            f"model={config.model!r} set width."
+        )
+    network = NETWORKS[config.model](
+        depth=config.depth,
+        num_classes=num_classes,
+        width=config.width,
+        norm=norm,
+        zero_init_gamma=config.zero_init_gamma,
+        dtype=dtype,
+        **options,
+    )
+    _ = network.blocks  # raises before anything is compiled
+    return network
+
+
+def title(config: ConfigDict) -> str:
+    """Returns the network's name in a line of text, such as WRN-28-10."""
+    name = f"{_TITLES[config.model]}-{config.depth}"
+    return f"{name}-{config.widen}" if config.model == "wide" else name

@@ -1,0 +1,165 @@
+"""The normalization of a run, by name, and whom it synchronizes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import jaxbn
+from jaxbn.linen import BatchNorm
+from train import UserError
+from train.topology import MICRO, Topology
+
+
+class Affine(nn.Module):
+    """Batch norm without the normalization: scale and bias alone."""
+
+    use_running_average: bool | None = None
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        size = x.shape[-1:]
+        scale = self.param("scale", self.scale_init, size)
+        bias = self.param("bias", self.bias_init, size)
+        return (x * scale + bias).astype(self.dtype or x.dtype)
+
+
+NORMS = {"jaxbn": BatchNorm, "flax": nn.BatchNorm, "none": Affine}
+
+# Names for what is otherwise set field by field.
+VARIANTS = {
+    "renorm": {"renorm": jaxbn.renorm_limits},
+    "ghost": {"normalize_over": 32},
+    "debiased": {"debias": True},
+    "pivot": {"pivot": True},
+}
+
+
+def norm_of(
+    config: ConfigDict, place: Topology, *, microbatches: int = 1
+) -> Callable[..., nn.Module]:
+    """Returns what makes a layer, given use_running_average, dtype, scale_init.
+
+    Args:
+      config: of the run.
+      place: that it runs on.
+      microbatches: above 1 the layer synchronizes over the axis of these too.
+
+    Raises:
+      UserError: norm or norm_axes is unknown, or a field of norm_options is
+        set that the layer does not have.
+    """
+    known = sorted({*NORMS, *VARIANTS})
+    if config.norm not in known:
+        raise UserError(
+            f"norm={config.norm!r} is unknown; take one of {', '.join(known)}."
+        )
+    given = {
+        name: value
+        for name, value in config.norm_options.items()
+        if value is not None
+    }
+    if config.norm == "none":
+        _refuse(given, "none")
+        return Affine
+    shared = {
+        "momentum": config.norm_momentum,
+        "epsilon": config.norm_epsilon,
+    }
+    if config.norm == "flax":
+        _refuse(given, "flax")
+        return functools.partial(
+            nn.BatchNorm, **shared, **_of_flax(config, place, microbatches)
+        )
+    options = {**VARIANTS.get(config.norm, {}), **given}
+    return functools.partial(
+        BatchNorm, **shared, **_of_jaxbn(config, place, microbatches), **options
+    )
+
+
+def examples_together(config: ConfigDict, place: Topology) -> str:
+    """Returns over how many examples a layer takes statistics, in words."""
+    if config.norm == "none":
+        return "nothing normalized"
+    size, devices = config.batch_size, place.mesh.size
+    over = config.norm_options.normalize_over
+    if config.norm == "ghost" and over is None:
+        over = VARIANTS["ghost"]["normalize_over"]
+    if over is None:
+        over = size * _members(config, place) // devices
+    return f"statistics over {over} examples"
+
+
+def _members(config: ConfigDict, place: Topology) -> int:
+    """Devices that share statistics."""
+    names = _axes(config, place)
+    return int(np.prod([place.mesh.shape[name] for name in names], dtype=int))
+
+
+def _axes(config: ConfigDict, place: Topology) -> tuple[str, ...]:
+    if config.norm_axes == "all":
+        return place.axes
+    if config.norm_axes == "none":
+        return ()
+    if config.norm_axes not in place.axes:
+        known = ("all", "none", *place.axes)
+        raise UserError(
+            f"norm_axes={config.norm_axes!r} must be one of "
+            f"{', '.join(known)} with mesh={config.mesh!r}."
+        )
+    return (config.norm_axes,)
+
+
+def _bound(place: Topology, microbatches: int) -> tuple[str, ...]:
+    """Every axis that examples of a step lie on; microbatches come last."""
+    return (*place.axes, MICRO) if microbatches > 1 else place.axes
+
+
+def _of_jaxbn(
+    config: ConfigDict, place: Topology, microbatches: int
+) -> dict[str, Any]:
+    """Groups of devices, so that running statistics are of all examples."""
+    names, bound = _axes(config, place), _bound(place, microbatches)
+    if names == place.axes:
+        return {"axis_name": bound}
+    if not names:
+        return {"axis_name": bound, "group_size": microbatches}
+    # Devices as they are numbered along all axes, a row for each group.
+    shape = (*place.mesh.devices.shape, microbatches)
+    numbers = np.arange(place.mesh.size * microbatches).reshape(shape)
+    along = np.moveaxis(numbers, place.axes.index(names[0]), -2)
+    groups = along.reshape(-1, place.mesh.shape[names[0]] * microbatches)
+    return {
+        "axis_name": bound,
+        "axis_index_groups": tuple(map(tuple, groups.tolist())),
+    }
+
+
+def _of_flax(
+    config: ConfigDict, place: Topology, microbatches: int
+) -> dict[str, Any]:
+    if config.norm_axes != "all":
+        raise UserError(
+            f"norm_axes={config.norm_axes!r} leaves flax's running statistics "
+            "different from device to device; with norm='flax' it must be "
+            "'all'."
+        )
+    return {"axis_name": _bound(place, microbatches)}
+
+
+def _refuse(given: dict[str, Any], norm: str) -> None:
+    if given:
+        name, value = next(iter(given.items()))
+        raise UserError(
+            f"norm_options.{name}={value!r} is a field of jaxbn's layer, and "
+            f"norm is {norm!r}."
+        )

@@ -1,0 +1,196 @@
+"""Residual networks whose blocks begin with the norm, and wide ones."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxbn.linen import BatchNorm
+from train.resnet import blocks_of, convolution, halved
+
+
+class PreActBlock(nn.Module):
+    """Norm, ReLU and convolution, two or three times, beside the shortcut.
+
+    Two of 3x3, or a bottleneck: 1x1, 3x3 and 1x1 with a quarter of the
+    channels inside. The first convolution has the stride.
+
+    No scale stands at the end, so zero_init starts the last convolution at
+    zero. A scale before it would stay at zero: no gradient passes a ReLU at 0.
+
+    Attributes:
+      width: channels of the result.
+      stride: between the pixels of the result.
+      bottleneck: three convolutions in place of two.
+      first: the shortcut, too, is of the input after norm and ReLU.
+      project: where the shape changes, the shortcut is a 1x1 convolution of
+        the input after norm and ReLU. Otherwise it is `halved`.
+      conv: what makes a convolution; 3x3 unless told otherwise.
+      norm: what makes a normalization.
+      zero_init: starts as the shortcut.
+    """
+
+    width: int
+    stride: int
+    bottleneck: bool
+    first: bool
+    project: bool
+    conv: Any
+    norm: Any
+    zero_init: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        three = self.conv
+        one = functools.partial(three, kernel_size=(1, 1), padding=0)
+        y = nn.relu(self.norm()(x))
+        if self.first:
+            x = y
+        if self.stride > 1 or x.shape[-1] != self.width:
+            if self.project:
+                x = one(self.width, strides=self.stride, name="shortcut")(y)
+            else:
+                x = halved(x, self.width, self.stride)
+        last = {}
+        if self.zero_init:
+            last = {"kernel_init": nn.initializers.zeros}
+        if self.bottleneck:
+            y = one(self.width // 4, strides=self.stride)(y)
+            y = three(self.width // 4)(nn.relu(self.norm()(y)))
+            return x + one(self.width, **last)(nn.relu(self.norm()(y)))
+        y = three(self.width, strides=self.stride)(y)
+        return x + three(self.width, **last)(nn.relu(self.norm()(y)))
+
+
+class PreActResNet(nn.Module):
+    """The full pre-activation ResNet: three stages of n blocks.
+
+    A block is norm-ReLU-convolution twice, for 6n + 2 layers, or a bottleneck,
+    for 9n + 2. The norm and ReLU of the first block stand before the branches
+    part; after the last block come one more norm and ReLU. Where the shape
+    changes the shortcut has no parameters (option A); with bottlenecks it is a
+    1x1 convolution.
+
+    Attributes:
+      depth: 20, 56, 110, ...; with bottlenecks 29, 164, 1001, ...
+      num_classes: length of the logits.
+      width: channels of the first stage, a quarter of them with bottlenecks.
+      bottleneck: see above.
+      norm: what makes a layer, given use_running_average, dtype and
+        scale_init.
+      zero_init_gamma: starts every block as its shortcut; see `PreActBlock`.
+      dtype: of the computation; parameters are float32.
+
+    Source: He et al. (2016), Identity Mappings in Deep Residual Networks.
+    """
+
+    depth: int
+    num_classes: int
+    width: int = 16
+    bottleneck: bool = False
+    norm: Any = BatchNorm
+    zero_init_gamma: bool = False
+    dtype: Any = jnp.float32
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a stage; UserError where depth does not fit."""
+        layers = 9 if self.bottleneck else 6
+        return blocks_of(self.depth, layers=layers, beside=2)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
+        return _run(
+            self,
+            x,
+            train=train,
+            width=self.width * (4 if self.bottleneck else 1),
+            bottleneck=self.bottleneck,
+            split_late=True,
+            project=self.bottleneck,
+        )
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-widen: pre-activation blocks of many channels, no dropout.
+
+    6n + 4 layers: after the first convolution three stages of n blocks of
+    norm-ReLU-convolution twice. Where the shape changes the shortcut is a 1x1
+    convolution of the input after norm and ReLU, elsewhere the input itself.
+
+    Attributes:
+      depth: 10, 16, 22, 28, 40, ...
+      num_classes: length of the logits.
+      width: channels of the first convolution.
+      widen: the first stage has widen times as many.
+      norm: what makes a layer, given use_running_average, dtype and
+        scale_init.
+      zero_init_gamma: starts every block as its shortcut; see `PreActBlock`.
+      dtype: of the computation; parameters are float32.
+
+    Source: Zagoruyko and Komodakis (2016), Wide Residual Networks.
+    """
+
+    depth: int
+    num_classes: int
+    width: int = 16
+    widen: int = 1
+    norm: Any = BatchNorm
+    zero_init_gamma: bool = False
+    dtype: Any = jnp.float32
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a stage; UserError where depth does not fit."""
+        return blocks_of(self.depth, layers=6, beside=4)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
+        return _run(
+            self,
+            x,
+            train=train,
+            width=self.width * self.widen,
+            bottleneck=False,
+            split_late=False,
+            project=True,
+        )
+
+
+def _run(
+    net: PreActResNet | WideResNet,
+    x: jax.Array,
+    *,
+    train: bool,
+    width: int,
+    bottleneck: bool,
+    split_late: bool,
+    project: bool,
+) -> jax.Array:
+    """The layers of net; width is that of the first stage's blocks."""
+    # Windows about the pixels that shortcuts keep; XLA's "SAME" moves them.
+    conv = functools.partial(convolution(net.dtype), padding=1)
+    norm = functools.partial(
+        net.norm, use_running_average=not train, dtype=net.dtype
+    )
+    x = conv(net.width)(x.astype(net.dtype))
+    for stage in range(3):
+        for block in range(net.blocks):
+            x = PreActBlock(
+                width=width * 2**stage,
+                stride=2 if stage and not block else 1,
+                bottleneck=bottleneck,
+                first=split_late and not stage and not block,
+                project=project,
+                conv=conv,
+                norm=norm,
+                zero_init=net.zero_init_gamma,
+            )(x)
+    x = nn.relu(norm()(x)).mean((1, 2))
+    return nn.Dense(net.num_classes, dtype=net.dtype)(x).astype(jnp.float32)

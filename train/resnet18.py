@@ -1,0 +1,106 @@
+"""ResNet-18 for small images: that of ImageNet without its first reduction."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxbn.linen import BatchNorm
+from train import UserError
+from train.resnet import convolution
+
+
+class ProjectionBlock(nn.Module):
+    """Two 3x3 convolutions, and a 1x1 one where the shape changes (option B).
+
+    Attributes:
+      width: channels of the result.
+      stride: between the pixels of the result.
+      conv: what makes a convolution; 3x3 unless told otherwise.
+      norm: what makes a normalization.
+      zero_init_gamma: starts as the shortcut.
+    """
+
+    width: int
+    stride: int
+    conv: Any
+    norm: Any
+    zero_init_gamma: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        last_gamma = nn.initializers.ones
+        if self.zero_init_gamma:
+            last_gamma = nn.initializers.zeros
+        y = self.conv(self.width, strides=self.stride)(x)
+        y = nn.relu(self.norm()(y))
+        y = self.norm(scale_init=last_gamma)(self.conv(self.width)(y))
+        if self.stride > 1 or x.shape[-1] != self.width:
+            x = self.conv(
+                self.width,
+                kernel_size=(1, 1),
+                strides=self.stride,
+                padding=0,
+                name="shortcut",
+            )(x)
+            x = self.norm(name="shortcut_norm")(x)
+        return nn.relu(x + y)
+
+
+class ResNet18(nn.Module):
+    """Four stages of two blocks, width 1x, 2x, 4x, 8x, after a 3x3 convolution.
+
+    ResNet-18 of ImageNet begins with a 7x7 convolution of stride 2 and max
+    pooling; a 32x32 image is too small for them.
+
+    Attributes:
+      num_classes: length of the logits.
+      depth: 18.
+      width: channels of the first stage.
+      norm: what makes a layer, given use_running_average, dtype and
+        scale_init.
+      zero_init_gamma: starts every block as its shortcut.
+      dtype: of the computation; parameters are float32.
+
+    Source: He et al. (2015), Table 1; github.com/kuangliu/pytorch-cifar.
+    """
+
+    num_classes: int
+    depth: int = 18
+    width: int = 64
+    norm: Any = BatchNorm
+    zero_init_gamma: bool = False
+    dtype: Any = jnp.float32
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a stage; UserError where depth is not 18."""
+        if self.depth != 18:
+            raise UserError(f"depth={self.depth} must be 18 for ResNet-18.")
+        return 2
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
+        # Windows about the pixels that shortcuts keep; "SAME" moves them.
+        conv = functools.partial(convolution(self.dtype), padding=1)
+        norm = functools.partial(
+            self.norm, use_running_average=not train, dtype=self.dtype
+        )
+        x = nn.relu(norm()(conv(self.width)(x.astype(self.dtype))))
+        for stage in range(4):
+            for block in range(self.blocks):
+                x = ProjectionBlock(
+                    width=self.width * 2**stage,
+                    stride=2 if stage and not block else 1,
+                    conv=conv,
+                    norm=norm,
+                    zero_init_gamma=self.zero_init_gamma,
+                )(x)
+        x = x.mean((1, 2))
+        logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
+        return logits.astype(jnp.float32)

@@ -1,0 +1,58 @@
+"""The same run with several seeds: mean and deviation."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pathlib
+import statistics
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from train import loop, topology
+from train.report import write_json
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains with config.seeds seeds, each in a folder of its own.
+
+    A seed that has been finished is not trained again, so that more seeds can
+    be added to a workdir.
+
+    Returns:
+      What stands in summary.json: accuracies of all seeds, their mean, and
+      their standard deviation with n - 1.
+
+    Raises:
+      UserError: the config cannot be run, or a folder holds another run.
+      Stopped: a signal asked for it; the state is saved.
+    """
+    seeds = range(config.seed, config.seed + config.seeds)
+    summaries = []
+    for seed in seeds:
+        one = copy.deepcopy(config)
+        one.seed, one.seeds = seed, 1
+        summaries.append(_train_one(one, workdir / f"seed-{seed}"))
+    accuracies = [each["test_accuracy"] for each in summaries]
+    summary = {
+        "seeds": list(seeds),
+        "test_accuracies": accuracies,
+        "test_accuracy": statistics.fmean(accuracies),
+        "test_accuracy_deviation": statistics.stdev(accuracies),
+        "epochs": summaries[0]["epochs"],
+        "steps": summaries[0]["steps"],
+        "seconds": round(sum(each["seconds"] for each in summaries), 1),
+    }
+    if topology.is_main():
+        write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    with topology.main_first(f"{workdir.name} begins"):
+        loop.open_workdir(workdir, config)
+        finished = (workdir / "summary.json").exists()
+    if finished:
+        return json.loads((workdir / "summary.json").read_text())
+    return loop.train(config, workdir)

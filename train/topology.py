@@ -1,0 +1,210 @@
+"""Processes, devices and the mesh that a run is spread over."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from train import UserError
+
+AXES = ("replica", "data")
+MICRO = "micro"  # of the microbatches of a step, which no mesh has
+
+# A process that is gone is noticed after this many seconds; JAX waits 100.
+HEARTBEAT = 15
+# So long a process that has finished, or failed, waits for the others.
+SHUTDOWN = 10
+
+
+class Topology(NamedTuple):
+    """The devices of a run; the batch lies on all axes of the mesh."""
+
+    mesh: Mesh
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return tuple(self.mesh.axis_names)
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Sharding of a batch: examples over all devices."""
+        return NamedSharding(self.mesh, P(self.axes))
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """Sharding of what every device holds whole."""
+        return NamedSharding(self.mesh, P())
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Returns the places in a batch that this process reads, ascending."""
+        parts = self.batch.addressable_devices_indices_map((batch_size,))
+        every = [np.arange(batch_size)[index] for index in parts.values()]
+        return np.unique(np.concatenate(every))
+
+    def put(self, rows: Any, batch_size: int, *, stacked: bool = False) -> Any:
+        """Returns global arrays of the rows that each process has read.
+
+        Args:
+          rows: tree of arrays with the rows of a batch on axis 0, or stacked
+            on axis 1 behind an axis of batches.
+          batch_size: of all processes together.
+          stacked: whether there is such an axis.
+        """
+        sharding = self.batch
+        if stacked:
+            sharding = NamedSharding(self.mesh, P(None, self.axes))
+        if jax.process_count() == 1:
+            return jax.device_put(rows, sharding)
+        own, axis = self.rows(batch_size), int(stacked)
+
+        def place(leaf: np.ndarray) -> jax.Array:
+            shape = (*leaf.shape[:axis], batch_size, *leaf.shape[axis + 1 :])
+            parts = sharding.addressable_devices_indices_map(shape)
+            shards = []
+            for device, index in parts.items():
+                first, last, _ = index[axis].indices(batch_size)
+                start, stop = np.searchsorted(own, (first, last))
+                here = (slice(None),) * axis + (slice(start, stop),)
+                shards.append(jax.device_put(leaf[here], device))
+            return jax.make_array_from_single_device_arrays(
+                shape, sharding, shards
+            )
+
+        return jax.tree.map(place, rows)
+
+
+def start(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins the processes of a run, before the first use of a device.
+
+    Without arguments JAX looks for what SLURM, Open MPI, Kubernetes or a Cloud
+    TPU say; where there is none of them the run has one process.
+
+    Raises:
+      UserError: some of the arguments are given and others not, or the
+        processes do not find each other.
+    """
+    given = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        raise UserError(
+            "--coordinator, --num_processes and --process_id go together; "
+            f"{' and '.join('--' + name for name in missing)} is missing."
+        )
+    timeouts = {
+        "heartbeat_timeout_seconds": HEARTBEAT,
+        "shutdown_timeout_seconds": SHUTDOWN,
+    }
+    if missing:
+        try:
+            jax.distributed.initialize(**timeouts)
+        except ValueError:
+            return  # nothing was found: one process
+        except RuntimeError as error:
+            raise UserError(f"The processes did not meet: {error}") from error
+        return
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id={process_id} must be from 0 to num_processes - 1, "
+            f"which is {num_processes - 1}."
+        )
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, **timeouts
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"Process {process_id} of {num_processes} did not meet the others "
+            f"at --coordinator={coordinator}: {error}"
+        ) from error
+
+
+def make(spec: str, batch_size: int, microbatches: int = 1) -> Topology:
+    """Returns the topology over all devices of all processes.
+
+    Args:
+      spec: "data", or axes with lengths such as "replica=2,data=4"; one axis
+        may lack a length and takes the devices that are left.
+      batch_size: examples of a batch, which the devices must divide.
+      microbatches: which must divide the share of a device.
+
+    Raises:
+      UserError: spec is malformed or does not fit the devices, or they do not
+        divide the batch, or the microbatches not their shares.
+    """
+    devices = jax.device_count()
+    shape: dict[str, int | None] = {}
+    for part in spec.split(","):
+        found = re.fullmatch(r"\s*(\w+)\s*(?:=\s*(\d+)\s*)?", part)
+        if not found or found[1] not in AXES or found[1] in shape:
+            raise UserError(
+                f"mesh={spec!r}: write the axes {' and '.join(AXES)} once each, "
+                "such as data, or replica=2,data=4."
+            )
+        shape[found[1]] = int(found[2]) if found[2] else None
+    known = math.prod(size for size in shape.values() if size is not None)
+    free = [name for name, size in shape.items() if size is None]
+    if len(free) == 1 and known and devices % known == 0:
+        shape[free[0]] = devices // known
+    elif free or known != devices:
+        raise UserError(
+            f"mesh={spec!r} does not fit {devices} devices: the lengths must "
+            "multiply to that number."
+        )
+    if batch_size % devices:
+        below = batch_size // devices * devices
+        nearest = " or ".join(str(n) for n in (below, below + devices) if n)
+        raise UserError(
+            f"batch_size={batch_size} does not split over {devices} devices; "
+            f"the nearest that does is {nearest}."
+        )
+    if batch_size // devices % microbatches:
+        raise UserError(
+            f"microbatches={microbatches} does not divide the "
+            f"{batch_size // devices} examples that each of {devices} devices "
+            f"takes of batch_size={batch_size}."
+        )
+    names, sizes = zip(*shape.items())
+    auto = (AxisType.Auto,) * len(names)
+    return Topology(jax.make_mesh(sizes, names, axis_types=auto))
+
+
+def is_main() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def main_first(what: str) -> Iterator[None]:
+    """Runs what is inside in the main process, then in the others."""
+    if not is_main():
+        multihost_utils.sync_global_devices(what)
+    yield
+    if is_main() and jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def total(values: np.ndarray) -> np.ndarray:
+    """Adds up integers over the processes, exactly."""
+    if jax.process_count() == 1:
+        return values
+    # As 32 bits twice: without x64 wider integers would be cut.
+    halves = np.stack([values & 0xFFFF, values >> 16]).astype(np.int32)
+    low, high = (
+        multihost_utils.process_allgather(halves).astype(np.int64).sum(0)
+    )
+    return low + (high << 16)

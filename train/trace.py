@@ -1,0 +1,61 @@
+"""A trace of some steps, for TensorBoard and Perfetto."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import jax
+
+FIRST, STEPS = 10, 10  # the first ones compile
+
+
+class Trace:
+    """Writes a trace of a few dispatches of this start; use as a context.
+
+    Args:
+      folder: where it is written; None writes none.
+      say: gets a line that says where the trace is.
+    """
+
+    def __init__(self, folder: pathlib.Path | None, say: Callable[[str], Any]):
+        self._folder, self._say = folder, say
+        self._seen, self._on = 0, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    @contextlib.contextmanager
+    def step(self, wait: Callable[[], Any]) -> Iterator[None]:
+        """Holds one dispatch; wait returns when those before have run."""
+        if self._folder is None:
+            yield
+            return
+        if self._seen == FIRST:
+            wait()
+            jax.profiler.start_trace(
+                str(self._folder), create_perfetto_trace=True
+            )
+            self._on = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=self._seen):
+            yield
+        self._seen += 1
+        if self._on and self._seen == FIRST + STEPS:
+            wait()
+            self._stop()
+
+    def _stop(self) -> None:
+        if not self._on:
+            return
+        self._on = False
+        jax.profiler.stop_trace()
+        self._say(
+            f"a trace of {self._seen - FIRST} steps is in {self._folder}; "
+            f"tensorboard --logdir {self._folder.parent}, or "
+            "perfetto_trace.json.gz there in ui.perfetto.dev"
+        )
