@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.bench import layers, measure, memory_policy, sharded
+from tests.bench import training as steps
 from train import resnet
 
 SHAPES = ((64, 32, 32, 64), (128, 8, 8, 256), (32, 56, 56, 64))
@@ -106,6 +107,11 @@ def memory(names: list[str], quick: bool) -> dict:
 def policy(names: list[str], quick: bool) -> dict:
     """Memory and time of a ResNet that computes its norms again."""
     return memory_policy.run(quick, on_cpu(), say)
+
+
+def training(names: list[str], quick: bool) -> dict:
+    """Images a second of whole training steps, beside flax's norm."""
+    return steps.run(quick, on_cpu(), say)
 
 
 def compile_times(names: list[str], quick: bool) -> dict:
@@ -208,6 +214,7 @@ SECTIONS = {
     "speed": speed,
     "memory": memory,
     "policy": policy,
+    "training": training,
     "compile": compile_times,
     "stability": stability,
     "sync": sync,

@@ -143,6 +143,28 @@ def policy(result: dict) -> str:
     )
 
 
+def training(result: dict) -> str:
+    """Returns images a second, and speed over that with flax's norm."""
+    rows = result["rows"]
+    names = list(next(iter(rows.values()))["images/s"])
+    return (
+        "### Whole training steps: images a second, and over flax's\n\n"
+        f"{result['dtype']}, {result['devices']} devices; the second number is "
+        "the ratio within a round, above 1 is faster.\n\n"
+        + table(
+            ["network", "batch", *names],
+            [
+                [name, str(row["batch"])]
+                + [
+                    f"{row['images/s'][n][0]:,.0f}; {ranged(row['speed'][n])}"
+                    for n in names
+                ]
+                for name, row in rows.items()
+            ],
+        )
+    )
+
+
 def compile_times(result: dict) -> str:
     """Returns seconds until a training step runs."""
     parts = "trace and lower", "compile"
@@ -246,6 +268,7 @@ TABLES = {
     "speed": speed,
     "memory": memory,
     "policy": policy,
+    "training": training,
     "compile": compile_times,
     "stability": stability,
     "sync": sync,
