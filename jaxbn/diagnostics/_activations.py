@@ -1,0 +1,156 @@
+"""Size of activations and tails of gradients, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._moments import moments, widen
+from jaxbn.diagnostics._trees import Path, find_one, names
+
+
+class ActivationStats(NamedTuple):
+    """One value a layer, in the order asked for."""
+
+    mean_abs: jax.Array  # (L,) |mean of a channel|, averaged over channels
+    std: jax.Array  # (L,) standard deviation of a channel, averaged likewise
+    dead: jax.Array  # (L,) share of channels without a value above 0
+    saturated: jax.Array | None  # (L,) share of values beyond the limit
+
+
+class GradientTail(NamedTuple):
+    """Distribution of the entries of a gradient."""
+
+    absmax: jax.Array  # () largest magnitude
+    std: jax.Array  # () about the mean
+    excess_kurtosis: jax.Array  # () 0 for a normal distribution
+    hill: jax.Array  # () tail index; small is heavy
+
+
+def activation_stats(
+    activations: Any,
+    *,
+    order: Sequence[Path] | None = None,
+    limit: float | None = None,
+    feature_axis: int = -1,
+) -> ActivationStats:
+    """Summarizes what each layer puts out for a batch.
+
+    A channel's mean and standard deviation are over all its values; mean_abs
+    and std are their averages over the channels of a layer. Without batch norm
+    they may grow or vanish with depth, with it they may not.
+
+    Args:
+      activations: tree of arrays (B, ..., C), such as a mapping of names, or
+        the intermediates of flax's capture_intermediates.
+      order: the layers to report, first to last: keys or paths as in
+        `internal_covariate_shift`, each of one array: "Dense_0" for flax's
+        Dense_0/__call__/0. None takes every array, in the order of
+        `jax.tree.leaves`: of the sorted keys, not of the layers.
+      limit: a value beyond it in magnitude is saturated: 0.95 for tanh. None
+        counts none.
+      feature_axis: the axis of the channels.
+
+    Returns:
+      ActivationStats; saturated is None where limit is.
+
+    Raises:
+      ValueError: there is no array, order names what activations has not or
+        several arrays, an array is not floating or has no axis but the
+        channels, or limit is not positive.
+
+    Source: Bjorck et al. (2018), Understanding Batch Normalization, for
+    means and deviations; Glorot and Bengio (2010), Understanding the
+    Difficulty of Training Deep Feedforward Neural Networks, for saturation.
+    """
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit must be positive; got {limit}.")
+    leaves = jax.tree.leaves(activations)
+    if order is None:
+        chosen = range(len(leaves))
+    else:
+        chosen = [find_one(activations, p, what="activations") for p in order]
+    if not len(chosen):
+        raise ValueError("There are no activations: no array was given.")
+    known = names(activations)
+    found = []
+    for index in chosen:
+        try:
+            found.append(_summary(leaves[index], limit, feature_axis))
+        except ValueError as error:
+            raise ValueError(f"{known[index]}: {error}") from error
+    mean_abs, std, dead, saturated = zip(*found)
+    return ActivationStats(
+        jnp.stack(mean_abs),
+        jnp.stack(std),
+        jnp.stack(dead),
+        None if limit is None else jnp.stack(saturated),
+    )
+
+
+def _summary(
+    x: jax.Array, limit: float | None, feature_axis: int
+) -> tuple[jax.Array | None, ...]:
+    _, mean, m2 = found = moments(x, feature_axis=feature_axis)
+    x = jnp.moveaxis(widen(jnp.asarray(x)), feature_axis, -1)
+    alive = (x > 0).any(tuple(range(x.ndim - 1)))
+    return (
+        jnp.abs(mean).mean(),
+        jnp.sqrt(found.var).mean(),
+        1 - alive.mean(dtype=m2.dtype),
+        None if limit is None else (jnp.abs(x) > limit).mean(dtype=m2.dtype),
+    )
+
+
+def gradient_tail(gradient: Any, *, tail: float = 0.05) -> GradientTail:
+    """Measures how heavy the tail of a gradient's entries is.
+
+    excess_kurtosis = m4 / m2^2 - 3 with the central moments m2 and m4. With
+    the magnitudes in order, x_1 >= x_2 >= ..., and k the share `tail` of those
+    that are not zero, hill = 1 / mean_{i <= k} log(x_i / x_{k+1}), the
+    estimate of alpha in P(|g| > x) ~ x^-alpha: 1 for a Cauchy distribution,
+    about 6 for a normal one at tail=0.05, which has no such alpha and grows
+    with a smaller tail.
+
+    Args:
+      gradient: a floating array, or a tree of them, taken as one vector; for a
+        value a layer, map over the layers.
+      tail: share of the entries that count as the tail, 0 < tail < 1.
+
+    Returns:
+      GradientTail; hill is NaN for fewer than two entries that are not zero.
+
+    Raises:
+      ValueError: there is no entry, or tail is out of range.
+
+    Source: Bjorck et al. (2018), Understanding Batch Normalization; Hill (1975), A Simple General Approach to Inference About the
+    Tail of a Distribution.
+    """
+    if not 0 < tail < 1:
+        raise ValueError(f"tail must be a share between 0 and 1; got {tail}.")
+    leaves = [widen(jnp.ravel(leaf)) for leaf in jax.tree.leaves(gradient)]
+    if not sum(leaf.size for leaf in leaves):
+        raise ValueError("The gradient has no entry.")
+    g = jnp.concatenate(leaves)
+    absmax = jnp.abs(g).max()
+    # In units of the largest: fourth powers of small floats are zero.
+    g = g / jnp.where(absmax > 0, absmax, 1)
+    d = g - g.mean()
+    m2, m4 = jnp.square(d).mean(), jnp.square(jnp.square(d)).mean()
+    return GradientTail(
+        absmax, absmax * jnp.sqrt(m2), m4 / jnp.square(m2) - 3, _hill(g, tail)
+    )
+
+
+def _hill(g: jax.Array, tail: float) -> jax.Array:
+    most = min(max(int(tail * g.size), 1) + 1, g.size)
+    x = jax.lax.top_k(jnp.abs(g), most)[0]
+    nonzero = jnp.count_nonzero(g)
+    k = jnp.maximum((tail * nonzero).astype(int), 1)
+    k = jnp.minimum(k, most - 1)
+    logs = jnp.log(jnp.where(x > 0, x, 1))
+    above = jnp.where(jnp.arange(most) < k, logs - logs[k], 0)
+    return jnp.where(nonzero > 1, k / above.sum(), jnp.nan)

@@ -1,0 +1,84 @@
+"""The loss and the model under measurement, behind one check each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._checks import describe
+
+Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
+Apply = Callable[..., jax.Array]
+
+
+def objective(
+    loss: Loss, batch_stats: Any, batch: Any
+) -> Callable[[Any], jax.Array]:
+    """Returns params -> the scalar; the new running statistics are dropped."""
+
+    def scalar(params: Any) -> jax.Array:
+        found = loss(params, batch_stats, batch)
+        pair = isinstance(found, tuple) and len(found) == 2
+        if not pair or jnp.shape(found[0]) != ():
+            raise ValueError(
+                "loss(params, batch_stats, batch) must return (scalar, "
+                f"new_batch_stats); got {_shown(found)}."
+            )
+        return found[0]
+
+    return scalar
+
+
+def logits_of(
+    apply: Apply, params: Any, batch_stats: Any, x: jax.Array, *, train: bool
+) -> jax.Array:
+    """Returns the logits of x, (B, C)."""
+    found = apply(params, batch_stats, x, train=train)
+    if not hasattr(found, "shape") or found.ndim != 2 or len(found) != len(x):
+        raise ValueError(
+            "apply(params, batch_stats, x, train=...) must return logits "
+            f"(B, C) alone, for x {describe(x)}; got {_shown(found)}."
+        )
+    return found
+
+
+def each(fn: Callable[..., Any], xs: Any, *, unroll: bool) -> Any:
+    """Returns fn of each row of xs, stacked: a loop, or that many copies.
+
+    A loop compiles its body once. XLA runs convolutions inside of a loop many
+    times slower on CPU than outside of one.
+    """
+    if not unroll:
+        return jax.lax.map(fn, xs)
+    length = len(jax.tree.leaves(xs)[0])
+    rows = [fn(jax.tree.map(lambda a: a[i], xs)) for i in range(length)]  # noqa: B023
+    return jax.tree.map(lambda *row: jnp.stack(row), *rows)
+
+
+def check_steps(steps: Any) -> jax.Array:
+    """Returns steps as an array (K,); raises unless they are positive."""
+    steps = jnp.asarray(steps)
+    if not jnp.issubdtype(steps.dtype, jnp.floating):
+        steps = steps.astype(jnp.float32)
+    if steps.ndim != 1 or not steps.size:
+        raise ValueError(
+            "steps must be one axis of multiples of the gradient, (K,); got "
+            f"{describe(steps)}."
+        )
+    # Values of a traced array are not known.
+    if not isinstance(steps, jax.core.Tracer) and not (steps > 0).all():
+        raise ValueError(
+            f"steps must be positive, as learning rates are; got {steps}."
+        )
+    return steps
+
+
+def _shown(found: Any) -> str:
+    if isinstance(found, tuple):
+        return "(" + ", ".join(map(_shown, found)) + ")"
+    if hasattr(found, "shape") and hasattr(found, "dtype"):
+        return describe(found)
+    return type(found).__name__

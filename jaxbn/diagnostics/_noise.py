@@ -1,0 +1,106 @@
+"""What the other examples of a batch do to the logits of one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._checks import describe
+from jaxbn._moments import widen
+from jaxbn.diagnostics._model import Apply, logits_of
+
+
+class CompanionNoise(NamedTuple):
+    """Spread of logits over random companions, in logits squared."""
+
+    variance: jax.Array  # (M,) over draws, unbiased; mean over the logits
+    squared_bias: jax.Array  # (M,) of the mean over draws; mean over logits
+    flips: jax.Array  # () share of other predictions, of all draws and probes
+
+
+def companion_noise(
+    apply: Apply,
+    params: Any,
+    batch_stats: Any,
+    probes: jax.Array,
+    pool: jax.Array,
+    *,
+    batch_size: int,
+    draws: int,
+    key: jax.Array,
+    at_once: int = 1,
+) -> CompanionNoise:
+    """Measures the noise that companions add to an example's logits.
+
+    A probe stands in a batch with batch_size - 1 examples of the pool, drawn
+    without replacement, anew for every draw. Its logits in training mode vary
+    with them: z_d for draw d, with population logits z of inference.
+    variance = mean_c Var_d[z_dc] and
+    squared_bias = mean_c (mean_d[z_dc] - z_c)^2 - variance / draws, from which
+    the noise of the mean is taken out, so that it may come out below 0. Probes
+    share the companions of a draw.
+
+    The variance goes as 1 / batch_size, times 1 - batch_size / P for a pool of
+    P: batch_size times variance is a constant of the network. Where devices
+    normalize alone it is the batch of one device that counts.
+
+    Args:
+      apply: (params, batch_stats, x, train=...) -> logits (B, C).
+      params, batch_stats: passed on; batch_stats normalize in inference.
+      probes: (M, ...) examples.
+      pool: (P, ...) of the distribution of training, without the probes.
+      batch_size: n, with 2 <= n <= P + 1.
+      draws: at least 2; the relative error of a variance is
+        about sqrt(2 / draws).
+      key: of the draws.
+      at_once: how many draws are computed side by side, M * n * at_once
+        examples in memory; all of them is fastest for convolutions on CPU.
+
+    Returns:
+      CompanionNoise.
+
+    Raises:
+      ValueError: probes and pool are not examples of one kind, batch_size or
+        draws is out of range, or apply returns something else.
+
+    Source: Ioffe and Szegedy (2015), Batch Normalization, section 3.4; Luo et
+    al. (2019), Towards Understanding Regularization in Batch Normalization.
+    """
+    probes, pool = jnp.asarray(probes), jnp.asarray(pool)
+    if probes.shape[1:] != pool.shape[1:] or not probes.ndim or not len(probes):
+        raise ValueError(
+            "probes (M, ...) and pool (P, ...) must be examples of one kind; "
+            f"got {describe(probes)} and {describe(pool)}."
+        )
+    if not 2 <= batch_size <= len(pool) + 1:
+        raise ValueError(
+            f"batch_size must be from 2 to {len(pool) + 1}, a probe and "
+            f"companions from a pool of {len(pool)}; got {batch_size}."
+        )
+    if draws < 2 or at_once < 1:
+        raise ValueError(
+            "draws must be at least 2 and at_once at least 1; got "
+            f"{draws} and {at_once}."
+        )
+
+    def draw(key: jax.Array) -> jax.Array:
+        chosen = jax.random.choice(
+            key, len(pool), (batch_size - 1,), replace=False
+        )
+        companions = pool[chosen]
+
+        def logits(probe: jax.Array) -> jax.Array:
+            x = jnp.concatenate([probe[None].astype(pool.dtype), companions])
+            return logits_of(apply, params, batch_stats, x, train=True)[0]
+
+        return widen(jax.vmap(logits)(probes))
+
+    keys = jax.random.split(key, draws)
+    drawn = jax.lax.map(draw, keys, batch_size=min(at_once, draws))
+    z = widen(logits_of(apply, params, batch_stats, probes, train=False))
+    variance = drawn.var(0, ddof=1).mean(-1)
+    bias = jnp.square(drawn.mean(0) - z).mean(-1) - variance / draws
+    flips = (drawn.argmax(-1) != z.argmax(-1)).mean(dtype=drawn.dtype)
+    return CompanionNoise(variance, bias, flips)
