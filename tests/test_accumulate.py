@@ -251,10 +251,15 @@ def test_mapped_axis_around():
 
 
 def resnet():
-    """Losses of ResNet-8 without and with an axis, and their arguments."""
+    """Losses of ResNet-8 without and with an axis, and their arguments.
+
+    In float64 but for the logits, which the network rounds to float32.
+    """
 
     def loss_with(axis_name):
-        model = ResNet(8, num_classes=3, width=2, axis_name=axis_name)
+        model = ResNet(
+            8, num_classes=3, width=2, axis_name=axis_name, dtype=jnp.float64
+        )
 
         def loss(params, batch_stats, batch):
             images, labels = batch
@@ -270,27 +275,27 @@ def resnet():
         return model, loss
 
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(12, 8, 8, 3)).astype(np.float32)
+    images = rng.normal(size=(12, 8, 8, 3))
     labels = rng.integers(0, 3, 12)
     model, loss = loss_with(None)
     init = functools.partial(model.init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), images)
-    variables = jax.tree.map(
-        lambda a: rng.normal(1, 0.5, a.shape).astype(a.dtype), shapes
-    )
+    variables = jax.tree.map(lambda a: rng.normal(1, 0.5, a.shape), shapes)
     arguments = variables["params"], variables["batch_stats"], (images, labels)
     return loss, loss_with("micro")[1], arguments
 
 
 def test_resnet():
-    loss, in_microbatches, arguments = resnet()
-    want = jit(jax.value_and_grad(loss, has_aux=True))(*arguments)
-    step = accumulate.value_and_grad(
-        in_microbatches, microbatches=3, has_aux=True, unroll=False
-    )
-    (value, (stats, logits)), grads = jit(step)(*arguments)
-    logits = logits.swapaxes(0, 1).reshape(12, 3)
-    assert_close(((value, (stats, logits)), grads), want, 2e-5)
+    with jax.enable_x64(True):
+        loss, in_microbatches, arguments = resnet()
+        want = jit(jax.value_and_grad(loss, has_aux=True))(*arguments)
+        step = accumulate.value_and_grad(
+            in_microbatches, microbatches=3, has_aux=True, unroll=False
+        )
+        (value, (stats, logits)), grads = jit(step)(*arguments)
+        logits = logits.swapaxes(0, 1).reshape(12, 3)
+        got = jax.device_get(((value, (stats, logits)), grads))
+    assert_close(got, want, 1e-6)
 
 
 def rows_and_shared(axis_name, x, y, key):
