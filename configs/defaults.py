@@ -54,7 +54,9 @@ def get_config() -> ConfigDict:
     config.schedule = "step"  # step, cosine or one_cycle
     config.boundaries = (32_000, 48_000)  # steps at which the rate falls
     config.decay_factor = 0.1  # that it is then multiplied with
-    config.warmup_epochs = 0.0  # linear, for step and cosine
+    config.warmup_epochs = 0.0  # for step and cosine
+    config.warmup_start = 0.0  # share of the rate that it begins with
+    config.warmup_shape = "linear"  # or constant, until it is over
     config.momentum = 0.9
     config.nesterov = False
     config.weight_decay = 1e-4  # on kernels only

@@ -55,6 +55,10 @@ def test_quick_start_from_anywhere(tmp_path):
     assert len(lines[1:8]) == 7 and lines[8].startswith("Over 2 batches")
     # Two steps with momentum 0.9 are not enough, and it says so.
     assert "have not converged" in done.stdout
+    done = run(str(workdir), "--precise=2", module="train.evaluate")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "digits test, 360 images, at step 2 (epoch 1):" in done.stdout
+    assert "anew over 2 training batches" in done.stdout
     picture = (workdir / "doctor.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 

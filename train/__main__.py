@@ -109,17 +109,29 @@ def _one_line(error: Exception) -> str:
         name = message.strip("'\"")
         return f"There is no config.{name}; configs/defaults.py has all fields."
     if isinstance(error, OSError):
-        name = flags.FLAGS["config"].config_filename
+        name = _config_file()
         if pathlib.Path(name).exists():
             raise error  # a mistake inside the file: show where
         return f"There is no file {name}; configs/ holds {_configs()}."
+    said = re.search(r"\nValueError: (configs/.*)", message)
+    if said:  # get_config(), of what stands behind the colon
+        return said[1]
     return " ".join(message.split())
+
+
+def _config_file() -> str:
+    """The file that --config names, without what stands behind the colon."""
+    given = [a for a in sys.argv[1:] if re.match("--?config(=|$)", a)]
+    at = sys.argv.index(given[-1])
+    name = given[-1].partition("=")[2] or sys.argv[at + 1]
+    return name.partition(":")[0]
 
 
 def _workdir() -> pathlib.Path:
     if flags.FLAGS.workdir:
         return pathlib.Path(flags.FLAGS.workdir)
-    name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
+    file, _, argument = flags.FLAGS["config"].config_filename.partition(":")
+    name = "-".join([pathlib.Path(file).stem, *re.findall(r"[\w-]+", argument)])
     return pathlib.Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import jaxbn.linen
 from jaxbn import precise
-from train import UserError, data
+from train import data
 from train.step import Recipe, TrainState, augmented
 
 if TYPE_CHECKING:
@@ -31,29 +31,43 @@ def evaluate_average(
     The running statistics belong to the weights of each step; those of the
     average are taken anew, over config.precise_batches training batches.
     """
-    batch_stats = precise_statistics(config, prepared, state)
+    batch_stats = precise_statistics(
+        config,
+        prepared,
+        state.average,
+        state.batch_stats,
+        batches=config.precise_batches,
+    )
     loss, accuracy = test(state.average, batch_stats)
     return {"average_test_loss": loss, "average_test_accuracy": accuracy}
 
 
 def precise_statistics(
-    config: ConfigDict, prepared: Prepared, state: TrainState
+    config: ConfigDict,
+    prepared: Prepared,
+    params: Any,
+    batch_stats: Any,
+    *,
+    batches: int,
 ) -> Any:
-    """Returns batch_stats for the averaged weights."""
+    """Returns batch_stats taken anew for params, over training batches.
+
+    Args:
+      config: of a run whose norm hands out moments: not flax or none.
+      prepared: of the run.
+      params: to take statistics for.
+      batch_stats: of the run, for what is not taken anew.
+      batches: to read, at most an epoch's.
+    """
     place, dataset, _, _, recipe = prepared
     size, epoch = config.batch_size, config.epochs - 1
-    if config.norm in ("flax", "none"):
-        raise UserError(
-            f"average_decay={config.average_decay} needs statistics taken "
-            f"anew, which norm={config.norm!r} does not hand out; use jaxbn."
-        )
     read = jax.shard_map(
         functools.partial(_moments, recipe),
         mesh=place.mesh,
         in_specs=(P(), (P(place.axes), P())),
         out_specs=P(),
     )
-    batches = data.train_batches(
+    read_from = data.train_batches(
         dataset.train,
         size,
         seed=config.seed,
@@ -62,15 +76,13 @@ def precise_statistics(
     )
     found = precise.recompute(
         read,
-        {"params": state.average, "batch_stats": state.batch_stats},
+        {"params": params, "batch_stats": batch_stats},
         (
             (place.put(rows, size), epoch)
-            for rows in itertools.islice(batches, config.precise_batches)
+            for rows in itertools.islice(read_from, batches)
         ),
     )
-    return precise.with_statistics(
-        jax.device_get(state.batch_stats), found.stats
-    )
+    return precise.with_statistics(jax.device_get(batch_stats), found.stats)
 
 
 def _moments(

@@ -30,21 +30,28 @@ class Checkpoints:
 
     Keeps the newest two, and the one with the best test accuracy. Writes in the
     background, from all processes; a checkpoint is there whole or not at all.
+
+    Args:
+      folder: that they lie in.
+      read_only: leaves the folder as it is, for a run that may go on meanwhile.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, *, read_only: bool = False):
         self._folder = folder.absolute()
+        self._read_only = read_only
         policies = preservation_policy
         # Policies, not max_to_keep: with a best_fn that deletes the newest.
+        keep = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(KEEP),
+                policies.BestN(get_metric_fn=_accuracy, n=1),
+            ]
+        )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(KEEP),
-                    policies.BestN(get_metric_fn=_accuracy, n=1),
-                ]
-            ),
+            preservation_policy=None if read_only else keep,
             best_fn=_accuracy,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         with _clear_errors(self._folder, None):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -81,8 +88,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self._manager.latest_step():
             return
-        # One without a test is never the best.
-        measured = -1.0 if test_accuracy is None else test_accuracy
+        measured = UNTESTED if test_accuracy is None else test_accuracy
         with _clear_errors(self._folder, self._manager):
             self._manager.save(
                 step,
@@ -108,58 +114,74 @@ class Checkpoints:
         )
 
     def restore(
-        self, like: TrainState
+        self, like: Any, *, best: bool = False
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """Returns (state, progress) of the newest that can be read, or None.
 
-        One that is damaged is put aside, with a warning.
+        One that is damaged is put aside, or if read_only passed over, with a
+        warning.
 
         Args:
-          like: a state of the run. What is read gets its shapes, dtypes and
-            devices, however many devices had written it.
+          like: TrainState of arrays, or of jax.ShapeDtypeStruct with shardings.
+            What is read gets its shapes, dtypes and devices, however many
+            devices had written it.
+          best: takes the one with the best test accuracy; None also where
+            none has a test.
 
         Raises:
           UserError: there are checkpoints, and none can be read.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         damaged = []
-        while (step := self._manager.latest_step()) is not None:
+        if best:
+            step = self._manager.best_step()
+            if step is None or _accuracy(self._manager.metrics(step)) < 0:
+                return None
+            return self._read(step, like)
+        while left := sorted({*self._manager.all_steps()} - {*damaged}):
             try:
-                found = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract._asdict()),
-                        progress=ocp.args.JsonRestore(),
-                    ),
-                )
+                return self._read(left[-1], like)
             except Exception as error:  # whatever a damaged file leads to
-                damaged.append(self._put_aside(step, error))
-                continue
-            return TrainState(**found.state), found.progress
+                damaged.append(left[-1])
+                self._put_aside(left[-1], error)
         if damaged:
+            put = "" if self._read_only else "; they were put aside"
             raise UserError(
-                f"No checkpoint in {self._folder} can be read; they were put "
-                f"aside as {', '.join(path.name for path in damaged)}. Start "
-                "anew in another --workdir, or mend them."
+                f"No checkpoint in {self._folder} can be read{put}: those of "
+                f"the steps {', '.join(map(str, damaged))}. Start anew in "
+                "another --workdir, or mend them."
             )
         return None
 
-    def _put_aside(self, step: int, error: Exception) -> pathlib.Path:
+    def _read(self, step: int, like: Any) -> tuple[TrainState, dict[str, Any]]:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract._asdict()),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        return TrainState(**found.state), found.progress
+
+    def _put_aside(self, step: int, error: Exception) -> None:
         aside = self._folder.parent / f"damaged-checkpoint-{step}"
         if jax.process_index() == 0:
-            if (self._folder / str(step)).exists():
+            if not self._read_only and (self._folder / str(step)).exists():
                 os.replace(self._folder / str(step), aside)
             # Orbax reports in many lines; the first says what it is.
             reason = " ".join(str(error).split())[:200]
+            now = "" if self._read_only else f" and is now {aside}"
             warnings.warn(
-                f"The checkpoint of step {step} cannot be read and is now "
-                f"{aside}; going on from the one before. ({reason})",
+                f"The checkpoint of step {step} cannot be read{now}; going on "
+                f"from the one before. ({reason})",
                 stacklevel=2,
             )
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"put aside {step}")
         self._manager.reload()
-        return aside
+
+
+UNTESTED = -1.0  # so that it is never the best
 
 
 def _accuracy(metrics: dict[str, float]) -> float:

@@ -25,6 +25,7 @@ from train.step import (
     Recipe,
     Sums,
     TrainState,
+    abstract_state,
     init_state,
     make_test_step,
     make_train_step,
@@ -97,12 +98,13 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     timeline = Timeline()
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         shape = dataset.train.images.shape[1:]
-        state = init_state(recipe, shape, place.mesh)
         progress = Progress()
-        found = checkpoints.restore(state)
+        found = checkpoints.restore(abstract_state(recipe, shape, place.mesh))
         if found:
             state, kept = found
             progress = Progress(**kept)
+        else:
+            state = init_state(recipe, shape, place.mesh)
         kind = Report if topology.is_main() else SilentReport
         with (
             kind(

@@ -26,11 +26,17 @@ def check(config: ConfigDict) -> None:
         if not config[key] > 0:
             raise UserError(f"{key} must be positive; got {config[key]}.")
     one_of("schedule", config.schedule, SCHEDULES)
+    one_of("warmup_shape", config.warmup_shape, ("linear", "constant"))
     one_of("dtype", config.dtype, ("float32", "bfloat16"))
     one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
-    for key in ("label_smoothing", "average_decay"):
+    for key in ("label_smoothing", "average_decay", "warmup_start"):
         if not 0 <= config[key] < 1:
             raise UserError(f"{key} must be in [0, 1); got {config[key]}.")
+    if config.average_decay and config.norm in ("flax", "none"):
+        raise UserError(
+            f"average_decay={config.average_decay} needs statistics taken "
+            f"anew, which norm={config.norm!r} does not hand out; use jaxbn."
+        )
     for key in ("microbatches", "steps_per_dispatch", "seeds"):
         if config[key] < 1:
             raise UserError(f"{key} must be at least 1; got {config[key]}.")
@@ -79,9 +85,15 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     main = SCHEDULES[config.schedule](config, total)
     warmup = round(config.warmup_epochs * steps_per_epoch)
 
+    start, linear = config.warmup_start, config.warmup_shape == "linear"
+
     def schedule(step: jax.Array) -> jax.Array:
-        rise = jnp.minimum((step + 1) / max(warmup, 1), 1) if warmup else 1
-        return main(step) * rise
+        if not warmup:
+            return main(step)
+        share = jnp.minimum((step + 1) / warmup, 1)
+        if not linear:
+            share = jnp.where(step < warmup, 0, 1)
+        return main(step) * (start + (1 - start) * share)
 
     return schedule
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import defaults
 from train import UserError, loop
 from train.checkpoint import Checkpoints
-from train.step import TrainState, init_state
+from train.step import TrainState, abstract_state
 
 
 class Saved(NamedTuple):
@@ -19,7 +19,7 @@ class Saved(NamedTuple):
 
     config: ConfigDict
     prepared: loop.Prepared  # for the devices here, whoever trained it
-    state: TrainState  # of the newest checkpoint
+    state: TrainState  # of the checkpoint
     progress: loop.Progress  # at that state
 
 
@@ -42,23 +42,29 @@ def read_config(run: pathlib.Path) -> ConfigDict:
     return config
 
 
-def load(run: pathlib.Path) -> Saved:
+def load(run: pathlib.Path, *, best: bool = False) -> Saved:
     """Returns the newest checkpoint of a run, with its data and network.
 
+    The folder stays as it is: the run may go on meanwhile.
+
+    Args:
+      run: its workdir.
+      best: takes the checkpoint with the best test accuracy instead.
+
     Raises:
-      UserError: run is no workdir, or has no checkpoint yet.
+      UserError: run is no workdir, or has no such checkpoint yet.
     """
     config = read_config(run)
     config.mesh = "data"
     prepared = loop.prepare(config)
     shape = prepared.dataset.train.images.shape[1:]
-    state = init_state(prepared.recipe, shape, prepared.place.mesh)
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        found = checkpoints.restore(state)
+    like = abstract_state(prepared.recipe, shape, prepared.place.mesh)
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        found = checkpoints.restore(like, best=best)
     if found is None:
         raise UserError(
-            f"{run} has no checkpoint yet; the first is written after the "
-            "first epoch."
+            f"{run} has no checkpoint{' with a test' if best else ''} yet; the "
+            "first is written after the first epoch."
         )
     state, progress = found
     return Saved(config, prepared, state, loop.Progress(**progress))

@@ -107,6 +107,18 @@ def init_state(
     return jax.jit(init, out_shardings=NamedSharding(mesh, P()))()
 
 
+def abstract_state(
+    recipe: Recipe, image_shape: tuple[int, ...], mesh: Mesh
+) -> TrainState:
+    """Returns shapes, dtypes and shardings of `init_state`, compiling nothing."""
+    shapes = jax.eval_shape(lambda: init_state(recipe, image_shape, mesh))
+    everywhere = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+        shapes,
+    )
+
+
 def make_train_step(recipe: Recipe, mesh: Mesh, *, steps: int = 1) -> Any:
     """Returns jit of (state, batch, epoch) -> (state, Sums).
 

@@ -1,0 +1,298 @@
+"""Compares finished and unfinished runs: python -m train.compare RUN RUN ...
+
+Prints a table with the fields of the configs that differ and the results, and
+draws the curves over each other. Runs that differ in nothing but seed are one
+line, mean ± standard deviation; the folder of a run of several seeds stands for
+all of them. Reads config.json, metrics.jsonl and summary.json alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+
+from train import UserError
+from train.saved import read_config
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# Fields that change no result.
+NO_MATTER = ("seed", "seeds", "data_dir", "checkpoint_every", "profile")
+
+
+class Run(NamedTuple):
+    """What a workdir says."""
+
+    path: pathlib.Path
+    config: dict[str, Any]  # by name, those within a field with a dot
+    records: list[dict[str, float]]  # of its epochs
+    summary: dict[str, Any]  # empty until the run is finished
+
+
+class Group(NamedTuple):
+    """Runs that differ in nothing but seed, of the same number of epochs."""
+
+    runs: list[Run]
+    label: str  # what is special about its config, or its folder
+
+
+def read(path: pathlib.Path) -> Run:
+    """Reads one run.
+
+    Raises:
+      UserError: path is no workdir, no epoch is recorded, or a file is damaged.
+    """
+    config = _flat(_parsed(path / "config.json", _config))
+    lines = []
+    if (path / "metrics.jsonl").exists():
+        lines = _parsed(path / "metrics.jsonl", _lines)
+    if not lines:
+        raise UserError(
+            f"{path} has no records yet; the first comes after the first epoch."
+        )
+    summary = {}
+    if (path / "summary.json").exists():
+        summary = _parsed(path / "summary.json", _whole)
+    return Run(path, config, lines, summary)
+
+
+def _config(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(read_config(path.parent).to_json())
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _whole(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _parsed(path: pathlib.Path, parse: Callable[[pathlib.Path], Any]) -> Any:
+    try:
+        return parse(path)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def grouped(runs: list[Run]) -> tuple[list[Group], list[str]]:
+    """Returns the groups, in the order of their first run, and what differs.
+
+    An unfinished run stands with those that have come as far.
+    """
+    every = {name for run in runs for name in run.config}
+    differ = [
+        name
+        for name in sorted(every - {*NO_MATTER})
+        if len({json.dumps(run.config.get(name)) for run in runs}) > 1
+    ]
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        values = [run.config.get(name) for name in differ]
+        key = json.dumps([values, len(run.records)])
+        groups.setdefault(key, []).append(run)
+    found = [
+        Group(members, _label(members, differ)) for members in groups.values()
+    ]
+    return found, differ
+
+
+def _label(runs: list[Run], differ: list[str]) -> str:
+    run, done = runs[0], len(runs[0].records)
+    values = [f"{name}={run.config.get(name)}" for name in differ]
+    label = ", ".join(values) or run.path.name
+    if done < run.config["epochs"]:
+        label += f" ({done} of {run.config['epochs']} epochs)"
+    return label if len(runs) == 1 else f"{label}, {len(runs)} runs"
+
+
+def table(groups: list[Group], differ: list[str]) -> str:
+    """Returns the groups as lines of text, in columns."""
+    averaged = any("average_test_accuracy" in _last(g.runs[0]) for g in groups)
+    head = ["run", *differ, "seeds", "epochs", "accuracy %", "loss"]
+    head += ["average's %"] if averaged else []
+    head += ["images/s", "seconds", "devices"]
+    rows = [head]
+    for group in groups:
+        runs = group.runs
+        name = runs[0].path.name + (f" + {len(runs) - 1}" if runs[1:] else "")
+        row = [name, *(str(runs[0].config.get(key)) for key in differ)]
+        row.append(",".join(str(run.config["seed"]) for run in runs))
+        row.append(f"{len(runs[0].records)}/{runs[0].config['epochs']}")
+        row.append(_spread(runs, "test_accuracy", "{:.2f}", 100))
+        row.append(_spread(runs, "test_loss", "{:.4f}"))
+        if averaged:
+            row.append(_spread(runs, "average_test_accuracy", "{:.2f}", 100))
+        row.append(_spread(runs, "images_per_second", "{:,.0f}"))
+        row.append(_spread(runs, "seconds", "{:,.0f}"))
+        row.append(" ".join(sorted({_devices(run) for run in runs})))
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
+    )
+
+
+def _last(run: Run) -> dict[str, Any]:
+    """The results of a run, of the last epoch that it has."""
+    # The first epoch holds the compilation.
+    speeds = [record["images_per_second"] for record in run.records]
+    speed = statistics.median(speeds[1:] or speeds)
+    return {**run.summary, **run.records[-1], "images_per_second": speed}
+
+
+def _devices(run: Run) -> str:
+    if not run.summary:
+        return "?"
+    return f"{run.summary['devices']} {run.summary['device_kind']}"
+
+
+def _spread(runs: list[Run], key: str, form: str, unit: float = 1.0) -> str:
+    """Words the mean, and the deviation where there are several."""
+    last = [_last(run) for run in runs]
+    if any(key not in one for one in last):
+        return "-"
+    values = [unit * one[key] for one in last]
+    mean = form.format(statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {form.format(statistics.stdev(values))}"
+
+
+def draw(groups: list[Group], path: pathlib.Path) -> None:
+    """Draws loss and accuracy of all groups over the epochs.
+
+    Of several runs the mean, in a band of one standard deviation.
+
+    Raises:
+      UserError: path cannot be written, or has an ending of no known format.
+    """
+    figure, (loss, accuracy) = plt.subplots(
+        1, 2, figsize=(11, 4.5), layout="constrained"
+    )
+    for i, group in enumerate(groups):
+        color = f"C{i % 10}"
+        _curve(loss, group, "train_loss", 1, color, ":")
+        _curve(loss, group, "test_loss", 1, color, "-", group.label)
+        _curve(accuracy, group, "test_accuracy", 100, color, "-", group.label)
+    loss.set(xlabel="epoch", ylabel="loss (nats); dotted: in training")
+    loss.set_yscale("log")
+    accuracy.set(xlabel="epoch", ylabel="test accuracy (%)")
+    figure.legend(
+        *accuracy.get_legend_handles_labels(), loc="outside lower center"
+    )
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to --out={path}: {error.strerror}."
+        ) from error
+    except ValueError as error:  # the format
+        raise UserError(f"Cannot draw --out={path}: {error}.") from error
+    finally:
+        plt.close(figure)
+
+
+def _curve(
+    axes: plt.Axes,
+    group: Group,
+    key: str,
+    unit: float,
+    color: str,
+    style: str,
+    label: str | None = None,
+) -> None:
+    epochs = [record["epoch"] for record in group.runs[0].records]
+    values = unit * np.array(
+        [[record[key] for record in run.records] for run in group.runs]
+    )
+    mean = values.mean(0)
+    dots = "." if len(epochs) < 30 else ""
+    axes.plot(epochs, mean, style, color=color, label=label, marker=dots)
+    if len(values) > 1:
+        deviation = values.std(0, ddof=1)
+        low, high = mean - deviation, mean + deviation
+        axes.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
+
+
+def compare(
+    paths: Iterable[pathlib.Path], out: pathlib.Path
+) -> tuple[list[Group], list[str]]:
+    """Prints the table of the runs and draws their curves into out.
+
+    Returns:
+      The groups, and the fields of the configs that differ.
+
+    Raises:
+      UserError: a folder is no run or has no records, or is given twice; or out
+        cannot be written.
+    """
+    paths = [one for path in paths for one in _seeds(path)]
+    seen: set[pathlib.Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise UserError(f"{path} is given twice.")
+        seen.add(path.resolve())
+    groups, differ = grouped([read(path) for path in paths])
+    print(table(groups, differ))
+    draw(groups, out)
+    return groups, differ
+
+
+def _seeds(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the runs in a folder of seeds, or else the path itself."""
+    runs = [config.parent for config in path.glob("seed-*/config.json")]
+    if (path / "config.json").exists() or not runs:
+        return [path]
+    return sorted(runs, key=lambda run: (len(run.name), run.name))
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m train.compare", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=pathlib.Path,
+        metavar="RUN",
+        help="the --workdir of a run",
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("compare.png"),
+        metavar="FILE",
+        help="of the picture; compare.png without",
+    )
+    given = parser.parse_args(arguments)
+    compare(given.runs, given.out)
+    print(f"The picture is {given.out}.")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as user_error:
+        sys.exit(f"train.compare: {user_error}")

@@ -1,0 +1,261 @@
+"""Evaluates a run on every example of a split: python -m train.evaluate RUN.
+
+Prints loss and accuracy, and a table of the classes; writes them, with the
+confusion matrix, into RUN/evaluation.json. --best takes the checkpoint with the
+best test accuracy in place of the newest; --precise N adds the result with
+running statistics taken anew over N training batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import PartitionSpec as P
+
+from train import UserError, data, loop
+from train.augment import to_float
+from train.averaged import precise_statistics
+from train.report import write_json
+from train.saved import Saved, load, read_config
+from train.step import Recipe
+
+_BATCH = 1000  # examples at a time
+
+
+class Counts(NamedTuple):
+    """Sums over examples; K classes."""
+
+    loss: Any  # (K,) in nats, summed over the examples of a class
+    confusion: Any  # (K, K) examples: row the label, column the answer
+
+
+def evaluate(
+    run: pathlib.Path,
+    saved: Saved,
+    *,
+    split: str | None = None,
+    precise: int = 0,
+) -> dict[str, Any]:
+    """Returns what it writes into evaluation.json, and prints it.
+
+    Args:
+      run: the workdir of a run.
+      saved: what `load` returns for it.
+      split: of the data set, as TFDS writes it; None is the run's test split.
+      precise: training batches to take the running statistics anew over; 0
+        takes none.
+
+    Returns:
+      step, epoch, split, images, loss, accuracy, classes and confusion; and
+      under precise the batches, and loss to confusion once more.
+
+    Raises:
+      UserError: there is no such split, or the run's norm has no statistics
+        to take anew.
+    """
+    config = saved.config
+    if precise and config.norm in ("flax", "none"):
+        raise UserError(
+            f"--precise {precise} needs statistics that can be taken anew, "
+            f"which norm={config.norm!r} does not hand out; leave it away."
+        )
+    state = saved.state
+    split = split or config.test_split
+    examples = _examples(saved, split)
+    count = counter(saved.prepared, examples)
+    found = {
+        "step": int(state.step),
+        "epoch": saved.progress.epoch,
+        "split": split,
+        **_result(count(state.params, state.batch_stats)),
+    }
+    if precise:
+        read = min(precise, saved.prepared.steps)
+        stats = precise_statistics(
+            config,
+            saved.prepared,
+            state.params,
+            state.batch_stats,
+            batches=read,
+        )
+        again = _result(count(state.params, stats))
+        found["precise"] = {"batches": read, **again}
+    print(words(found, config.dataset))
+    write_json(run / "evaluation.json", found)
+    return found
+
+
+def _examples(saved: Saved, split: str) -> data.Split:
+    config, dataset = saved.config, saved.prepared.dataset
+    if split == config.test_split:
+        return dataset.test
+    if split == config.train_split:
+        return dataset.train
+    return data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        train_split=split,
+        test_split=split,
+        lazy=True,  # or it would be read twice
+    ).test
+
+
+def counter(
+    prepared: loop.Prepared, split: data.Split
+) -> Callable[[Any, Any], Counts]:
+    """Returns (params, batch_stats) -> Counts of all examples, each once."""
+    place, classes = prepared.place, prepared.dataset.num_classes
+    step = jax.jit(
+        jax.shard_map(
+            functools.partial(_step, prepared.recipe, place.axes, classes),
+            mesh=place.mesh,
+            in_specs=(P(), P(), P(place.axes)),
+            out_specs=P(),
+        )
+    )
+    devices = place.mesh.size
+    size = min(_BATCH, len(split.labels))
+    size = -(-size // devices) * devices
+
+    def count(params: Any, batch_stats: Any) -> Counts:
+        loss, confusion = 0.0, 0
+        for rows in data.test_batches(split, size, rows=place.rows(size)):
+            part = step(params, batch_stats, place.put(rows, size))
+            # To the host at once: simulated devices must not run far ahead.
+            part = jax.device_get(part)
+            loss = loss + np.float64(part.loss)
+            confusion = confusion + np.int64(part.confusion)
+        return Counts(loss, confusion)
+
+    return count
+
+
+def _step(
+    recipe: Recipe,
+    axes: tuple[str, ...],
+    classes: int,
+    params: Any,
+    batch_stats: Any,
+    batch: data.Batch,
+) -> Counts:
+    mean, std = jnp.array(recipe.pixel_mean), jnp.array(recipe.pixel_std)
+    logits = recipe.model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        to_float(batch.images, mean, std),
+        train=False,
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    loss = jnp.where(batch.where, loss, 0)
+    pair = batch.labels * classes + logits.argmax(-1)
+    seen = jnp.where(batch.where, 1, 0)
+    local = Counts(
+        jax.ops.segment_sum(loss, batch.labels, classes),
+        jax.ops.segment_sum(seen, pair, classes**2),
+    )
+    both = jax.lax.psum(local, axes)
+    return both._replace(confusion=both.confusion.reshape(classes, classes))
+
+
+def _result(counts: Counts) -> dict[str, Any]:
+    images = counts.confusion.sum(1)
+    correct = counts.confusion.diagonal()
+    total = int(images.sum())
+    return {
+        "images": total,
+        "loss": float(counts.loss.sum() / total),
+        "accuracy": float(correct.sum() / total),
+        "classes": [
+            {
+                "images": int(n),
+                "accuracy": float(c / n) if n else None,
+                "loss": float(loss / n) if n else None,
+            }
+            for n, c, loss in zip(images, correct, counts.loss)
+        ],
+        "confusion": counts.confusion.tolist(),
+    }
+
+
+def words(found: dict[str, Any], dataset: str) -> str:
+    """Returns the result as lines of text."""
+    again = found.get("precise")
+    lines = [
+        f"{dataset} {found['split']}, {found['images']:,} images, at step "
+        f"{found['step']:,} (epoch {found['epoch']}):",
+        f"accuracy {found['accuracy']:.2%}  loss {found['loss']:.4f}",
+    ]
+    if again:
+        lines.append(
+            f"accuracy {again['accuracy']:.2%}  loss {again['loss']:.4f}  with "
+            f"statistics taken anew over {again['batches']} training batches"
+        )
+    head = f"{'class':>5} {'images':>7} {'accuracy':>9} {'loss':>8}"
+    lines.append(head + ("      anew" if again else "") + "  taken for")
+    for k, one in enumerate(found["classes"]):
+        if not one["images"]:
+            continue
+        line = f"{k:>5} {one['images']:>7} {one['accuracy']:>9.2%} "
+        line += f"{one['loss']:>8.4f}"
+        if again:
+            line += f" {again['classes'][k]['accuracy']:>9.2%}"
+        lines.append(line + "  " + _mistakes(found["confusion"][k], k))
+    return "\n".join(lines)
+
+
+def _mistakes(row: list[int], own: int, shown: int = 3) -> str:
+    """Says which classes the examples of one were most often taken for."""
+    wrong = [(n, k) for k, n in enumerate(row) if n and k != own]
+    wrong.sort(key=lambda pair: (-pair[0], pair[1]))
+    return ", ".join(f"{k} ({n})" for n, k in wrong[:shown])
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m train.evaluate", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("run", type=pathlib.Path, help="the --workdir of a run")
+    parser.add_argument(
+        "--split", help="such as test, train or train[45000:]; the run's test"
+    )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="the checkpoint with the best test accuracy; else the newest",
+    )
+    parser.add_argument(
+        "--precise",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also with statistics taken anew over N training batches",
+    )
+    given = parser.parse_args(arguments)
+    if given.precise < 0:
+        parser.error(f"--precise must be at least 1; got {given.precise}.")
+    logging.set_verbosity(logging.ERROR)  # of orbax
+    devices = read_config(given.run).cpu_devices
+    jax.config.update("jax_num_cpu_devices", devices)
+    evaluate(
+        given.run,
+        load(given.run, best=given.best),
+        split=given.split,
+        precise=given.precise,
+    )
+    print(f"All of it is in {given.run / 'evaluation.json'}.")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as user_error:
+        sys.exit(f"train.evaluate: {user_error}")
