@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import jax
 import matplotlib
 import numpy as np
+from absl import logging
 
 from jaxbn import doctor
 from train import UserError, data
@@ -101,6 +102,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.batches < 1:
         parser.error(f"--batches must be at least 1; got {given.batches}.")
+    logging.set_verbosity(logging.ERROR)  # of orbax
     devices = read_config(given.run).cpu_devices
     jax.config.update("jax_num_cpu_devices", devices)
     examine(given.run, given.batches)
