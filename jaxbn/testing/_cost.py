@@ -1,0 +1,283 @@
+"""What synchronization costs in time, from a program and a link."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxbn.testing import _collectives
+
+# Published peaks: bytes/s that a device sends on all its links together, half
+# of what is stated for both directions.
+LINKS = {
+    "nvlink3": 300e9,  # NVIDIA, NVLink: A100, 12 links, 600 GB/s in total
+    "nvlink4": 450e9,  # NVIDIA, Hopper Architecture: 900 GB/s bi-directional
+    "tpu_v5e": 200e9,  # Google Cloud, TPU v5e: bidirectional ICI 400 GBps
+    "tpu_v5p": 600e9,  # Google Cloud, TPU v5p: bidirectional ICI 1200 GBps
+}
+
+# Bytes a device sends in a ring of n, for each byte of its result.
+_SENT: dict[str, Callable[[int], float]] = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,  # the result is one of n parts
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+    "collective-broadcast": lambda n: 1,
+}
+# How the result grows with the devices where what goes in does not.
+_GROWS = {"all-gather": 1, "reduce-scatter": -1}
+
+
+class Cost(NamedTuple):
+    """Collectives of one part of a program."""
+
+    count: int
+    sent: float  # bytes, by each device
+    seconds: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(self, other)))
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(*(a - b for a, b in zip(self, other)))
+
+
+class SyncCost(NamedTuple):
+    """What `sync_cost` returns; str() is a table."""
+
+    devices: int
+    forward: Cost  # of the batch norms
+    backward: Cost  # of the batch norms
+    rest: Cost  # what is sent without synchronization too: the gradient
+    compute: float | None  # seconds of a step without communication
+
+    @property
+    def seconds(self) -> float:
+        """Seconds a step that synchronization takes, forward and backward."""
+        return self.forward.seconds + self.backward.seconds
+
+    @property
+    def share(self) -> float | None:
+        """Part of the whole step; None where compute is not known."""
+        if self.compute is None:
+            return None
+        return self.seconds / (self.compute + self.seconds + self.rest.seconds)
+
+    def __str__(self) -> str:
+        rows = {
+            "batch norm, forward": self.forward,
+            "batch norm, backward": self.backward,
+            "the rest": self.rest,
+        }
+        lines = [
+            f"{self.devices} devices{'collectives':>24}{'MB':>10}{'ms':>9}"
+        ]
+        lines += [
+            f"{name:<22}{c.count:>10}{c.sent / 1e6:>13.3f}"
+            f"{1e3 * c.seconds:>9.3f}"
+            for name, c in rows.items()
+        ]
+        if self.compute is not None:
+            lines.append(
+                f"synchronization is {self.share:.1%} of a step that computes "
+                f"for {1e3 * self.compute:.3f} ms"
+            )
+        return "\n".join(lines)
+
+
+Figure = float | Callable[[int], float]
+
+
+def sync_cost(
+    fn: Callable[..., Any],
+    *args: Any,
+    latency: Figure,
+    bandwidth: Figure,
+    unsynchronized: Callable[..., Any] | None = None,
+    devices: int | None = None,
+    compute: float | None = None,
+) -> SyncCost:
+    """Computes, without running it, the time fn spends on synchronization.
+
+    The compiled program gives count and bytes of its collectives, the caller
+    the link. Over n devices, with S the bytes of a result,
+
+        all-reduce       latency(n) + 2 (n - 1) / n * S / bandwidth(n)
+        all-gather       latency(n) +   (n - 1) / n * S / bandwidth(n)
+        reduce-scatter   latency(n) +   (n - 1) / n * n S / bandwidth(n)
+
+    an all-to-all as an all-gather; a permutation and a broadcast send S. All
+    are added up. Links are taken to be as fast as stated, and nothing to hide
+    behind computation: a model, not a measurement.
+
+    What belongs to batch norm is what fn costs beyond `unsynchronized`:
+    collectives that XLA has merged with those of the gradient cost no latency
+    of their own. Backward is what JAX marks as transposed, or runs after it.
+
+    Args:
+      fn: a function, or the result of `jax.jit`, over several devices.
+      *args: arrays or `jax.ShapeDtypeStruct`s.
+      latency: seconds of one whole collective that sends next to nothing, as
+        a timing of it gives them; or a function of n. No vendor publishes it.
+      bandwidth: bytes/s that a device sends, all its links together, such as
+        LINKS["nvlink4"]; or a function of n.
+      unsynchronized: fn whose layers have axis_name=None. None: fn sends
+        nothing but statistics; a gradient's all-reduce then counts as theirs.
+      devices: how many; None takes those that fn is compiled for. With
+        another number a collective over all devices goes over so many, its
+        input the same; one inside a group stays as it is.
+      compute: seconds of a step without communication, to compare with.
+
+    Returns:
+      SyncCost.
+
+    Raises:
+      ValueError: a figure is out of range; fn is compiled for one device, or for
+        groups larger than devices, or has a collective without a formula;
+        unsynchronized sends more than fn.
+
+    Source: Thakur, Rabenseifner, Gropp (2005), Optimization of Collective
+    Communication Operations in MPICH, section 4; Patarasuk and Yuan (2009),
+    Bandwidth Optimal All-reduce Algorithms for Clusters of Workstations.
+    """
+    if compute is not None and not compute > 0:
+        raise ValueError(f"compute must be positive seconds; got {compute}.")
+    compiled_for, operations = _read(fn, args)
+    devices = compiled_for if devices is None else devices
+    if devices < 1 or (compiled_for == 1 and devices > 1):
+        raise ValueError(
+            f"devices={devices}, and the program is compiled for "
+            f"{compiled_for}. Compile it for at least two, simulated ones will "
+            "do: jax.config.update('jax_num_cpu_devices', 8)."
+        )
+
+    def cost(operation: _Operation) -> Cost:
+        return _cost(operation, compiled_for, devices, latency, bandwidth)
+
+    halves = [Cost(0, 0.0, 0.0)] * 2
+    for operation in operations:
+        halves[operation.backward] += cost(operation)
+    rest = Cost(0, 0.0, 0.0)
+    others = [] if unsynchronized is None else _read(unsynchronized, args)[1]
+    for other in others:
+        rest += cost(other)
+        # Alone it may stand elsewhere: fn says when it runs. One that fn has
+        # merged with others is a gradient's.
+        same = [o.backward for o in operations if o[:3] == other[:3]]
+        halves[any(same) or not same] -= cost(other)
+    if halves[0].sent + halves[1].sent < 0:
+        raise ValueError(
+            f"unsynchronized sends {rest.sent:.0f} bytes, more than fn. It "
+            "must be the same function whose layers have axis_name=None."
+        )
+    return SyncCost(devices, *halves, rest, compute)
+
+
+def group_costs(
+    make: Callable[[int], Callable[..., Any]],
+    *args: Any,
+    sizes: Iterable[int],
+    **options: Any,
+) -> dict[int, SyncCost]:
+    """`sync_cost` for every size of the groups that share statistics.
+
+    Groups pay where a collective of few devices is cheaper than one of all,
+    so give latency or bandwidth as a function of n. They gather in place of
+    reducing, and keep one all-reduce over all devices for running statistics.
+
+    Args:
+      make: group size -> fn whose layers have group_size=that.
+      *args: of fn.
+      sizes: of groups. One as large as the number of devices that fn is
+        compiled for stands for all devices.
+      **options: of `sync_cost`.
+
+    Returns:
+      Group size -> SyncCost, in the order of sizes.
+
+    Raises:
+      ValueError: as in `sync_cost`.
+    """
+    return {k: sync_cost(make(k), *args, **options) for k in sizes}
+
+
+class _Operation(NamedTuple):
+    kind: str
+    bytes: int
+    members: int  # devices that take part together
+    backward: bool
+
+
+def _read(
+    fn: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[int, list[_Operation]]:
+    """Returns the number of devices and the collectives in compiled order."""
+    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
+    hlo = re.sub(r"/\*.*?\*/", "", jitted.lower(*args).compile().as_text())
+    counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo)
+    devices = math.prod(map(int, counts))
+    found, in_entry, turned = [], False, False
+    for line in hlo.splitlines():
+        in_entry = in_entry or line.startswith("ENTRY ")
+        for kind, (_, size) in _collectives._parse(line).items():
+            transposed = "transpose(" in line
+            # The entry is written in the order it runs in.
+            turned = turned or (in_entry and transposed)
+            backward = transposed or (in_entry and turned)
+            members = _members(line, devices)
+            found.append(_Operation(kind, size, members, backward))
+    return devices, found
+
+
+def _members(line: str, devices: int) -> int:
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    if listed:  # {{0,1},{2,3}}
+        return listed[1].count(",") + 1
+    numbered = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    if numbered:  # [groups,members]<=[devices]
+        return int(numbered[1])
+    named = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line)
+    if named:  # mesh['a'=4,'b'=2] {'a','b':(1)2}, a part of an axis by its size
+        sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+        axes = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if re.search(r"replica_groups=(?!\{\})", line):
+        raise ValueError(f"Groups in an unknown form: {line.strip()[:300]}")
+    return devices
+
+
+def _cost(
+    operation: _Operation,
+    compiled_for: int,
+    devices: int,
+    latency: Figure,
+    bandwidth: Figure,
+) -> Cost:
+    kind, size, members, _ = operation
+    if kind not in _SENT:
+        raise ValueError(f"There is no formula for {kind!r}, which fn has.")
+    if members == compiled_for:
+        size *= (devices / compiled_for) ** _GROWS.get(kind, 0)
+        members = devices
+    if members > devices:
+        raise ValueError(
+            f"A collective joins {members} devices, and devices={devices}."
+        )
+    if members == 1:
+        return Cost(0, 0.0, 0.0)
+    wait, rate = (
+        figure(members) if callable(figure) else figure
+        for figure in (latency, bandwidth)
+    )
+    if not wait >= 0 or not rate > 0:
+        raise ValueError(
+            f"latency must be seconds and bandwidth positive bytes a second; "
+            f"got {wait} and {rate} for {members} devices."
+        )
+    sent = _SENT[kind](members) * size
+    return Cost(1, sent, wait + sent / rate)
