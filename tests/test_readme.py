@@ -6,7 +6,11 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "jaxbn" / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "train" / "why.md",
+    *sorted((ROOT / "jaxbn" / "docs").glob("*.md")),
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,479 @@
+"""Why batch norm works: the frame, and what must hold on every seed."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_cli import run as run_command
+from train import UserError
+from train import data as images
+from train.why import (
+    EXPERIMENTS,
+    data,
+    depth,
+    gradient,
+    invariance,
+    nets,
+    tolerance,
+)
+from train.why import __main__ as why
+from train.why.finding import Finding, Settings, number, span, verdict, write
+
+SEEDS = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load(Settings())
+
+
+def finding(name="made", **changes):
+    def draw(figure):
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1])
+        axes.set(xlabel="step", ylabel="loss (nats)")
+
+    numbers = {
+        "array": np.arange(3.0),
+        "nan": jnp.float32(jnp.nan),
+        "nested": {"flag": np.bool_(True), 7: (np.int32(3), float("inf"))},
+    }
+    known = Finding(name, "Title", "A claim.", "0.5.", "0.4.", numbers, draw)
+    return known._replace(**changes)
+
+
+def test_a_finding_is_a_picture_and_its_numbers(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    path = write(finding(), folder, settings=Settings(seeds=(3,)))
+    assert path == folder / "made.png"
+    picture = path.read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    assert sorted(p.name for p in folder.iterdir()) == ["made.json", "made.png"]
+    kept = json.loads((folder / "made.json").read_text())
+    assert kept["claim"] == "A claim." and kept["measured"] == "0.4."
+    assert kept["settings"]["seeds"] == [3]
+    assert kept["numbers"] == {
+        "array": [0.0, 1.0, 2.0],
+        "nan": None,
+        "nested": {"flag": True, "7": [3, None]},
+    }
+
+
+def test_a_longer_caption_makes_a_taller_picture(tmp_path):
+    """Nothing of it is cut off: the axes keep their place."""
+
+    def height(path):
+        return int.from_bytes(path.read_bytes()[20:24], "big")
+
+    short = height(write(finding(), tmp_path))
+    long = height(write(finding(claim="Long words. " * 90), tmp_path))
+    assert 1.2 * short < long < 2.5 * short
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_none(tmp_path):
+    def draw(figure):
+        raise RuntimeError("no axes")
+
+    with pytest.raises(RuntimeError, match="no axes"):
+        write(finding(draw=draw), tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_words_come_from_numbers():
+    assert span([0.5, 0.25]) == "0.25 to 0.5" and span(2.0) == "2"
+    assert number(0.00312) == "0.00312" and number(8.9e-16) == "8.9e-16"
+    assert number(0) == "0" and number(151.2) == "151"
+    assert verdict([True, True]) == "This held on 2 of 2 seeds."
+    assert verdict([True, False]) == "This held on only 1 of 2 seeds."
+    assert "did NOT reproduce here: 0 of 3" in verdict([False] * 3)
+
+
+def made(monkeypatch, **runs):
+    """Puts experiments in the place of the real ones."""
+    known = {}
+    for name, run in runs.items():
+        module = types.ModuleType(f"made_{name}")
+        module.run, module.CLAIM = run, f"The claim of {name}."
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        known[name] = module.__name__
+    monkeypatch.setattr(why, "EXPERIMENTS", known)
+
+
+def test_a_failure_does_not_lose_the_others(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def good(settings):
+        seen.append(settings)
+        return finding("good")
+
+    def broken(settings):
+        raise ZeroDivisionError("by zero")
+
+    def absent(settings):
+        raise UserError("CIFAR is not there.")
+
+    made(monkeypatch, broken=broken, absent=absent, good=good)
+    message = "2 of 3 experiments failed: broken, absent. What the others"
+    with pytest.raises(UserError, match=message):
+        why.main(["--out", str(tmp_path), "--seeds=2", "--quick"])
+    assert seen == [Settings(seeds=(0, 1), quick=True)]
+    assert (tmp_path / "good.png").exists()
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert re.fullmatch(r"broken +\d+\.\d s  failed: ZeroDivi.*", lines[0])
+    assert re.fullmatch(r"absent +\d+\.\d s  failed: CIFAR is .*", lines[1])
+    assert re.fullmatch(r"good +\d+\.\d s  0\.4\.", lines[2])
+    assert shown.err.count("ZeroDivisionError: by zero") == 1
+    assert "UserError" not in shown.err
+
+
+def test_named_experiments_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    made(
+        monkeypatch,
+        one=lambda settings: finding("one"),
+        two=lambda settings: finding("two"),
+    )
+    why.main(["two", "two"])
+    (folder,) = (tmp_path / "runs").glob("why-*")
+    assert {p.name for p in folder.iterdir()} == {"two.png", "two.json"}
+    assert str(folder.name) in capsys.readouterr().out.splitlines()[-1]
+    why.main(["--list"])
+    assert capsys.readouterr().out.splitlines() == [
+        "one         The claim of one.",
+        "two         The claim of two.",
+    ]
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match="Cannot write to --out="):
+        why.main(["--out", str(blocked / "below")])
+
+
+def test_bad_command_lines():
+    with pytest.raises(UserError, match="at least 1; got 0"):
+        why.main(["--seeds=0"])
+    with pytest.raises(UserError, match="There are invariance, tolerance"):
+        why.main(["zzz"])
+    done = run_command("tolerence", module="train.why")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "train.why: Unknown experiment 'tolerence'. Did you mean tolerance? "
+    )
+
+
+def test_every_experiment_has_a_claim(capsys):
+    why.main(["--list"])
+    shown = capsys.readouterr().out
+    for name in EXPERIMENTS:
+        assert re.search(rf"^{name} +\w", shown, re.MULTILINE)
+        assert callable(why._module(name).run)
+
+
+def test_data_is_standardized(digits):
+    assert digits.train_x.shape == (1437, 64) and digits.num_classes == 10
+    assert digits.test_x.shape == (360, 64) and digits.shape == (8, 8, 1)
+    assert digits.train_x.dtype == np.float32
+    assert abs(digits.train_x.mean(dtype=np.float64)) < 1e-6
+    assert abs(digits.train_x.std(dtype=np.float64) - 1) < 1e-6
+    # One unit for all pixels: those that are always white stay so.
+    assert np.ptp(digits.train_x[:, 0]) == 0
+    with pytest.raises(UserError, match="'mnist'; choose digits or cifar10"):
+        data.load(Settings(data="mnist"))
+
+
+def test_cifar_is_averaged(monkeypatch):
+    rng = np.random.default_rng(0)
+    parts = [
+        images.Split(
+            rng.integers(0, 256, (n, 32, 32, 3), np.uint8),
+            rng.integers(0, 10, n, np.int32),
+        )
+        for n in (20, 5)
+    ]
+    asked = {}
+
+    def load(name, **options):
+        asked[name] = options
+        return images.Dataset(*parts, 10)
+
+    monkeypatch.setattr(images, "load", load)
+    found = data.load(Settings(data="cifar10", data_dir="/d", quick=True))
+    assert asked["cifar10"] == {
+        "data_dir": "/d",
+        "train_split": "train[:4000]",
+        "test_split": "test[:1000]",
+    }
+    wide = [p.images.astype(np.float64) for p in parts]
+    small = [
+        (a[:, ::2] + a[:, 1::2])[:, :, ::2]
+        + (a[:, ::2] + a[:, 1::2])[:, :, 1::2]
+        for a in wide
+    ]
+    mean, std = small[0].mean((0, 1, 2)), small[0].std((0, 1, 2))
+    want = ((small[1] - mean) / std).reshape(5, -1)
+    np.testing.assert_allclose(found.test_x, want, atol=1e-4)
+    assert found.shape == (16, 16, 3) and found.train_x.shape == (20, 768)
+
+
+def test_places_are_epochs():
+    rows = data.places(10, batch_size=3, steps=7, seed=5)
+    assert rows.shape == (7, 3) and rows.dtype == np.int32
+    for epoch in (rows[:3], rows[3:6]):
+        assert len(set(epoch.ravel())) == 9
+    np.testing.assert_array_equal(
+        rows, data.places(10, batch_size=3, steps=9, seed=5)[:7]
+    )
+    assert (rows != data.places(10, batch_size=3, steps=7, seed=6)).any()
+
+
+def reference(params, x, *, norm, epsilon=1e-5):
+    """float64 numpy, sharing no code."""
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    for name in ("layer0", "layer1", "head"):
+        layer = params[name]
+        x = x @ layer["kernel"]
+        if name == "head":
+            return x + layer["bias"]
+        if norm:
+            x = (x - x.mean(0)) / np.sqrt(x.var(0) + epsilon) * layer["scale"]
+        x = np.maximum(x + layer["bias"], 0)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_nets_match_float64(norm):
+    params = nets.init(jax.random.key(0), (5, 7, 6, 3), norm=norm)
+    assert nets.layers(params) == ("layer0", "layer1", "head")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: a + 0.3 * rng.normal(size=a.shape).astype(np.float32), params
+    )
+    x = rng.normal(size=(16, 5)).astype(np.float32)
+    out = jax.jit(functools.partial(nets.apply, norm=norm))(params, x)
+    want = reference(params, x.astype(np.float64), norm=norm)
+    np.testing.assert_allclose(out.logits, want, rtol=1e-4, atol=1e-5)
+    assert len(out.taps) == 2 and len(out.moments) == (2 if norm else 0)
+
+    @jax.jit
+    def infer(params, x):
+        """With the statistics of all, four of them."""
+        known = nets.population(params, x, norm=norm)
+        return nets.apply(params, x[:4], norm=norm, statistics=known).logits
+
+    again = infer(params, x)
+    np.testing.assert_allclose(again, want[:4], rtol=1e-4, atol=1e-5)
+
+
+def test_options_of_a_net():
+    keys = jax.random.key(3), (4, 40, 40, 3)
+    plain, normed = (nets.init(*keys, norm=n) for n in (False, True))
+    for name in plain:
+        np.testing.assert_array_equal(
+            plain[name]["kernel"], normed[name]["kernel"]
+        )
+    assert "scale" not in plain["layer0"] and "scale" not in normed["head"]
+    bare = nets.init(*keys, affine=False, before=True)
+    assert {*bare["layer1"]} == {*bare["head"]} == {"kernel", "before"}
+    for gain, variance in (
+        ("he", 2 / 40),
+        ("lecun", 1 / 40),
+        ("glorot", 1 / 40),
+    ):
+        kernel = nets.init(*keys, gain=gain, factor=3.0)["layer1"]["kernel"]
+        assert kernel.var() == pytest.approx(9 * variance, rel=0.1)
+    x = jax.random.normal(jax.random.key(1), (32, 4))
+    out = nets.apply(bare, x, norm_logits=True)
+    np.testing.assert_allclose(out.logits.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(out.logits.var(0), 1, rtol=1e-3)
+    doubled = nets.apply(plain, x, norm=False, between=lambda i, h: h * 2**i)
+    want = nets.apply(plain, x, norm=False)
+    np.testing.assert_allclose(doubled.taps[1], 2 * want.taps[1], rtol=1e-6)
+
+
+def test_statistics_kept_out_of_the_gradient():
+    """The same loss; of its gradient only the part with fixed statistics."""
+    with jax.enable_x64(True):
+        params = nets.init(jax.random.key(0), (4, 6, 3), dtype=float)
+        rng = np.random.default_rng(0)
+        batch = rng.normal(size=(8, 4)), rng.integers(0, 3, 8)
+        known = nets.population(params, batch[0])
+        slopes = {}
+        for name, options in {
+            "full": {},
+            "kept out": {"stop_statistics": True},
+            "constant": {"statistics": known},
+        }.items():
+            loss = nets.loss_of(**options)
+            slopes[name] = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+                params, (), batch
+            )
+        values = [float(value[0]) for value, _ in slopes.values()]
+        np.testing.assert_allclose(values, values[0], rtol=1e-12)
+        full, kept_out, constant = (
+            g["layer0"]["kernel"] for _, g in slopes.values()
+        )
+        np.testing.assert_allclose(kept_out, constant, rtol=1e-9)
+        assert jnp.abs(full - kept_out).max() > 1e-3
+
+
+def test_sgd_is_its_formula():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(12, 3)), rng.normal(size=12)
+    places = data.places(12, batch_size=4, steps=5, seed=0)
+    rates = np.array([0.1, 0.2, 0.1, 0.05, 0.3])
+
+    def loss(w, batch_stats, batch):
+        return jnp.square(batch[0] @ w - batch[1]).mean(), batch_stats
+
+    with jax.enable_x64(True):
+        got, losses, kept = nets.sgd(
+            loss,
+            jnp.ones(3),
+            (jnp.array(x), jnp.array(y)),
+            places,
+            rates,
+            weight_decay=0.1,
+            momentum=0.5,
+            watch=lambda old, new: (old, new),
+        )
+    w, v, seen = np.ones(3), np.zeros(3), []
+    for index, rate in zip(places, rates):
+        error = x[index] @ w - y[index]
+        seen.append(np.square(error).mean())
+        v = 0.5 * v + x[index].T @ error / 2 + 0.1 * w
+        w = w - rate * v
+    np.testing.assert_allclose(got, w, rtol=1e-12)
+    np.testing.assert_allclose(losses, seen, rtol=1e-12)
+    np.testing.assert_allclose(kept[0][1:], kept[1][:-1])
+    np.testing.assert_allclose(kept[1][-1], w, rtol=1e-12)
+
+
+def test_accuracy_of_what_is_not_finite():
+    params = {"head": {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}}
+    x = jnp.eye(3).at[2].set(jnp.nan)
+    labels = jnp.array([0, 2, 0])
+    assert nets.accuracy(params, x, labels) == pytest.approx(1 / 3)
+
+
+# What the experiments find. Bands are those of all seeds that were tried.
+
+
+def test_a_bias_before_a_mean_grows_by_its_formula():
+    found = gradient.minimal(SEEDS)
+    k = np.arange(1, gradient.MINIMAL_STEPS + 1)
+    want = 2 * gradient.MINIMAL_RATE * k * found["mean_t"][:, None]
+    np.testing.assert_allclose(found["outside"], want, rtol=1e-11)
+    assert np.abs(found["inside"]).max() < 1e-13
+    for way in ("inside", "outside"):
+        assert np.ptp(found[f"loss_{way}"], axis=1).max() < 1e-12
+
+
+def test_weight_decay_is_a_growing_learning_rate(digits, monkeypatch):
+    monkeypatch.setattr(invariance, "SIZES", (24,))
+    settings = Settings(seeds=SEEDS, quick=True)
+    with jax.enable_x64(True):
+        losses = {
+            name: invariance._decayed(settings, digits, *invariance.NETS[name])
+            for name in ("with", "without")
+        }
+    apart = {name: abs(a[:, 0] - a[:, 1]) for name, a in losses.items()}
+    assert losses["with"].shape == (2, 2, 100)
+    assert apart["with"].max() < 1e-12
+    assert (apart["without"].max(1) > 0.1).all()
+    learned = losses["with"][:, 0]
+    assert (learned[:, -1] < 0.7 * learned[:, 0]).all()
+
+
+def test_growth_of_gradients_at_the_start(digits):
+    """Yang et al. (2019): 1.211 a ReLU layer, for wide nets."""
+    kernels = depth.draw_kernels(SEEDS, 64, 256, 30)
+    rows = depth.over_seeds(
+        depth.gradient_norms, kernels, digits.train_x[:64], norm=True
+    )
+    got = depth.growth(rows)
+    low, high = depth.BAND
+    assert (low < got).all() and (got < high).all(), got
+    exact = 3.0 ** -np.arange(20.0)[None]
+    np.testing.assert_allclose(depth.growth(exact), 3.0)
+
+
+def test_share_of_a_residual_block(digits):
+    """De and Smith (2020): 1 / (l + 1)."""
+    kernels = depth.draw_kernels(SEEDS, 64, 256, 32)
+    variance, share = depth.over_seeds(
+        depth.residual, kernels, digits.train_x[:128], norm=True
+    )
+    expected = 1 / (np.arange(1, 33) + 1)
+    np.testing.assert_allclose(share[:, 3:], [expected[3:]] * 2, rtol=0.2)
+    growth = np.diff(variance, axis=1)
+    assert variance[:, -1].max() < 33 and growth.min() > 0
+
+
+def test_the_rate_that_a_scale_wants():
+    rates = np.array([0.01, 0.1, 1.0])
+    accuracy = np.array([[[0.2, 0.6, 1.0], [0.9, 1.0, 1.0], [0.1, 0.2, 0.3]]])
+    got = tolerance.wanted_rates(accuracy, rates, 0.8)
+    np.testing.assert_allclose(got, [[np.sqrt(0.1), np.nan, np.nan]])
+    got = tolerance.exponent(
+        np.array([0.5, 1.0, 4.0]), np.array([[3.0, 0.1, 6.4]]), 1.0, 4.0
+    )
+    np.testing.assert_allclose(got, 3.0)
+
+
+def test_captions_say_what_was_not_found():
+    """Numbers that deny the claim make a sentence that does."""
+    numbers = {
+        "scales": np.ones(5),
+        "rates": np.ones(9),
+        "best": 0.99,
+        "good": {"with": np.array([3, 3]), "without": np.array([25, 27])},
+        "exponent": np.array([np.nan, 2.0]),
+    }
+    words = tolerance._words(numbers)
+    assert words.startswith("3 of 45 cells learn with batch norm and 25 to 27")
+    assert words.endswith("This did NOT reproduce here: 0 of 2 seeds.")
+    assert "power" not in words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["invariance", "tolerance", "depth", "gradient"]
+)
+def test_experiments_hold_on_every_seed(name, tmp_path):
+    settings = Settings(quick=True)
+    found = why._module(name).run(settings)
+    assert "This held on 3 of 3 seeds." in found.measured
+    path = write(found, tmp_path, settings=settings)
+    kept = json.loads(path.with_suffix(".json").read_text())
+    assert kept["name"] == name and kept["numbers"]
+    assert path.stat().st_size > 50_000
+
+
+@pytest.mark.slow
+def test_tolerance_in_full(digits):
+    found = tolerance.run(Settings())
+    good = found.numbers["good"]
+    assert (good["with"] >= 20).all() and (good["without"] <= 6).all()
+    power = found.numbers["exponent"]
+    assert (power > 1.5).all() and (power < 2.3).all()
+
+
+@pytest.mark.slow
+def test_as_a_process(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "train.why", "gradient", "--quick"]
+        + ["--seeds=1", f"--out={tmp_path}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert (tmp_path / "gradient.png").exists()
+    assert "This held on 1 of 1 seeds." in done.stdout

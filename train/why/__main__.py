@@ -1,0 +1,146 @@
+"""Measures why batch norm works: python -m train.why [NAME ...].
+
+Runs the experiments, all without a name, with and without batch norm, over
+several seeds. Each writes DIR/NAME.png, a picture whose caption holds what was
+published beside what was measured, and DIR/NAME.json, its numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import pathlib
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from train import UserError
+from train.why import EXPERIMENTS
+from train.why.data import NAMES
+from train.why.finding import Settings, write
+
+
+def main(arguments: Sequence[str]) -> None:
+    given = _parser().parse_args(arguments)
+    names = _known(given.names)
+    if given.list:
+        for name in names:
+            print(_listed(name))
+        return
+    if given.seeds < 1:
+        raise UserError(f"--seeds must be at least 1; got {given.seeds}.")
+    settings = Settings(
+        data=given.data,
+        data_dir=given.data_dir,
+        seeds=tuple(range(given.seeds)),
+        quick=given.quick,
+    )
+    folder = given.out
+    if folder is None:
+        folder = pathlib.Path("runs") / time.strftime("why-%Y%m%d-%H%M%S")
+    run(names, settings, folder)
+
+
+def run(names: Sequence[str], settings: Settings, folder: pathlib.Path) -> None:
+    """Runs experiments and writes what they find; a line for each.
+
+    One that fails does not keep the others from running.
+
+    Raises:
+      UserError: the folder cannot be written, or an experiment failed, once
+        all have run.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to --out={folder}: {error.strerror}."
+        ) from error
+    failed = []
+    for name in names:
+        started = time.monotonic()
+        try:
+            finding = _module(name).run(settings)
+            write(finding, folder, settings=settings)
+            said = finding.measured
+        except UserError as error:
+            failed.append(name)
+            said = f"failed: {error}"
+        except Exception as error:
+            failed.append(name)
+            traceback.print_exc()
+            said = f"failed: {type(error).__name__}, as shown above"
+        seconds = time.monotonic() - started
+        print(f"{name:<11} {seconds:5.1f} s  {said}", flush=True)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(names)} experiments failed: "
+            f"{', '.join(failed)}. What the others found is in {folder}."
+        )
+    print(f"The pictures are in {folder}.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m train.why", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="experiments; all without"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="lists them and what they test"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="for the pictures; runs/why-TIME"
+    )
+    parser.add_argument(
+        "--data", default="digits", metavar="|".join(NAMES), help="to train on"
+    )
+    parser.add_argument(
+        "--data_dir", help="where CIFAR-10 is prepared; as TFDS without"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="repetitions; 3 without"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller nets and fewer steps"
+    )
+    return parser
+
+
+def _known(names: Sequence[str]) -> list[str]:
+    """Returns names, or all there are.
+
+    Raises:
+      UserError: one is unknown.
+    """
+    for name in names:
+        if name not in EXPERIMENTS:
+            near = difflib.get_close_matches(name.lower(), EXPERIMENTS, n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            known = ", ".join(EXPERIMENTS)
+            raise UserError(
+                f"Unknown experiment {name!r}. {hint}There are {known}."
+            )
+    return list(dict.fromkeys(names)) or list(EXPERIMENTS)
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(EXPERIMENTS[name])
+
+
+def _listed(name: str) -> str:
+    lines = textwrap.wrap(_module(name).CLAIM, 66)
+    heads = [name] + [""] * len(lines)
+    return "\n".join(f"{h:<12}{line}" for h, line in zip(heads, lines))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as user_error:
+        sys.exit(f"train.why: {user_error}")

@@ -1,0 +1,102 @@
+"""Internal covariate shift in a linear net of 25 layers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn import batch_norm, diagnostics
+
+LAYERS = 25
+WIDTH = 10
+RATES = (1e-7, 1e-6)
+SHOWN = 16  # the layer that figures are given for, counted from 0
+
+_EXAMPLES = 1000
+_EVERY = 30  # steps between two looks at the shift
+
+
+def measure(seeds: np.ndarray, *, quick: bool) -> dict[str, Any]:
+    """Trains W_1 ... W_25 x towards A x by gradient descent on all examples.
+
+    x and A are normal, A with variance 1 / 10 as the layers at the start;
+    the loss is summed over examples.
+
+    Returns:
+      For "without" and "with" batch norm behind every layer: loss
+      (rates, seeds, T) and cosine (rates, seeds, T / 30, 25) of each layer's
+      gradient with that after the step of the layers before it.
+    """
+    steps = 90 if quick else 300
+    rates = jnp.asarray(RATES)
+    found = {}
+    for name, norm in (("without", False), ("with", True)):
+        loss, cosine = _train(seeds, rates, norm=norm, looks=steps // _EVERY)
+        found[name] = {"loss": np.asarray(loss), "cosine": np.asarray(cosine)}
+    return {"rates": RATES, "steps": steps, "every": _EVERY, **found}
+
+
+def _name(layer: int) -> str:
+    return f"layer{layer:02}"
+
+
+def _loss(norm: bool, params: Any, batch_stats: Any, batch: Any):
+    h, target = batch
+    for i in range(LAYERS):
+        layer = params[_name(i)]
+        h = h @ layer["kernel"]
+        if norm:
+            h, _ = batch_norm(h, layer["scale"], layer["bias"])
+    return jnp.square(h - target).sum(), batch_stats
+
+
+def _init(key: jax.Array, norm: bool) -> Any:
+    params = {}
+    for i, layer in enumerate(jax.random.split(key, LAYERS)):
+        kernel = jax.random.normal(layer, (WIDTH, WIDTH)) / WIDTH**0.5
+        params[_name(i)] = {"kernel": kernel}
+        if norm:
+            params[_name(i)]["scale"] = jnp.ones(WIDTH)
+            params[_name(i)]["bias"] = jnp.zeros(WIDTH)
+    return params
+
+
+@functools.partial(jax.jit, static_argnames=("norm", "looks"))
+def _train(
+    seeds: jax.Array, rates: jax.Array, *, norm: bool, looks: int
+) -> tuple[jax.Array, jax.Array]:
+    loss = functools.partial(_loss, norm)
+    order = tuple(map(_name, range(LAYERS)))
+
+    def one(rate, seed):
+        keys = jax.random.split(jax.random.key(seed), 3)
+        x = jax.random.normal(keys[0], (_EXAMPLES, WIDTH))
+        a = jax.random.normal(keys[1], (WIDTH, WIDTH)) / WIDTH**0.5
+        batch = (x, x @ a)
+
+        def step(params, _):
+            (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(
+                params, (), batch
+            )
+            new = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+            return new, value
+
+        def look(params, _):
+            after, first = step(params, None)
+            shift = diagnostics.internal_covariate_shift(
+                loss, params, after, (), batch, order=order
+            )
+            params, values = jax.lax.scan(step, after, None, length=_EVERY - 1)
+            values = jnp.concatenate([first[None], values])
+            return params, (values, shift.cosine)
+
+        params = _init(keys[2], norm)
+        _, (values, cosine) = jax.lax.scan(look, params, None, length=looks)
+        return values.reshape(-1), cosine
+
+    over_seeds = jax.vmap(one, in_axes=(None, 0))
+    return jax.vmap(over_seeds, in_axes=(0, None))(rates, seeds)

@@ -1,0 +1,112 @@
+"""An LSTM with batch norm between its steps, as pure functions."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jaxbn
+
+UNITS = 48
+
+_EPSILON = 1e-3
+
+
+class Lstm(NamedTuple):
+    """What an LSTM returns for a batch."""
+
+    logits: jax.Array  # (B, K)
+    # (T, C) each: of the input's part, the hidden state's, and the cell.
+    moments: tuple[jaxbn.Moments, ...]
+
+
+def init(
+    key: jax.Array,
+    inputs: int,
+    classes: int,
+    *,
+    norm: bool,
+    scale: float | jax.Array = 0.1,
+) -> dict[str, jax.Array]:
+    """Draws the parameters; the forget gate's bias starts at 1."""
+    keys = jax.random.split(key, 3)
+    gates = 4 * UNITS
+    params = {
+        "input": jax.random.normal(keys[0], (inputs, gates)) / inputs**0.5,
+        "hidden": jax.random.orthogonal(keys[1], UNITS, (4,))
+        .transpose(1, 0, 2)
+        .reshape(UNITS, gates),
+        "bias": jnp.zeros(gates).at[UNITS : 2 * UNITS].set(1),
+        "head": jax.random.normal(keys[2], (UNITS, classes)) / UNITS**0.5,
+        "head_bias": jnp.zeros(classes),
+    }
+    if norm:
+        sizes = {"input": gates, "hidden": gates, "cell": UNITS}
+        for name, size in sizes.items():
+            params[f"{name}_scale"] = jnp.full(size, scale)
+        params["cell_bias"] = jnp.zeros(UNITS)
+    return params
+
+
+def apply(
+    params: dict[str, jax.Array],
+    x: jax.Array,
+    start: jax.Array,
+    *,
+    statistics: Any = None,
+    push: jax.Array | None = None,
+) -> Lstm:
+    """Runs an LSTM; without batch norm where params have no scales.
+
+    The parts of input and hidden state are normalized apart, so that neither
+    drowns the other, and the cell on its way out alone: what it remembers
+    goes on untouched.
+
+    Args:
+      params: of `init`.
+      x: (T, B, C).
+      start: (B, H), the hidden state before the first step.
+      statistics: for input, hidden state and cell, of each step (T, C), in
+        place of the batch's own.
+      push: (T, B, H), added to each hidden state: what a gradient by it needs.
+    """
+    norm = "input_scale" in params
+
+    def normal(name, h, known, bias=None):
+        """Returns h normalized, and the moments of it where it is a batch."""
+        if not norm:
+            return h, None
+        scale = params[f"{name}_scale"]
+        if known is None:
+            return jaxbn.batch_norm(h, scale, bias, epsilon=_EPSILON)
+        mean, var, _ = known
+        h = jaxbn.normalize(h, mean, var, scale, bias, epsilon=_EPSILON)
+        return h, None
+
+    def step(carry, given):
+        hidden, cell = carry
+        gates, known, push = given
+        of_hidden, of_cell = (None, None) if known is None else known
+        more, first = normal("hidden", hidden @ params["hidden"], of_hidden)
+        let_in, forget, let_out, new = jnp.split(gates + more, 4, axis=-1)
+        cell = jax.nn.sigmoid(forget) * cell
+        cell += jax.nn.sigmoid(let_in) * jnp.tanh(new)
+        shown, second = normal("cell", cell, of_cell, params.get("cell_bias"))
+        hidden = jax.nn.sigmoid(let_out) * jnp.tanh(shown)
+        if push is not None:
+            hidden += push
+        return (hidden, cell), (first, second)
+
+    # What the input gives to the gates waits for no hidden state.
+    of_input, *known = statistics or (None,)
+    gates, first = jax.vmap(functools.partial(normal, "input"))(
+        x @ params["input"], of_input
+    )
+    given = gates + params["bias"], tuple(known) or None, push
+    carry = start, jnp.zeros_like(start)
+    (hidden, _), rest = jax.lax.scan(step, carry, given)
+    logits = hidden @ params["head"] + params["head_bias"]
+    return Lstm(logits, (first, *rest) if norm else ())
