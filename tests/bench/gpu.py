@@ -1,0 +1,141 @@
+"""python -m tests.bench.gpu: what batch norm reaches of an accelerator.
+
+One call prints, the most important first and each line as soon as it is known:
+
+- copy: the bandwidth of the card, to which everything else is held;
+- norm: forward, and forward and backward, of jaxbn, flax, haiku and PyTorch,
+  in time and as a share of the floor: 3 passes over x, with backward 8, at the
+  speed of a copy of the same bytes;
+- steps: images a second of whole training steps of ResNet-50 and ResNet-18,
+  and their memory, also with jaxbn.remat.policy();
+- fused: the norm with a ReLU, and with a sum and a ReLU;
+- trace: the share of a step's device time that goes to normalization;
+- batch: the largest batch that fits.
+
+A section that fails says why, and the others go on. When --seconds are over,
+what has not begun is left out; a compilation that has begun is waited for. With
+JAX_COMPILATION_CACHE_DIR set, a second call spends them on measuring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+# Before JAX starts: PyTorch needs memory on the same card.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+
+
+from tests.bench import (
+    __main__,
+    gpu_layers,
+    gpu_nets,
+    gpu_steps,
+    torch_peer,
+)
+
+# Each with its share of the time; what one leaves over, the later ones have.
+SECTIONS: dict[str, tuple[Callable[[Any], Iterator[dict]], float]] = {
+    "copy": (gpu_layers.copy_speed, 1),
+    "norm": (gpu_layers.alone, 6),
+    "steps": (gpu_steps.speed, 10),
+    "fused": (gpu_layers.fused, 4),
+    "trace": (gpu_steps.kernels, 4),
+    "batch": (gpu_steps.largest_batch, 6),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, list[dict]]:
+    """Runs the chosen sections; returns and prints their rows."""
+    given = _parse(arguments)
+    result: dict[str, Any] = {"header": __main__.header()}
+    result["header"]["command"] = "python -m tests.bench.gpu"
+    for key, value in result["header"].items():
+        _print(f"- {key}: {value}")
+    _print(f"- {torch_peer.why_not() or 'PyTorch is measured too'}")
+    end = time.perf_counter() + given.seconds
+    left = dict.fromkeys(given.only or SECTIONS)
+    for name in list(left):
+        section, weight = SECTIONS[name]
+        rest = sum(SECTIONS[other][1] for other in left)
+        del left[name]
+        seconds = max(end - time.perf_counter(), 0) * weight / rest
+        _print(f"\n### {name}: {section.__doc__.partition(chr(10))[0]}\n")
+        rows = result[name] = []
+        start = time.perf_counter()
+        try:
+            run = gpu_nets.Run(
+                quick=given.quick, seconds=seconds, trace=given.trace
+            )
+            for row in section(run):
+                _show(row, rows[-1] if rows else {})
+                rows.append(row)
+        except Exception as error:
+            rows.append({"note": f"{name} failed: {gpu_nets.short(error)}"})
+            _show(rows[-1], {})
+        _print(f"\n({time.perf_counter() - start:.0f} s)")
+        if given.json:  # now, lest the whole run is cut off
+            text = json.dumps(result, indent=1, default=float)
+            pathlib.Path(given.json).write_text(text)
+    return result
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m tests.bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=list(SECTIONS),
+        help="a section; again for more; all without",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=540,
+        help="for all sections together (default %(default)s)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to try it out"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the rows")
+    parser.add_argument(
+        "--trace",
+        metavar="DIR",
+        help="keep the profiles of section trace, for xprof or TensorBoard",
+    )
+    return parser.parse_args(arguments)
+
+
+def _show(row: dict, before: dict) -> None:
+    """Prints a row of a Markdown table, and its head where columns change."""
+    if "note" in row:
+        _print(f"\n{row['note']}\n")
+        return
+    if list(row) != list(before):
+        _print("| " + " | ".join(row) + " |")
+        _print("| " + " | ".join(["---"] * len(row)) + " |")
+    _print("| " + " | ".join(map(_cell, row.values())) + " |")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
