@@ -21,7 +21,9 @@ from train.why import (
     depth,
     gradient,
     invariance,
+    lengths,
     nets,
+    propagation,
     tolerance,
 )
 from train.why import __main__ as why
@@ -377,11 +379,11 @@ def test_a_bias_before_a_mean_grows_by_its_formula():
 
 
 def test_weight_decay_is_a_growing_learning_rate(digits, monkeypatch):
-    monkeypatch.setattr(invariance, "SIZES", (24,))
+    monkeypatch.setattr(lengths, "HIDDEN", (24,))
     settings = Settings(seeds=SEEDS, quick=True)
     with jax.enable_x64(True):
         losses = {
-            name: invariance._decayed(settings, digits, *invariance.NETS[name])
+            name: lengths.decayed(settings, digits, *invariance.NETS[name])
             for name in ("with", "without")
         }
     apart = {name: abs(a[:, 0] - a[:, 1]) for name, a in losses.items()}
@@ -394,22 +396,22 @@ def test_weight_decay_is_a_growing_learning_rate(digits, monkeypatch):
 
 def test_growth_of_gradients_at_the_start(digits):
     """Yang et al. (2019): 1.211 a ReLU layer, for wide nets."""
-    kernels = depth.draw_kernels(SEEDS, 64, 256, 30)
-    rows = depth.over_seeds(
-        depth.gradient_norms, kernels, digits.train_x[:64], norm=True
+    kernels = propagation.draw_kernels(SEEDS, 64, 256, 30)
+    rows = propagation.over_seeds(
+        propagation.gradient_norms, kernels, digits.train_x[:64], norm=True
     )
-    got = depth.growth(rows)
+    got = propagation.growth(rows)
     low, high = depth.BAND
     assert (low < got).all() and (got < high).all(), got
     exact = 3.0 ** -np.arange(20.0)[None]
-    np.testing.assert_allclose(depth.growth(exact), 3.0)
+    np.testing.assert_allclose(propagation.growth(exact), 3.0)
 
 
 def test_share_of_a_residual_block(digits):
     """De and Smith (2020): 1 / (l + 1)."""
-    kernels = depth.draw_kernels(SEEDS, 64, 256, 32)
-    variance, share = depth.over_seeds(
-        depth.residual, kernels, digits.train_x[:128], norm=True
+    kernels = propagation.draw_kernels(SEEDS, 64, 256, 32)
+    variance, share = propagation.over_seeds(
+        propagation.residual, kernels, digits.train_x[:128], norm=True
     )
     expected = 1 / (np.arange(1, 33) + 1)
     np.testing.assert_allclose(share[:, 3:], [expected[3:]] * 2, rtol=0.2)

@@ -45,19 +45,26 @@ def _name(layer: int) -> str:
 
 
 def _loss(norm: bool, params: Any, batch_stats: Any, batch: Any):
-    h, target = batch
-    for i in range(LAYERS):
-        layer = params[_name(i)]
-        h = h @ layer["kernel"]
+    x, target = batch
+
+    def layer(h, given):
+        h = h @ given["kernel"]
         if norm:
-            h, _ = batch_norm(h, layer["scale"], layer["bias"])
+            h, _ = batch_norm(h, given["scale"], given["bias"])
+        return h, None
+
+    # A scan compiles one layer in place of 25.
+    stacked = jax.tree.map(
+        lambda *a: jnp.stack(a), *(params[_name(i)] for i in range(LAYERS))
+    )
+    h, _ = jax.lax.scan(layer, x, stacked)
     return jnp.square(h - target).sum(), batch_stats
 
 
 def _init(key: jax.Array, norm: bool) -> Any:
     params = {}
-    for i, layer in enumerate(jax.random.split(key, LAYERS)):
-        kernel = jax.random.normal(layer, (WIDTH, WIDTH)) / WIDTH**0.5
+    kernels = jax.random.normal(key, (LAYERS, WIDTH, WIDTH)) / WIDTH**0.5
+    for i, kernel in enumerate(kernels):
         params[_name(i)] = {"kernel": kernel}
         if norm:
             params[_name(i)]["scale"] = jnp.ones(WIDTH)
@@ -83,16 +90,17 @@ def _train(
                 params, (), batch
             )
             new = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
-            return new, value
+            return new, (value, new)
 
         def look(params, _):
-            after, first = step(params, None)
+            last, (values, path) = jax.lax.scan(
+                step, params, None, length=_EVERY
+            )
+            after = jax.tree.map(lambda a: a[0], path)
             shift = diagnostics.internal_covariate_shift(
                 loss, params, after, (), batch, order=order
             )
-            params, values = jax.lax.scan(step, after, None, length=_EVERY - 1)
-            values = jnp.concatenate([first[None], values])
-            return params, (values, shift.cosine)
+            return last, (values, shift.cosine)
 
         params = _init(keys[2], norm)
         _, (values, cosine) = jax.lax.scan(look, params, None, length=looks)

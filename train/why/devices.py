@@ -164,22 +164,24 @@ def _one(
         parts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
         return [jaxbn.pool(part) for part in parts]
 
-    def look(params, given):
-        params, accuracy = jax.lax.scan(step, params, given)
-        return params, (accuracy, evaluate(way, params, population(params)))
+    def look(carry, given):
+        params, accuracy = jax.lax.scan(step, carry[0], given)
+        known = population(params)
+        return (params, known), (accuracy, evaluate(way, params, known))
 
     given = (jnp.arange(looks * EVERY), drawn[0])
     given = jax.tree.map(lambda a: a.reshape(looks, EVERY, *a.shape[1:]), given)
-    params, (accuracy, tested) = jax.lax.scan(look, params, given)
-    others = "shuffled" if way == "per device" else way
-    return Curves(
-        params,
-        population(params),
-        accuracy.reshape(-1),
-        tested,
-        evaluate(way, params),
-        evaluate(others, params),
-    )
+    start = params, _untrained(params)
+    (params, known), (accuracy, tested) = jax.lax.scan(look, start, given)
+    same = mixed = evaluate(way, params)
+    if way == "per device":
+        mixed = evaluate("shuffled", params)
+    return Curves(params, known, accuracy.reshape(-1), tested, same, mixed)
+
+
+def _untrained(params: nets.Params) -> list[jaxbn.RunningStats]:
+    scales = [layer["scale"] for layer in params.values() if "scale" in layer]
+    return [jaxbn.init_running(scale.shape) for scale in scales]
 
 
 def influence(

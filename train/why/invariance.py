@@ -6,16 +6,16 @@ In float64, but for the long runs, so that what is exact shows as exact.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxbn.diagnostics import angular_update, equilibrium_angle
-from train.why import data, finding, nets
+from jaxbn.diagnostics import equilibrium_angle
+from train.why import data, finding
 from train.why.finding import Finding, Settings
+from train.why.lengths import FACTORS, angles, decayed, horizon, scaled
 
 CLAIM = (
     "The loss does not depend on the length of a kernel before batch norm, and "
@@ -31,21 +31,10 @@ PUBLISHED = (
     "1/(lr wd) steps."
 )
 
-SIZES = (64, 64)  # hidden layers
-BATCH = 64
-FACTORS = np.logspace(-2, 2, 17)
 # Learning rate and weight decay of the runs towards equilibrium.
 PAIRS = ((0.1, 0.05), (0.3, 0.02), (0.3, 0.05))
-DECAY_RATE, DECAY = 0.1, 0.05
 # Whether there is batch norm, and its epsilon.
 NETS = {"with": (True, 0.0), "epsilon": (True, 1e-5), "without": (False, 0.0)}
-
-
-class _Scaled(NamedTuple):
-    """At each factor; (seeds, factors)."""
-
-    loss: Any
-    gradient: Any  # norm
 
 
 def run(settings: Settings) -> Finding:
@@ -54,17 +43,17 @@ def run(settings: Settings) -> Finding:
         numbers = {
             "factors": FACTORS,
             "scaled": {
-                name: _scaled(settings, found, *net)._asdict()
+                name: scaled(settings, found, *net)._asdict()
                 for name, net in NETS.items()
             },
             "decay": {
-                name: _decayed(settings, found, *net)
+                name: decayed(settings, found, *net)
                 for name, net in NETS.items()
             },
         }
     numbers["pairs"] = PAIRS[2:] if settings.quick else PAIRS
     numbers["angles"] = {
-        name: _angles(settings, found, numbers["pairs"], NETS[name][0])
+        name: angles(settings, found, numbers["pairs"], NETS[name][0])
         for name in ("with", "without")
     }
     numbers |= _summary(numbers)
@@ -79,154 +68,12 @@ def run(settings: Settings) -> Finding:
     )
 
 
-def split(params: nets.Params) -> tuple[nets.Params, nets.Params]:
-    """Parts parameters into the hidden kernels and the rest."""
-    kernels = {
-        name: {"kernel": layer["kernel"]}
-        for name, layer in params.items()
-        if name != "head"
-    }
-    rest = {
-        name: {
-            key: value
-            for key, value in layer.items()
-            if name == "head" or key != "kernel"
-        }
-        for name, layer in params.items()
-    }
-    return kernels, rest
-
-
-def loss_of_kernels(rest: nets.Params, **options: Any) -> nets.Loss:
-    """The loss as a function of the hidden kernels alone."""
-    whole = nets.loss_of(**options)
-
-    def loss(kernels, batch_stats, batch):
-        params = {name: rest[name] | kernels.get(name, {}) for name in rest}
-        return whole(params, batch_stats, batch)
-
-    return loss
-
-
-def _start(found: data.Data, key: jax.Array, norm: bool) -> tuple:
-    sizes = (found.train_x.shape[1], *SIZES, found.num_classes)
-    return split(nets.init(key, sizes, norm=norm, dtype=float))
-
-
-def _given(settings: Settings, found: data.Data, steps: int) -> tuple:
-    """A key and an order of examples a seed, and the data."""
-    keys = jnp.stack([jax.random.key(seed) for seed in settings.seeds])
-    places = np.stack(
-        [
-            data.places(
-                len(found.train_y), batch_size=BATCH, steps=steps, seed=seed
-            )
-            for seed in settings.seeds
-        ]
-    )
-    x = jnp.asarray(found.train_x, float)
-    return keys, places, (x, jnp.asarray(found.train_y))
-
-
-def _scaled(
-    settings: Settings, found: data.Data, norm: bool, epsilon: float
-) -> _Scaled:
-    """Scales the first kernel of a new net by each of FACTORS."""
-
-    def one(key, places, examples, factor):
-        kernels, rest = _start(found, key, norm)
-        loss = loss_of_kernels(rest, norm=norm, epsilon=epsilon)
-        kernels["layer0"]["kernel"] *= factor
-        batch = jax.tree.map(lambda a: a[places[0]], examples)
-        value, gradient = jax.value_and_grad(loss, has_aux=True)(
-            kernels, (), batch
-        )
-        return value[0], jnp.linalg.norm(gradient["layer0"]["kernel"])
-
-    every = jax.vmap(one, (None, None, None, 0))
-    every = jax.jit(jax.vmap(every, (0, 0, None, None)))
-    given = _given(settings, found, 1)
-    return _Scaled(*map(np.asarray, every(*given, FACTORS)))
-
-
-def _decayed(
-    settings: Settings, found: data.Data, norm: bool, epsilon: float
-) -> np.ndarray:
-    """Losses with weight decay, and with the rate that replaces it.
-
-    (seeds, 2, steps).
-    """
-    steps = 100 if settings.quick else 400
-    t = np.arange(steps)
-    growing = DECAY_RATE * (1 - DECAY_RATE * DECAY) ** (-2.0 * t - 1)
-    rates = np.stack([np.full(steps, DECAY_RATE), growing])
-    decays = np.array([DECAY, 0.0])
-
-    def one(key, places, examples, rate, decay):
-        kernels, rest = _start(found, key, norm)
-        loss = loss_of_kernels(rest, norm=norm, epsilon=epsilon)
-        return nets.sgd(
-            loss, kernels, examples, places, rate, weight_decay=decay
-        )[1]
-
-    every = jax.vmap(one, (None, None, None, 0, 0))
-    every = jax.jit(jax.vmap(every, (0, 0, None, None, None)))
-    return np.asarray(every(*_given(settings, found, steps), rates, decays))
-
-
-def _horizon(rate: float, decay: float) -> int:
-    """Steps after which equilibrium has long been reached."""
-    return round(8 / (rate * decay))
-
-
-def _angles(
-    settings: Settings,
-    found: data.Data,
-    pairs: tuple,
-    norm: bool,
-) -> np.ndarray:
-    """Angle of each step, over channels: (pairs, seeds, steps, layers).
-
-    Root mean square, in radians.
-    """
-    steps = max(_horizon(*pair) for pair in pairs)
-
-    def watch(old, new):
-        return jnp.stack(
-            [
-                jnp.sqrt(
-                    jnp.square(
-                        angular_update(old, new, path=(name, "kernel"))
-                    ).mean()
-                )
-                for name in old
-            ]
-        )
-
-    def one(key, places, examples, pair):
-        kernels, rest = _start(found, key, norm)
-        return nets.sgd(
-            loss_of_kernels(rest, norm=norm),
-            kernels,
-            examples,
-            places,
-            pair[0],
-            weight_decay=pair[1],
-            watch=watch,
-        )[2]
-
-    every = jax.vmap(one, (0, 0, None, None))
-    every = jax.jit(jax.vmap(every, (None, None, None, 0)))
-    given = _given(settings, found, steps)
-    return np.asarray(every(*given, np.array(pairs, np.float32)))
-
-
 def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
     """What the caption tells, a number a seed."""
     unit = np.searchsorted(FACTORS, 1 - 1e-9)
     told = {}
-    for name, scaled in numbers["scaled"].items():
-        loss, gradient = scaled["loss"], scaled["gradient"]
+    for name, rows in numbers["scaled"].items():
+        loss, gradient = rows["loss"], rows["gradient"]
         change = np.abs(loss - loss[:, [unit]]).max(1)
         expected = gradient[:, [unit]] / FACTORS
         told[f"loss_change_{name}"] = change
@@ -234,17 +81,39 @@ def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
     for name, losses in numbers["decay"].items():
         apart = np.abs(losses[:, 0] - losses[:, 1])
         told[f"decay_difference_{name}"] = np.nanmax(apart, 1)
-    for name, angles in numbers["angles"].items():
-        ratios = []
-        for pair, angle in zip(numbers["pairs"], angles):
-            steps = _horizon(*pair)
-            late = angle[:, steps * 3 // 4 : steps]
+    for name, runs in numbers["angles"].items():
+        ratios, reached = [], []
+        for pair, turned in zip(numbers["pairs"], runs):
+            steps = horizon(*pair)
+            late = turned[:, steps * 3 // 4 : steps]
             ratios.append(
                 np.sqrt(np.square(late).mean(1)) / equilibrium_angle(*pair)
             )
-        # (seeds, pairs * layers)
+            time, ratio = _course(pair, turned)
+            first = time[np.argmax(ratio > 0.9, axis=1)]
+            reached.append(np.where((ratio > 0.9).any(1), first, np.nan))
+        # (seeds, pairs * layers) and (seeds, pairs)
         told[f"angle_over_theory_{name}"] = np.concatenate(ratios, 1)
+        told[f"reached_{name}"] = np.stack(reached, 1)
     return told
+
+
+def _course(
+    pair: tuple[float, float], turned: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Angle over that of equilibrium, smoothed.
+
+    Root mean square over layers and a sixtieth of the run.
+
+    Returns:
+      (steps * lr * wd (60,), ratio (S, 60)).
+    """
+    steps = horizon(*pair)
+    width = max(steps // 60, 1)
+    square = np.square(turned[:, : steps // width * width]).mean(2)
+    square = square.reshape(len(square), -1, width).mean(2)
+    time = (np.arange(square.shape[1]) + 0.5) * width * np.prod(pair)
+    return time, np.sqrt(square) / equilibrium_angle(*pair)
 
 
 def _words(numbers: dict[str, Any]) -> str:
@@ -268,7 +137,9 @@ def _words(numbers: dict[str, Any]) -> str:
         f"{worst('decay_difference_with')} (epsilon 1e-5: "
         f"{worst('decay_difference_epsilon')}; without: "
         f"{worst('decay_difference_without')}). Angles settle at "
-        f"{finding.span(ratio, '.2f')} of sqrt(2 lr wd), without batch norm at "
+        f"{finding.span(ratio, '.2f')} of sqrt(2 lr wd), 0.9 of it reached "
+        f"after {finding.span(numbers['reached_with'], '.1f')} / (lr wd) "
+        "steps; without batch norm they settle at "
         f"{finding.span(numbers['angle_over_theory_without'], '.2f')}. "
         + finding.verdict(holds)
     )
@@ -284,9 +155,9 @@ def _draw(numbers: dict[str, Any], figure: Figure) -> None:
     }
     factors = numbers["factors"]
     for name, (color, line, label) in styles.items():
-        scaled = numbers["scaled"][name]
+        rows = numbers["scaled"][name]
         for seed, (value, norm) in enumerate(
-            zip(scaled["loss"], scaled["gradient"])
+            zip(rows["loss"], rows["gradient"])
         ):
             kept = {"color": color, "ls": line, "alpha": 0.8}
             shown = label if seed == 0 else None
@@ -326,16 +197,11 @@ def _draw_angles(numbers: dict[str, Any], axes: Any) -> None:
     axes.axhline(1, ls="--", color=finding.THEORY, label="sqrt(2 lr wd)")
     lines = ("-", "--", ":")
     for name, color in (("with", finding.WITH), ("without", finding.WITHOUT)):
-        for pair, line, angles in zip(
+        for pair, line, turned in zip(
             numbers["pairs"], lines, numbers["angles"][name]
         ):
-            steps = _horizon(*pair)
-            # Root mean square over seeds, layers and a sixtieth of the run.
-            width = max(steps // 60, 1)
-            square = np.square(angles[:, : steps // width * width])
-            square = square.mean((0, 2)).reshape(-1, width).mean(1)
-            time = (np.arange(len(square)) + 0.5) * width * np.prod(pair)
-            ratio = np.sqrt(square) / equilibrium_angle(*pair)
+            time, ratio = _course(pair, turned)
+            ratio = np.sqrt(np.square(ratio).mean(0))
             label = f"lr {pair[0]}, wd {pair[1]}" if name == "with" else None
             axes.plot(time, ratio, line, color=color, lw=1.5, label=label)
     axes.set(xlabel="steps x lr x wd", ylabel="angle / sqrt(2 lr wd)")

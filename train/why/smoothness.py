@@ -33,7 +33,7 @@ _SIDES = {
 def run(settings: Settings) -> Finding:
     """Probes nets of eight layers, noisy batch norm, and a deep linear net."""
     found = data.load(settings)
-    steps = 100 if settings.quick else 240
+    steps = 160 if settings.quick else 240
     places = np.stack(
         [
             data.places(

@@ -172,14 +172,14 @@ def _words(numbers: dict[str, Any]) -> str:
         f"{finding.span(good['with'], 'g')} of {cells} cells learn with batch "
         f"norm and {finding.span(good['without'], 'g')} without (they come to "
         f"{GOOD:.0%} of the best test accuracy of all, {numbers['best']:.1%}). "
-    )
+    ) + finding.verdict(good["with"] > good["without"])
     if np.isfinite(power).all():
         told += (
-            "From s = 0.3 to 1 the smallest rate that comes to "
+            " From s = 0.3 to 1 the smallest rate that comes to "
             f"{WANTED:.0%} of the best grows as s to the power "
-            f"{finding.span(power, '.2f')}; the law says 2. "
+            f"{finding.span(power, '.2f')}; the law says 2."
         )
-    return told + finding.verdict(good["with"] > good["without"])
+    return told
 
 
 def _draw(numbers: dict[str, Any], figure: Figure) -> None:

@@ -1,0 +1,348 @@
+"""Why batch norm works: what held on every seed of the longer experiments."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+from train.why import (
+    data,
+    deep_linear,
+    devices,
+    draw,
+    landscape,
+    leakage,
+    lstm,
+    noise,
+    noisy,
+    recurrent,
+    saturation,
+    smoothness,
+)
+from train.why.finding import Settings, write
+
+SEEDS = (0, 1)
+
+
+@functools.cache
+def digits():
+    return data.load(Settings())
+
+
+def keys():
+    return jax.vmap(jax.random.key)(np.asarray(SEEDS))
+
+
+def batches(steps, size):
+    found = digits()
+    places = [
+        data.places(len(found.train_y), batch_size=size, steps=steps, seed=seed)
+        for seed in SEEDS
+    ]
+    return (found.train_x, found.train_y), np.stack(places)
+
+
+# Leakage.
+
+
+def drawn(steps, looks):
+    found = digits()
+    train = found.train_x, found.train_y
+    test = found.test_x, found.test_y
+    parts = [
+        (
+            devices.draw(train, steps, seed=(seed, 0)),
+            devices.draw(train, looks, seed=(seed, 1)),
+            devices.draw(test, looks, seed=(seed, 2)),
+        )
+        for seed in SEEDS
+    ]
+    return train, test, jax.tree.map(lambda *a: np.stack(a), *parts)
+
+
+@functools.cache
+def trained(way):
+    """Of 100 steps."""
+    train, test, parts = drawn(4 * devices.EVERY, 6)
+    return devices.train(keys(), train, test, parts, way=way, looks=4)
+
+
+def test_labels_are_balanced_on_every_device():
+    found = digits()
+    split = found.train_x, found.train_y
+    parts = devices.draw(split, 50, seed=(0, 0))
+    even = found.train_y[parts.places] % 2 == 0
+    assert even.shape == (50, devices.DEVICES, devices.EACH)
+    np.testing.assert_array_equal(even.mean(2), 0.5)
+    assert 8 < parts.offsets.std() < 12
+
+
+def test_statistics_per_device_leak():
+    alone = trained("per device")
+    last = -devices.EVERY
+    assert (alone.train[:, last:].mean(1) > 0.97).all()
+    assert (alone.test[:, -1] < 0.7).all()
+    assert (alone.same > 0.97).all() and (alone.mixed < 0.7).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ("synchronized", "shuffled", "none"))
+def test_nothing_leaks_from_common_statistics(way):
+    found = trained(way)
+    gap = found.train[:, -devices.EVERY :].mean(1) - found.test[:, -1]
+    assert (found.test[:, -1] > 0.85).all() and (gap < 0.05).all()
+
+
+def test_influence_follows_the_devices():
+    _, test, parts = drawn(4 * devices.EVERY, 6)
+    device = np.arange(devices.SHOWN * devices.EACH) // devices.EACH
+    same = device[:, None] == device
+    curves = trained("per device")
+    alone = devices.influence("per device", curves, test, parts[2])
+    assert (alone[~same] == 0).all() and (alone[same] > 0).all()
+    together = devices.influence("synchronized", curves, test, parts[2])
+    assert (together > 0).all()
+
+
+def test_in_inference_nothing_is_shared():
+    _, test, parts = drawn(4 * devices.EVERY, 6)
+    curves = trained("per device")
+    matrix = devices.influence(
+        "per device", curves, test, parts[2], train=False
+    )
+    np.testing.assert_array_equal(matrix != 0, np.eye(len(matrix), dtype=bool))
+
+
+# Smoothness.
+
+
+def test_ratios_compare_at_step_and_at_loss():
+    """Probes are 10, 30 and 20 times as large where they should be found."""
+
+    def probes(losses, measures):
+        losses = np.array([losses], np.float32)
+        measures = np.array([measures], np.float32)
+        return landscape.Probes(losses, np.repeat(measures[..., None], 3, -1))
+
+    count = landscape.LATE[1] // landscape.EVERY
+    late = slice(landscape.LATE[0] // landscape.EVERY, count)
+    losses = np.full(count, 2.0)
+    losses[-landscape.PROBES :] = 0.9
+    measures = np.full(count, 3.0)
+    measures[0] = 10.0
+    measures[late] = 30.0
+    measures[-landscape.PROBES :] = 20.0
+    without = probes(losses, measures)
+    with_ = probes(np.linspace(0.99, 0.1, count), np.ones(count))
+    found = landscape.ratios(without, with_)
+    want = {"first step": 10, "equal step": 30, "equal loss": 20}
+    assert list(found) == list(want)
+    for moment, ratio in want.items():
+        np.testing.assert_allclose(found[moment], [[ratio] * 3])
+    never = probes(np.full(count, 2.0), measures)
+    assert np.isnan(landscape.ratios(never, with_)["equal loss"]).all()
+
+
+def test_noise_is_that_of_algorithm_1():
+    zeros, ones = (jnp.full((2000, 400), value) for value in (0.0, 1.0))
+    key = jax.random.key(0)
+    m = np.asarray(noisy.noise(key, 0, zeros))
+    s = np.asarray(noisy.noise(key, 0, ones)) - m
+    assert np.abs(m).max() < 0.6 and 0.19 < np.ptp(m, axis=0).min() < 0.2
+    assert np.abs(m.mean(0)).max() > 0.48
+    np.testing.assert_allclose(m.mean(0).std(), 1 / 12**0.5, rtol=0.1)
+    np.testing.assert_allclose(s.std(0).mean(), 0.1, rtol=0.02)
+    assert s.mean(0).min() > 0.98 and s.mean(0).max() < 1.27
+    np.testing.assert_allclose(s.mean(), 1.125, rtol=0.01)
+    other = np.asarray(noisy.noise(key, 1, zeros))
+    assert np.abs(other - m).max() > 0.5
+
+
+# Saturation.
+
+
+def test_the_limit_is_where_the_slope_is_a_tenth():
+    for kind, activation in saturation._ACTIVATION.items():
+        slope = jax.grad(activation)
+        share = slope(saturation._LIMIT[kind]) / slope(0.0)
+        np.testing.assert_allclose(share, saturation.FLAT, rtol=1e-5)
+
+
+def test_sigmoids_learn_with_batch_norm_alone():
+    train, places = batches(300, 64)
+    seeds = np.asarray(SEEDS)
+    without, with_ = (
+        saturation._measure(
+            seeds, train, places, 1.0, norm=norm, kind="sigmoid", ends=(64, 10)
+        )
+        for norm in (False, True)
+    )
+    assert (without.accuracy[:, -1] < 0.25).all()
+    assert (with_.accuracy[:, -1] > 0.95).all()
+    assert (without.inputs[:, -1, 1] < -1.5).all()
+    assert (np.abs(with_.inputs[:, -1, 1]) < 0.7).all()
+    assert (with_.slope[:, -1] > 1.5 * without.slope[:, -1]).all()
+
+
+# Recurrent.
+
+
+def reference_lstm(params, x, start, *, norm):
+    """In float64, a loop over time: logits, and what was normalized."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    seen = []
+
+    def normal(name, h):
+        if not norm:
+            return h
+        mean, var = h.mean(0), h.var(0)
+        seen.append((name, mean, var))
+        h = (h - mean) / np.sqrt(var + lstm._EPSILON) * p[f"{name}_scale"]
+        return h + p.get(f"{name}_bias", 0)
+
+    def sigmoid(h):
+        return 1 / (1 + np.exp(-h))
+
+    h, c = start.astype(np.float64), np.zeros(start.shape)
+    for t in range(len(x)):
+        gates = normal("input", x[t].astype(np.float64) @ p["input"])
+        gates = gates + normal("hidden", h @ p["hidden"]) + p["bias"]
+        i, f, o, g = np.split(gates, 4, axis=1)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(normal("cell", c))
+    return h @ p["head"] + p["head_bias"], seen
+
+
+@pytest.fixture(scope="module")
+def sequence():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 9, 2)).astype(np.float32)
+    start = rng.normal(size=(9, lstm.UNITS)).astype(np.float32)
+    return x, start
+
+
+def random_affine(params):
+    rng = np.random.default_rng(1)
+    return {
+        name: rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
+        if "scale" in name or "bias" in name
+        else value
+        for name, value in params.items()
+    }
+
+
+@pytest.mark.parametrize("norm", (True, False))
+def test_lstm_is_the_written_out_one(sequence, norm):
+    params = random_affine(lstm.init(jax.random.key(0), 2, 3, norm=norm))
+    out = lstm.apply(params, *sequence)
+    want, seen = reference_lstm(params, *sequence, norm=norm)
+    np.testing.assert_allclose(out.logits, want, rtol=2e-4, atol=2e-4)
+    assert len(out.moments) == (3 if norm else 0)
+    for place, name in enumerate(("input", "hidden", "cell")[: 3 * norm]):
+        moments = out.moments[place]
+        rows = [(mean, var) for kind, mean, var in seen if kind == name]
+        means, variances = map(np.stack, zip(*rows))
+        np.testing.assert_allclose(moments.mean, means, rtol=1e-3, atol=1e-4)
+        var = jax.vmap(lambda m: m.var)(moments)
+        np.testing.assert_allclose(var, variances, rtol=1e-3, atol=1e-5)
+
+
+def test_lstm_infers_with_the_statistics_of_each_step(sequence):
+    """With those of this very batch inference is training."""
+    params = random_affine(lstm.init(jax.random.key(0), 2, 3, norm=True))
+    out = lstm.apply(params, *sequence)
+    each = [
+        jaxbn.RunningStats(m.mean, jax.vmap(lambda m: m.var)(m))
+        for m in out.moments
+    ]
+    again = lstm.apply(params, *sequence, statistics=tuple(each))
+    np.testing.assert_allclose(again.logits, out.logits, rtol=1e-4, atol=1e-4)
+    moved = jax.tree.map(lambda a: jnp.roll(a, 1, 0), tuple(each))
+    other = lstm.apply(params, *sequence, statistics=moved)
+    assert np.abs(other.logits - out.logits).max() > 0.01
+
+
+# Words and pictures.
+
+
+def test_a_tally_says_where_nothing_held():
+    assert draw.tally([True, True]) == "2 of 2 seeds"
+    assert draw.tally([True, False]) == "1 of 2 seeds"
+    assert draw.tally([False, False]) == "NOT reproduced, 0 of 2 seeds"
+
+
+def test_steps_are_averaged_and_a_rest_is_left_out():
+    steps, means = draw.by_steps(np.array([[1.0, 3.0, 5.0, 7.0, 100.0]]), 2)
+    np.testing.assert_array_equal(steps, [2, 4])
+    np.testing.assert_array_equal(means, [[2.0, 6.0]])
+
+
+def drawn_picture(finding, folder):
+    path = write(finding, folder)
+    assert path.stat().st_size > 50_000
+    assert "{" not in finding.measured and "nan" not in finding.measured
+    return finding.numbers
+
+
+@pytest.mark.slow
+def test_leakage(tmp_path):
+    found = leakage.run(Settings(seeds=SEEDS))
+    numbers = drawn_picture(found, tmp_path)
+    assert numbers["holds"].all() and numbers["influence_in_inference"] == 0
+    assert (numbers["per device"]["train"] > 0.99).all()
+    assert (numbers["per device"]["test"] < 0.65).all()
+    for way in ("shuffled", "synchronized"):
+        assert (numbers[way]["test"] > 0.93).all(), way
+
+
+@pytest.mark.slow
+def test_smoothness(tmp_path):
+    found = smoothness.run(Settings(seeds=SEEDS))
+    numbers = drawn_picture(found, tmp_path)
+    ratios = numbers["ratios"]
+    assert (ratios["equal loss"][:, 1] > 4).all()
+    assert (ratios["first step"] < 0.5).all()  # the other way round
+    holds = numbers["holds"]
+    for claim in ("equal loss", "noise is harmless", "more shift"):
+        assert holds[claim].all(), claim
+    for claim in ("first step", "noise stops the plain net"):
+        assert not holds[claim].any(), claim
+    assert found.measured.count("NOT reproduced") == 2
+
+
+@pytest.mark.slow
+def test_gradients_of_a_deep_linear_net():
+    found = deep_linear.measure(np.asarray(SEEDS), quick=True)
+    slow = found["without"]["cosine"][0]
+    assert (slow > 0.9).all()
+    with_ = found["with"]["cosine"].mean(2)[..., deep_linear.SHOWN]
+    assert (with_ < 0.9).all()
+
+
+@pytest.mark.slow
+def test_noise(tmp_path):
+    numbers = drawn_picture(noise.run(Settings(seeds=SEEDS)), tmp_path)
+    told = numbers["summary"]
+    assert told["holds"].all() and (told["smallest_over_typical"] < 0.6).all()
+    for ratio in told["device_over_batch"].values():
+        assert (np.abs(ratio - 1) < 0.25).all()
+    assert (numbers["without"]["variance"] < 1e-9).all()
+
+
+@pytest.mark.slow
+def test_saturation(tmp_path):
+    numbers = drawn_picture(saturation.run(Settings(seeds=SEEDS)), tmp_path)
+    told = numbers["summary"]
+    assert told["holds"]["sigmoid"].all() and told["holds"]["slope"].all()
+    assert (told["without"]["tanh_saturated"][1] > 0.4).all()
+    assert (told["with"]["tanh_saturated"] < 0.15).all()
+
+
+@pytest.mark.slow
+def test_recurrent(tmp_path):
+    numbers = drawn_picture(recurrent.run(Settings(seeds=SEEDS)), tmp_path)
+    for claim in ("per step", "small scale"):
+        assert numbers["holds"][claim].all(), claim
