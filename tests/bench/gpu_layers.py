@@ -117,7 +117,7 @@ def copy_speed(run: gpu_nets.Run) -> Iterator[dict]:
 
 def alone(run: gpu_nets.Run) -> Iterator[dict]:
     """The norm by itself, over the shapes of two networks."""
-    for dtype in DTYPES:
+    for dtype in DTYPES[:1] if run.quick else DTYPES:
         for backward in (True, False):
             if not run.over():
                 yield from _rows(run, "norm", dtype, backward)
@@ -126,7 +126,7 @@ def alone(run: gpu_nets.Run) -> Iterator[dict]:
 def fused(run: gpu_nets.Run) -> Iterator[dict]:
     """The norm with a ReLU, and with a sum and a ReLU, in one program."""
     for backward in (True, False):
-        for variant in ("norm, relu", "norm, add, relu"):
+        for variant in ("norm, relu", "norm, add, relu")[run.quick :]:
             if not run.over():
                 yield from _rows(run, variant, "bfloat16", backward)
 
@@ -138,7 +138,7 @@ def _rows(
     for network in run.networks:
         found = norm_shapes(network.build("jaxbn"), network.images)
         total: Counter = Counter()
-        most = 2 if run.quick else None
+        most = 1 if run.quick else None
         for shape, times in sorted(
             found.items(), key=lambda item: -math.prod(item[0]) * item[1]
         )[:most]:

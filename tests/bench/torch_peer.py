@@ -29,6 +29,14 @@ def device() -> str | None:
     return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
+def free() -> None:
+    """Gives the memory that PyTorch keeps for later back to the card."""
+    if device() == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 class Pending:
     """Work that PyTorch has queued; jax.block_until_ready waits for it."""
 
@@ -161,6 +169,8 @@ class Steps:
     def __init__(self, network: Any, *, compiled: bool):
         import torch
 
+        # XLA tries out the kernels of a convolution too.
+        torch.backends.cudnn.benchmark = True
         size, h, w, c = network.images
         net = resnet(network).to(device(), memory_format=torch.channels_last)
         self._optimizer = torch.optim.SGD(
