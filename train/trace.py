@@ -38,8 +38,14 @@ class Trace:
             return
         if self._seen == FIRST:
             wait()
+            options = jax.profiler.ProfileOptions()
+            # Hooking Python has crashed where threads that write a checkpoint
+            # came and went meanwhile.
+            options.python_tracer_level = 0
             jax.profiler.start_trace(
-                str(self._folder), create_perfetto_trace=True
+                str(self._folder),
+                create_perfetto_trace=True,
+                profiler_options=options,
             )
             self._on = True
         with jax.profiler.StepTraceAnnotation("train", step_num=self._seen):
