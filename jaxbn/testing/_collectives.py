@@ -66,10 +66,10 @@ def collectives(
       KeyError: the result is asked for a kind that does not exist.
     """
     jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    return _parse(jitted.lower(*args, **kwargs).compile().as_text())
+    return parse(jitted.lower(*args, **kwargs).compile().as_text())
 
 
-def _parse(hlo: str) -> Collectives:
+def parse(hlo: str) -> Collectives:
     found = Collectives()
     hlo = re.sub(r"/\*.*?\*/", "", hlo).replace("<=", "")
     for shape, kind, start in _OPERATION.findall(hlo):

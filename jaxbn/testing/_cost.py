@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxbn.testing import _collectives
+from jaxbn.testing._collectives import parse
 
 # Published peaks: bytes/s that a device sends on all its links together, half
 # of what is stated for both directions.
@@ -224,7 +224,7 @@ def _read(
     found, in_entry, turned = [], False, False
     for line in hlo.splitlines():
         in_entry = in_entry or line.startswith("ENTRY ")
-        for kind, (_, size) in _collectives._parse(line).items():
+        for kind, (_, size) in parse(line).items():
             transposed = "transpose(" in line
             # The entry is written in the order it runs in.
             turned = turned or (in_entry and transposed)
