@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import sys
 from typing import Any, Self
@@ -14,6 +13,7 @@ import tqdm
 from ml_collections import ConfigDict
 
 from train import UserError
+from train.files import write_json, write_text
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -57,13 +57,6 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
         raise UserError(
             f"Cannot write to --workdir={workdir}: {error.strerror}."
         ) from error
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes value in one piece: a crash leaves the old file or the new."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 class SilentReport:
@@ -162,9 +155,7 @@ class Report:
 
     def _write_records(self) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text(lines)
-        os.replace(partial, self._path)
+        write_text(self._path, lines)
 
 
 def _read_records(path: pathlib.Path) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -80,3 +81,15 @@ def places(
     ]
     rows = np.concatenate(epochs).reshape(-1, batch_size)
     return rows[:steps].astype(np.int32)
+
+
+def places_by_seed(
+    num_examples: int, *, batch_size: int, steps: int, seeds: Sequence[int]
+) -> np.ndarray:
+    """`places` of every seed: (S, steps, batch_size) int32."""
+    return np.stack(
+        [
+            places(num_examples, batch_size=batch_size, steps=steps, seed=seed)
+            for seed in seeds
+        ]
+    )

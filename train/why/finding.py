@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import textwrap
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+
+from train.files import write_json
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -24,6 +25,7 @@ THIRD = "#009E73"
 FOURTH = "#CC79A7"
 WITH_LABEL = "with batch norm"
 WITHOUT_LABEL = "without"
+SIDES = {"without": (WITHOUT, WITHOUT_LABEL), "with": (WITH, WITH_LABEL)}
 
 _WIDTH = 9.0  # inches, unless draw sets another
 _LINE = 0.185  # inches that a line of the caption takes
@@ -103,9 +105,7 @@ def write(
         finally:
             plt.close(figure)
     partial.replace(path)
-    partial = folder / f"{finding.name}.partial.json"
-    partial.write_text(json.dumps(_plain(record), indent=2) + "\n")
-    partial.replace(path.with_suffix(".json"))
+    write_json(path.with_suffix(".json"), _plain(record))
     return path
 
 

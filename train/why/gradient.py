@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxbn import moments
-from train.why import data, finding, nets
+from train.why import data, draw, finding, nets
 from train.why.finding import Finding, Settings
 
 CLAIM = (
@@ -35,6 +35,7 @@ MINIMAL_RATE, MINIMAL_STEPS = 0.1, 100
 # Without it the logits are normalized too: nothing else can absorb a change.
 RUNS = {"bare": (False, 0.5, 600), "affine": (True, 0.1, 500)}
 RISE = 1.2  # times the lowest loss, beyond the noise of batches
+SMOOTH = 20  # steps that a loss is averaged over
 WAYS = ("inside", "outside", "without")
 STYLES = {
     "inside": (finding.WITH, "statistics in the gradient"),
@@ -139,24 +140,13 @@ def train(
         )
         return {"loss": losses, **kept}
 
-    places = np.stack(
-        [
-            data.places(
-                len(found.train_y), batch_size=BATCH, steps=steps, seed=seed
-            )
-            for seed in seeds
-        ]
+    places = data.places_by_seed(
+        len(found.train_y), batch_size=BATCH, steps=steps, seeds=seeds
     )
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     every = jax.jit(jax.vmap(one, (0, 0, None)))
     found = every(keys, places, (found.train_x, found.train_y))
     return {name: np.asarray(rows) for name, rows in found.items()}
-
-
-def smooth(losses: np.ndarray, width: int = 20) -> np.ndarray:
-    """Means over width steps: (S, steps // width)."""
-    steps = losses.shape[1] // width * width
-    return losses[:, :steps].reshape(len(losses), -1, width).mean(2)
 
 
 def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +161,7 @@ def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
     for name in RUNS:
         for way in WAYS[:2]:
             rows = numbers[name][way]
-            losses = smooth(rows["loss"])
+            _, losses = draw.by_steps(rows["loss"], SMOOTH)
             told[f"{name}_{way}_lowest"] = losses.min(1)
             told[f"{name}_{way}_last"] = losses[:, -1]
             told[f"{name}_{way}_bias"] = rows["bias"][:, -1]
@@ -244,8 +234,8 @@ def _draw(numbers: dict[str, Any], figure: Figure) -> None:
     ):
         for way, rows in numbers[name].items():
             color, label = STYLES[way]
-            losses = smooth(rows["loss"])
-            places = (np.arange(losses.shape[1]) + 0.5) * 20
+            _, losses = draw.by_steps(rows["loss"], SMOOTH)
+            places = (np.arange(losses.shape[1]) + 0.5) * SMOOTH
             axes.plot(places, losses.T, color=color, alpha=0.7)
             axes.plot([], [], color=color, label=label)
         axes.set(xlabel="step", ylabel="training loss (nats)", ylim=(0, None))

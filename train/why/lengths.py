@@ -61,13 +61,8 @@ def _start(found: data.Data, key: jax.Array, norm: bool) -> tuple:
 def _given(settings: Settings, found: data.Data, steps: int) -> tuple:
     """A key and an order of examples a seed, and the data."""
     keys = jnp.stack([jax.random.key(seed) for seed in settings.seeds])
-    places = np.stack(
-        [
-            data.places(
-                len(found.train_y), batch_size=BATCH, steps=steps, seed=seed
-            )
-            for seed in settings.seeds
-        ]
+    places = data.places_by_seed(
+        len(found.train_y), batch_size=BATCH, steps=steps, seeds=settings.seeds
     )
     x = jnp.asarray(found.train_x, float)
     return keys, places, (x, jnp.asarray(found.train_y))

@@ -42,13 +42,8 @@ def run(settings: Settings) -> Finding:
     pool = found.train_x[:: max(1, len(found.train_x) // 1400)]
     probes = found.test_x[:: len(found.test_x) // _PROBES][:_PROBES]
     keys = jax.vmap(jax.random.key)(np.asarray(settings.seeds))
-    places = np.stack(
-        [
-            data.places(
-                len(found.train_y), batch_size=_BATCH, steps=steps, seed=seed
-            )
-            for seed in settings.seeds
-        ]
+    places = data.places_by_seed(
+        len(found.train_y), batch_size=_BATCH, steps=steps, seeds=settings.seeds
     )
     nets_ = {
         norm: _train(keys, train, places, norm=norm, widths=widths)

@@ -42,13 +42,8 @@ def run(settings: Settings) -> Finding:
     train = (_in_time(found.train_x), found.train_y)
     test = (_in_time(found.test_x), found.test_y)
     keys = jax.vmap(jax.random.key)(np.asarray(settings.seeds))
-    places = np.stack(
-        [
-            data.places(
-                len(found.train_y), batch_size=_BATCH, steps=steps, seed=seed
-            )
-            for seed in settings.seeds
-        ]
+    places = data.places_by_seed(
+        len(found.train_y), batch_size=_BATCH, steps=steps, seeds=settings.seeds
     )
     arms = {
         arm: jax.device_get(

@@ -34,10 +34,6 @@ _BATCH = 64
 _EVERY = 25  # steps between two looks
 _LOOK = 512  # training images that a look takes
 _PERCENTILES = (15, 50, 85)
-_SIDES = {
-    "without": (finding.WITHOUT, finding.WITHOUT_LABEL),
-    "with": (finding.WITH, finding.WITH_LABEL),
-}
 
 
 class Looks(NamedTuple):
@@ -55,13 +51,8 @@ def run(settings: Settings) -> Finding:
     steps = 300 if settings.quick else 1000
     train = (found.train_x, found.train_y)
     seeds = np.asarray(settings.seeds)
-    places = np.stack(
-        [
-            data.places(
-                len(found.train_y), batch_size=_BATCH, steps=steps, seed=seed
-            )
-            for seed in settings.seeds
-        ]
+    places = data.places_by_seed(
+        len(found.train_y), batch_size=_BATCH, steps=steps, seeds=settings.seeds
     )
     ends = (found.train_x.shape[1], found.num_classes)
     measure = functools.partial(_measure, seeds, train, places, ends=ends)
@@ -149,7 +140,7 @@ def _measure(
 def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
     """After training, (S,) each; of tanh nets (factors, S)."""
     told: dict[str, Any] = {}
-    for side in _SIDES:
+    for side in finding.SIDES:
         sigmoid, tanh = numbers[side]["sigmoid"], numbers[side]["tanh"]
         told[side] = {
             "accuracy": sigmoid["accuracy"][:, -1],
@@ -202,7 +193,7 @@ def _draw(numbers: dict[str, Any], figure: Figure) -> None:
     figure.set_size_inches(10.5, 6.2)
     axes = figure.subplots(2, 2)
     steps = numbers["steps"]
-    for side, (color, label) in _SIDES.items():
+    for side, (color, label) in finding.SIDES.items():
         sigmoid, tanh = numbers[side]["sigmoid"], numbers[side]["tanh"]
         right = 100 * sigmoid["accuracy"]
         draw.band(axes[0, 0], steps, right, color=color, label=label)

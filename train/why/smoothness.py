@@ -24,23 +24,14 @@ DEPTH = 8  # hidden layers of 64
 
 _PREDICTIVENESS = MEASURES.index("predictiveness")
 _EARLY = slice(25, 35)  # steps
-_SIDES = {
-    "without": (finding.WITHOUT, finding.WITHOUT_LABEL),
-    "with": (finding.WITH, finding.WITH_LABEL),
-}
 
 
 def run(settings: Settings) -> Finding:
     """Probes nets of eight layers, noisy batch norm, and a deep linear net."""
     found = data.load(settings)
     steps = 160 if settings.quick else 240
-    places = np.stack(
-        [
-            data.places(
-                len(found.train_y), batch_size=BATCH, steps=steps, seed=seed
-            )
-            for seed in settings.seeds
-        ]
+    places = data.places_by_seed(
+        len(found.train_y), batch_size=BATCH, steps=steps, seeds=settings.seeds
     )
     train = (found.train_x, found.train_y)
     seeds = np.asarray(settings.seeds)
@@ -85,7 +76,7 @@ def _holds(numbers: dict[str, Any]) -> dict[str, np.ndarray]:
     linear = numbers["deep_linear"]
     cosine = {
         side: linear[side]["cosine"].mean(2)[..., deep_linear.SHOWN]
-        for side in _SIDES
+        for side in finding.SIDES
     }
     return {
         "equal loss": ratios["equal loss"][:, _PREDICTIVENESS] > 1,
@@ -113,7 +104,7 @@ def _words(numbers: dict[str, Any]) -> str:
     linear = numbers["deep_linear"]
     without, with_ = (
         span(linear[side]["cosine"].mean(2)[..., deep_linear.SHOWN], ".2f")
-        for side in _SIDES
+        for side in finding.SIDES
     )
     tallies = {claim: draw.tally(held) for claim, held in holds.items()}
     return (
@@ -141,7 +132,7 @@ def _draw(numbers: dict[str, Any], figure: Figure) -> None:
 
 
 def _draw_steps(numbers: dict[str, Any], axes: Any) -> None:
-    for side, (color, label) in _SIDES.items():
+    for side, (color, label) in finding.SIDES.items():
         values = np.asarray(numbers[side]["measures"])[..., _PREDICTIVENESS]
         steps = landscape.EVERY * np.arange(values.shape[1])
         draw.band(axes, steps, values, color=color, label=label)
@@ -155,7 +146,7 @@ def _draw_steps(numbers: dict[str, Any], axes: Any) -> None:
 
 
 def _draw_losses(numbers: dict[str, Any], axes: Any) -> None:
-    for side, (color, label) in _SIDES.items():
+    for side, (color, label) in finding.SIDES.items():
         values = np.asarray(numbers[side]["measures"])[..., _PREDICTIVENESS]
         losses = np.asarray(numbers[side]["loss"])
         axes.plot(losses, values, ".", color=color, alpha=0.35, markersize=4)
@@ -192,7 +183,7 @@ def _draw_ratios(numbers: dict[str, Any], axes: Any) -> None:
 def _draw_noise(numbers: dict[str, Any], axes: Any) -> None:
     for arm, values in numbers["noisy"].items():
         side, _, noise = arm.partition(", ")
-        color, label = _SIDES[side]
+        color, label = finding.SIDES[side]
         steps, means = draw.by_steps(100 * values, 10)
         draw.band(
             axes,
@@ -214,7 +205,7 @@ def _draw_noise(numbers: dict[str, Any], axes: Any) -> None:
 def _draw_shift(numbers: dict[str, Any], axes: Any) -> None:
     linear = numbers["deep_linear"]
     layers = np.arange(1, deep_linear.LAYERS + 1)
-    for side, (color, label) in _SIDES.items():
+    for side, (color, label) in finding.SIDES.items():
         for rate, cosine, style in zip(
             linear["rates"], linear[side]["cosine"], ("--", "-")
         ):
@@ -239,7 +230,7 @@ def _draw_shift(numbers: dict[str, Any], axes: Any) -> None:
 
 def _draw_linear(numbers: dict[str, Any], axes: Any) -> None:
     linear = numbers["deep_linear"]
-    for side, (color, _) in _SIDES.items():
+    for side, (color, _) in finding.SIDES.items():
         for losses, style in zip(linear[side]["loss"], ("--", "-")):
             steps = np.arange(1, losses.shape[1])
             draw.band(
