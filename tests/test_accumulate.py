@@ -257,9 +257,8 @@ def resnet():
     """
 
     def loss_with(axis_name):
-        model = ResNet(
-            8, num_classes=3, width=2, axis_name=axis_name, dtype=jnp.float64
-        )
+        norm = functools.partial(BatchNorm, momentum=0.9, axis_name=axis_name)
+        model = ResNet(8, num_classes=3, width=2, norm=norm, dtype=jnp.float64)
 
         def loss(params, batch_stats, batch):
             images, labels = batch

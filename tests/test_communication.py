@@ -102,7 +102,12 @@ def test_a_training_step_sends_two_a_layer_and_the_gradient():
         lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4
     )
     recipe = Recipe(
-        model=ResNet(depth=20, num_classes=10, width=4, axis_name="data"),
+        model=ResNet(
+            depth=20,
+            num_classes=10,
+            width=4,
+            norm=functools.partial(BatchNorm, momentum=0.9, axis_name="data"),
+        ),
         optimizer=optimizer,
         pixel_mean=(0.0,) * 3,
         pixel_std=(1.0,) * 3,

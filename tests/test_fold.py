@@ -354,7 +354,7 @@ class BottleneckNet(nn.Module):
 class ModelTest(parameterized.TestCase):
     @parameterized.parameters("jaxbn", "flax")
     def test_resnet20(self, norm):
-        model = ResNet(depth=20, num_classes=10, width=4, norm=norm)
+        model = ResNet(depth=20, num_classes=10, width=4, norm=NORMS[norm])
         apply = functools.partial(model.apply, train=False)
         x = normal(2, 8, 8, 3)
         variables = initialized(model, x, train=False)

@@ -13,13 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from configs import digits
 from jaxbn import accumulate
+from tests.test_train import make_recipe as plain_recipe
 from train import data, norms, topology
 from train.resnet import ResNet
 from train.step import (
-    Recipe,
     augmented,
     init_state,
-    make_optimizer,
     make_test_step,
     make_train_step,
 )
@@ -44,19 +43,7 @@ def network(axis_name="data", **fields):
 
 
 def make_recipe(**changes):
-    optimizer = make_optimizer(
-        lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4
-    )
-    recipe = Recipe(
-        model=network(),
-        optimizer=optimizer,
-        pixel_mean=(80.0,),
-        pixel_std=(90.0,),
-        padding=0,
-        flip=True,
-        seed=0,
-    )
-    return recipe._replace(**changes)
+    return plain_recipe(**{"model": network(), "padding": 0, **changes})
 
 
 @pytest.fixture(scope="module")

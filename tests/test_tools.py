@@ -13,8 +13,9 @@ import pytest
 
 from configs import digits
 from tests import test_networks as reference
-from train import UserError, averaged, compare, data, evaluate, loop, saved
-from train.checkpoint import Checkpoints
+from train import UserError, averaged, compare, data, evaluate, saved
+from train.checkpoint import Checkpoints, Progress
+from train.prepared import prepare
 from train.report import open_workdir
 from train.step import init_state
 
@@ -42,7 +43,7 @@ class Made:
 
     def __init__(self, workdir):
         config = small_config()
-        prepared = loop.prepare(config)
+        prepared = prepare(config)
         open_workdir(workdir, config)
         shape = prepared.dataset.train.images.shape[1:]
         blank = jax.eval_shape(
@@ -69,11 +70,11 @@ class Made:
                 state = jax.device_put(state, prepared.place.everywhere)
                 checkpoints.save(
                     state,
-                    loop.Progress(epoch, batch)._asdict(),
+                    Progress(epoch, batch),
                     test_accuracy=accuracy,
                 )
         self.saved = saved.Saved(
-            config, prepared, state, loop.Progress(epoch, batch)
+            config, prepared, state, Progress(epoch, batch)
         )
         self.inputs = prepared.recipe.pixel_mean, prepared.recipe.pixel_std
 
@@ -202,7 +203,7 @@ def test_what_cannot_be_evaluated(made, tmp_path, capsys):
         evaluate.evaluate(made.workdir, other, precise=3)
     open_workdir(tmp_path, made.saved.config)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(made.saved.state, made.saved.progress._asdict())
+        checkpoints.save(made.saved.state, made.saved.progress)
     with pytest.raises(UserError, match="has no checkpoint with a test yet"):
         saved.load(tmp_path, best=True)
 

@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AxisType
 
 from configs import digits, resnet20_cifar10, resnet20_cifar10_short
-from train import UserError, augment, data, loop, report, seeds
+from jaxbn.linen import BatchNorm
+from train import UserError, augment, data, files, loop, report, seeds
 from train import recipe as recipes
 from train.resnet import ResNet
 from train.step import (
@@ -49,7 +50,12 @@ def make_recipe(**changes):
         lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4
     )
     recipe = Recipe(
-        model=ResNet(depth=8, num_classes=10, width=4, axis_name="data"),
+        model=ResNet(
+            depth=8,
+            num_classes=10,
+            width=4,
+            norm=functools.partial(BatchNorm, momentum=0.9, axis_name="data"),
+        ),
         optimizer=optimizer,
         pixel_mean=(80.0,),
         pixel_std=(90.0,),
@@ -310,7 +316,7 @@ def test_seeds_are_runs_of_their_own(tmp_path, monkeypatch):
             "steps": 12,
             "seconds": 1.0,
         }
-        report.write_json(workdir / "summary.json", summary)
+        files.write_json(workdir / "summary.json", summary)
         return summary
 
     monkeypatch.setattr(loop, "train", train)

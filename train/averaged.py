@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -14,10 +14,8 @@ from ml_collections import ConfigDict
 import jaxbn.linen
 from jaxbn import precise
 from train import data
+from train.prepared import Prepared
 from train.step import Recipe, TrainState, augmented
-
-if TYPE_CHECKING:
-    from train.loop import Prepared
 
 
 def evaluate_average(

@@ -9,7 +9,7 @@ import pathlib
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -17,12 +17,20 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from train import UserError
-from train.step import TrainState
+from train.step import Sums, TrainState
 
 # JAX wants a number that rises in the life of a process, over all its runs.
 _QUESTIONS = itertools.count(1)
 
 KEEP = 2  # a crash while the newest is written leaves the one before
+
+
+class Progress(NamedTuple):
+    """Where in the run a state is; kept beside it in a checkpoint."""
+
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the next one
+    sums: tuple[float, ...] = (0.0,) * len(Sums._fields)  # over these
 
 
 class Checkpoints:
@@ -76,7 +84,7 @@ class Checkpoints:
     def save(
         self,
         state: TrainState,
-        progress: dict[str, Any],
+        progress: Progress,
         *,
         test_accuracy: float | None = None,
     ) -> None:
@@ -94,7 +102,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state._asdict()),
-                    progress=ocp.args.JsonSave(progress),
+                    progress=ocp.args.JsonSave(progress._asdict()),
                 ),
                 metrics={"test_accuracy": measured},
             )
@@ -114,29 +122,28 @@ class Checkpoints:
         )
 
     def restore(
-        self, like: Any, *, best: bool = False
-    ) -> tuple[TrainState, dict[str, Any]] | None:
+        self, like: TrainState, *, best: bool = False
+    ) -> tuple[TrainState, Progress] | None:
         """Returns (state, progress) of the newest that can be read, or None.
 
         One that is damaged is put aside, or if read_only passed over, with a
         warning.
 
         Args:
-          like: TrainState of arrays, or of jax.ShapeDtypeStruct with shardings.
-            What is read gets its shapes, dtypes and devices, however many
-            devices had written it.
+          like: of `abstract_state`. What is read gets its shapes, dtypes and
+            devices, however many devices had written it.
           best: takes the one with the best test accuracy; None also where
             none has a test.
 
         Raises:
           UserError: there are checkpoints, and none can be read.
         """
-        damaged = []
         if best:
             step = self._manager.best_step()
             if step is None or _accuracy(self._manager.metrics(step)) < 0:
                 return None
             return self._read(step, like)
+        damaged = []
         while left := sorted({*self._manager.all_steps()} - {*damaged}):
             try:
                 return self._read(left[-1], like)
@@ -152,16 +159,15 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, like: Any) -> tuple[TrainState, dict[str, Any]]:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract._asdict()),
+                state=ocp.args.StandardRestore(like._asdict()),
                 progress=ocp.args.JsonRestore(),
             ),
         )
-        return TrainState(**found.state), found.progress
+        return TrainState(**found.state), Progress(**found.progress)
 
     def _put_aside(self, step: int, error: Exception) -> None:
         aside = self._folder.parent / f"damaged-checkpoint-{step}"

@@ -51,7 +51,7 @@ def read(path: pathlib.Path) -> Run:
     Raises:
       UserError: path is no workdir, no epoch is recorded, or a file is damaged.
     """
-    config = _flat(_parsed(path / "config.json", _config))
+    config = _flat(json.loads(read_config(path).to_json()))
     lines = []
     if (path / "metrics.jsonl").exists():
         lines = _parsed(path / "metrics.jsonl", _lines)
@@ -63,10 +63,6 @@ def read(path: pathlib.Path) -> Run:
     if (path / "summary.json").exists():
         summary = _parsed(path / "summary.json", _whole)
     return Run(path, config, lines, summary)
-
-
-def _config(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(read_config(path.parent).to_json())
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, float]]:

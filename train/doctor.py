@@ -15,11 +15,10 @@ from collections.abc import Iterator
 import jax
 import matplotlib
 import numpy as np
-from absl import logging
 
 from jaxbn import doctor
 from train import UserError, data
-from train.saved import Saved, load, read_config
+from train.saved import Saved, load, use_devices
 from train.step import augmented
 
 matplotlib.use("Agg")
@@ -102,9 +101,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.batches < 1:
         parser.error(f"--batches must be at least 1; got {given.batches}.")
-    logging.set_verbosity(logging.ERROR)  # of orbax
-    devices = read_config(given.run).cpu_devices
-    jax.config.update("jax_num_cpu_devices", devices)
+    use_devices(given.run)
     examine(given.run, given.batches)
     print(f"The picture is {given.run / 'doctor.png'}.")
 

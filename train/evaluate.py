@@ -19,15 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from jax.sharding import PartitionSpec as P
 
-from train import UserError, data, loop
-from train.augment import to_float
+from train import UserError, data
 from train.averaged import precise_statistics
-from train.report import write_json
-from train.saved import Saved, load, read_config
-from train.step import Recipe
+from train.files import write_json
+from train.prepared import Prepared
+from train.saved import Saved, load, use_devices
+from train.step import Recipe, inputs
 
 _BATCH = 1000  # examples at a time
 
@@ -111,7 +110,7 @@ def _examples(saved: Saved, split: str) -> data.Split:
 
 
 def counter(
-    prepared: loop.Prepared, split: data.Split
+    prepared: Prepared, split: data.Split
 ) -> Callable[[Any, Any], Counts]:
     """Returns (params, batch_stats) -> Counts of all examples, each once."""
     place, classes = prepared.place, prepared.dataset.num_classes
@@ -123,9 +122,7 @@ def counter(
             out_specs=P(),
         )
     )
-    devices = place.mesh.size
-    size = min(_BATCH, len(split.labels))
-    size = -(-size // devices) * devices
+    size = place.padded(min(_BATCH, len(split.labels)))
 
     def count(params: Any, batch_stats: Any) -> Counts:
         loss, confusion = 0.0, 0
@@ -148,10 +145,9 @@ def _step(
     batch_stats: Any,
     batch: data.Batch,
 ) -> Counts:
-    mean, std = jnp.array(recipe.pixel_mean), jnp.array(recipe.pixel_std)
     logits = recipe.model.apply(
         {"params": params, "batch_stats": batch_stats},
-        to_float(batch.images, mean, std),
+        inputs(recipe, batch),
         train=False,
     )
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
@@ -242,9 +238,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.precise < 0:
         parser.error(f"--precise must be at least 1; got {given.precise}.")
-    logging.set_verbosity(logging.ERROR)  # of orbax
-    devices = read_config(given.run).cpu_devices
-    jax.config.update("jax_num_cpu_devices", devices)
+    use_devices(given.run)
     evaluate(
         given.run,
         load(given.run, best=given.best),

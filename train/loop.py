@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import pathlib
-import platform
-import statistics
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import optax
 from ml_collections import ConfigDict
 
-from train import Stopped, UserError, data, networks, topology
+from train import Stopped, UserError, data, topology
 from train.averaged import evaluate_average
-from train.checkpoint import Checkpoints, what_is_left
+from train.checkpoint import Checkpoints, Progress, what_is_left
+from train.files import write_json
 from train.meter import Meter
-from train.norms import examples_together
-from train.recipe import check, make_recipe, make_schedule
-from train.report import Report, SilentReport, open_workdir, write_json
+from train.prepared import Prepared, prepare
+from train.report import Report, SilentReport, open_workdir
 from train.signals import Interrupt
 from train.step import (
-    Recipe,
-    Sums,
     TrainState,
     abstract_state,
     init_state,
@@ -31,54 +24,9 @@ from train.step import (
     make_train_step,
 )
 from train.timeline import Timeline, ready
-from train.topology import Topology
+from train.told import Forecast, headline, summarize
 from train.trace import Trace
 from train.trouble import explain
-
-
-class Prepared(NamedTuple):
-    """What a config stands for, before anything is written."""
-
-    place: Topology
-    dataset: data.Dataset
-    steps: int  # of an epoch
-    schedule: optax.Schedule
-    recipe: Recipe
-
-
-class Progress(NamedTuple):
-    """Where in the run a state is; kept beside it in a checkpoint."""
-
-    epoch: int = 0  # finished epochs
-    batch: int = 0  # finished batches of the next one
-    sums: tuple[float, ...] = (0.0,) * len(Sums._fields)  # over these
-
-
-def prepare(config: ConfigDict) -> Prepared:
-    """Reads the data and makes the recipe.
-
-    Raises:
-      UserError: the config cannot be run, with what to change.
-    """
-    check(config)
-    place = topology.make(config.mesh, config.batch_size, config.microbatches)
-    dataset = data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        train_split=config.train_split,
-        test_split=config.test_split,
-        lazy=jax.process_count() > 1,
-    )
-    steps = len(dataset.train.labels) // config.batch_size
-    if not steps:
-        raise UserError(
-            f"batch_size={config.batch_size} is more than the "
-            f"{len(dataset.train.labels)} examples of {config.dataset} "
-            f"{config.train_split!r}."
-        )
-    schedule = make_schedule(config, steps)
-    recipe = make_recipe(config, dataset, schedule, place)
-    return Prepared(place, dataset, steps, schedule, recipe)
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -101,8 +49,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         progress = Progress()
         found = checkpoints.restore(abstract_state(recipe, shape, place.mesh))
         if found:
-            state, kept = found
-            progress = Progress(**kept)
+            state, progress = found
         else:
             state = init_state(recipe, shape, place.mesh)
         kind = Report if topology.is_main() else SilentReport
@@ -121,7 +68,15 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
                 report.say,
             ) as trace,
         ):
-            report.say(headline(config, prepared, state, progress))
+            report.say(
+                headline(
+                    config,
+                    prepared,
+                    state.params,
+                    epoch=progress.epoch,
+                    batch=progress.batch,
+                )
+            )
             loop = _Loop(
                 config,
                 prepared,
@@ -144,7 +99,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
                 with timeline.of("save"):
                     checkpoints.save(
                         state,
-                        progress._asdict(),
+                        progress,
                         test_accuracy=record["test_accuracy"],
                     )
             extra = {}
@@ -152,7 +107,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
                 extra = evaluate_average(config, prepared, state, loop.test)
             with timeline.of("save"):
                 checkpoints.wait()
-            summary = _summary(report.records, prepared, started, timeline)
+            summary = summarize(report.records, prepared, started, timeline)
             summary |= extra
             if topology.is_main():
                 write_json(workdir / "summary.json", summary)
@@ -184,10 +139,9 @@ class _Loop:
         self._train_steps: dict[int, Any] = {}  # by batches of a dispatch
         self._test_step = make_test_step(prepared.recipe, place.mesh)
         # The last batch is padded anyway, so any whole share will do.
-        devices = place.mesh.size
         size = min(config.test_batch_size, len(prepared.dataset.test.labels))
-        self._test_batch_size = -(-size // devices) * devices
-        self._forecast = _Forecast(report, config.epochs * prepared.steps)
+        self._test_batch_size = place.padded(size)
+        self._forecast = Forecast(report, config.epochs * prepared.steps)
 
     def epoch(
         self, state: TrainState, progress: Progress
@@ -214,8 +168,7 @@ class _Loop:
         together = data.stacked(batches, config.steps_per_dispatch)
         for count, rows in ready(together, self._timeline):
             state = self._dispatch(state, count, rows, epoch, meter)
-            if meter.nonfinite and config.on_nonfinite == "stop":
-                self._fail(state, epoch)
+            self._check(meter, state, epoch)
             batch_number += count
             images += count * size
             self._report.advance(count * size)
@@ -226,8 +179,7 @@ class _Loop:
             )
         with self._timeline.of("steps"):
             train_loss, train_accuracy = meter.means()
-        if meter.nonfinite and config.on_nonfinite == "stop":
-            self._fail(state, epoch)
+        self._check(meter, state, epoch)
         seconds = time.monotonic() - started
         step = int(state.step)
         with self._timeline.of("test"):
@@ -295,12 +247,9 @@ class _Loop:
             return  # the end of the epoch is saved with its test
         with self._timeline.of("steps"):
             sums = meter.sums()
-        if meter.nonfinite and self._config.on_nonfinite == "stop":
-            self._fail(state, progress.epoch)
+        self._check(meter, state, progress.epoch)
         with self._timeline.of("save"):
-            self._checkpoints.save(
-                state, progress._replace(sums=sums)._asdict()
-            )
+            self._checkpoints.save(state, progress._replace(sums=sums))
             if stop:
                 self._checkpoints.wait()
         if stop:
@@ -309,88 +258,16 @@ class _Loop:
                 "from there."
             )
 
-    def _fail(self, state: TrainState, epoch: int) -> None:
-        where = explain(self._config, self._prepared, state, epoch)
+    def _check(self, meter: Meter, state: TrainState, epoch: int) -> None:
+        """Ends the run if a landed step was not finite and that is to stop."""
+        config = self._config
+        if not meter.nonfinite or config.on_nonfinite != "stop":
+            return
         newest = self._checkpoints.newest
         raise UserError(
-            f"{where} The last good checkpoint is "
+            f"{explain(config, self._prepared, state, epoch)} The last good "
+            "checkpoint is "
             f"{'of step ' + str(newest) if newest is not None else 'none yet'}."
-            f" Lower learning_rate, now {self._config.learning_rate}, raise "
+            f" Lower learning_rate, now {config.learning_rate}, raise "
             "warmup_epochs, or set on_nonfinite=skip."
         )
-
-
-class _Forecast:
-    """Says once when the run will be over."""
-
-    BEGIN, END = 3, 13  # of the steps it measures; the first ones compile
-
-    def __init__(self, report: Report, total: int):
-        self._report, self._total = report, total
-        self._seen, self._started = 0, 0.0
-
-    def step(self, done: int) -> None:
-        self._seen += 1
-        if self._seen == self.BEGIN:
-            self._started = time.monotonic()
-        if self._seen == self.END:
-            each = (time.monotonic() - self._started) / (self.END - self.BEGIN)
-            left = each * (self._total - done)
-            if left > 60:
-                end = time.strftime("%H:%M", time.localtime(time.time() + left))
-                self._report.say(
-                    f"about {left / 60:.0f} min to go, until {end}"
-                )
-
-
-def headline(
-    config: ConfigDict, prepared: Prepared, state: TrainState, done: Progress
-) -> str:
-    """Returns what the run is, in a line."""
-    place, dataset = prepared.place, prepared.dataset
-    device = place.mesh.devices.flat[0]
-    shape = " x ".join(f"{k}={v}" for k, v in place.mesh.shape.items())
-    processes = jax.process_count()
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    goes_on = ""
-    if done.batch:
-        goes_on = f", going on in epoch {done.epoch + 1}"
-    elif done.epoch:
-        goes_on = f", going on after epoch {done.epoch}"
-    return (
-        f"{networks.title(config)} ({parameters:,} parameters) on "
-        f"{config.dataset}: {len(dataset.train.labels)} training and "
-        f"{len(dataset.test.labels)} test images, batch {config.batch_size} "
-        f"over {place.mesh.size} {device.device_kind} devices ({shape}"
-        f"{f', {processes} processes' if processes > 1 else ''}), "
-        f"norm {config.norm}, {examples_together(config, place)}{goes_on}"
-    )
-
-
-def _summary(
-    records: list[dict[str, float]],
-    prepared: Prepared,
-    started: float,
-    timeline: Timeline,
-) -> dict[str, Any]:
-    last = records[-1]
-    mesh = prepared.place.mesh
-    # The first epoch holds the compilation.
-    speeds = [record["images_per_second"] for record in records]
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "test_accuracy": last["test_accuracy"],
-        "test_loss": last["test_loss"],
-        "epochs": last["epoch"],
-        "steps": last["step"],
-        "devices": mesh.size,
-        "processes": jax.process_count(),
-        "device_kind": mesh.devices.flat[0].device_kind,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in names},
-        },
-        "seconds": round(time.monotonic() - started, 1),
-        "images_per_second": statistics.median(speeds[1:] or speeds),
-        "time": {k: round(v, 4) for k, v in timeline.shares().items()},
-    }

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxbn.linen import BatchNorm
 from train import UserError
-from train.norms import NORMS
 
 
 def blocks_of(depth: int, *, layers: int, beside: int) -> int:
@@ -57,6 +57,66 @@ def halved(x: jax.Array, width: int, stride: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)))
 
 
+def branch(block: nn.Module, x: jax.Array) -> jax.Array:
+    """What a block of two 3x3 convolutions adds to its shortcut.
+
+    Args:
+      block: in whose scope the layers are made, by its conv and norm.
+      x: (B, H, W, C).
+    """
+    last_gamma = nn.initializers.ones
+    if block.zero_init_gamma:
+        last_gamma = nn.initializers.zeros
+    y = block.conv(block.width, strides=block.stride)(x)
+    y = nn.relu(block.norm()(y))
+    y = block.conv(block.width)(y)
+    return block.norm(scale_init=last_gamma)(y)
+
+
+def logits_of(
+    net: nn.Module,
+    x: jax.Array,
+    *,
+    train: bool,
+    conv: Callable[..., nn.Module],
+    block: Callable[..., nn.Module],
+    stages: int,
+) -> jax.Array:
+    """The layers of a network whose blocks end with the sum and a ReLU.
+
+    One convolution, stages of net.blocks blocks, each stage of half the height
+    and twice the width of the one before, the mean over pixels, and a dense
+    layer.
+
+    Args:
+      net: in whose scope the layers are made.
+      x: images (B, H, W, C).
+      train: whether the batch's statistics normalize.
+      conv: what makes a convolution, given the channels.
+      block: what makes a block.
+      stages: how many.
+
+    Returns:
+      Logits (B, net.num_classes) in float32.
+    """
+    norm = functools.partial(
+        net.norm, use_running_average=not train, dtype=net.dtype
+    )
+    x = nn.relu(norm()(conv(net.width)(x.astype(net.dtype))))
+    for stage in range(stages):
+        for place in range(net.blocks):
+            x = block(
+                width=net.width * 2**stage,
+                stride=2 if stage and not place else 1,
+                conv=conv,
+                norm=norm,
+                zero_init_gamma=net.zero_init_gamma,
+            )(x)
+    x = x.mean((1, 2))
+    logits = nn.Dense(net.num_classes, dtype=net.dtype)(x)
+    return logits.astype(jnp.float32)
+
+
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (option A)."""
 
@@ -68,13 +128,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        last_gamma = nn.initializers.ones
-        if self.zero_init_gamma:
-            last_gamma = nn.initializers.zeros
-        y = self.conv(self.width, strides=self.stride)(x)
-        y = nn.relu(self.norm()(y))
-        y = self.conv(self.width)(y)
-        y = self.norm(scale_init=last_gamma)(y)
+        y = branch(self, x)
         return nn.relu(halved(x, self.width, self.stride) + y)
 
 
@@ -86,10 +140,7 @@ class ResNet(nn.Module):
       num_classes: length of the logits.
       width: channels of the first stage.
       norm: what makes a layer, given use_running_average, dtype and
-        scale_init; or "jaxbn" or "flax" with the three fields below.
-      axis_name: mesh axis that batch statistics are taken over.
-      norm_momentum: weight of the old running statistics.
-      norm_epsilon: added to the variance.
+        scale_init.
       zero_init_gamma: starts every block as its shortcut.
       dtype: of the computation; parameters are float32.
 
@@ -99,10 +150,7 @@ class ResNet(nn.Module):
     depth: int
     num_classes: int
     width: int = 16
-    norm: Any = "jaxbn"
-    axis_name: str | None = None
-    norm_momentum: float = 0.9
-    norm_epsilon: float = 1e-5
+    norm: Any = BatchNorm
     zero_init_gamma: bool = False
     dtype: Any = jnp.float32
 
@@ -114,28 +162,11 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
-        conv = convolution(self.dtype)
-        norm = self.norm
-        if isinstance(norm, str):
-            norm = functools.partial(
-                NORMS[norm],
-                momentum=self.norm_momentum,
-                epsilon=self.norm_epsilon,
-                axis_name=self.axis_name,
-            )
-        norm = functools.partial(
-            norm, use_running_average=not train, dtype=self.dtype
+        return logits_of(
+            self,
+            x,
+            train=train,
+            conv=convolution(self.dtype),
+            block=Block,
+            stages=3,
         )
-        x = nn.relu(norm()(conv(self.width)(x.astype(self.dtype))))
-        for stage in range(3):
-            for block in range(self.blocks):
-                x = Block(
-                    width=self.width * 2**stage,
-                    stride=2 if stage and not block else 1,
-                    conv=conv,
-                    norm=norm,
-                    zero_init_gamma=self.zero_init_gamma,
-                )(x)
-        x = x.mean((1, 2))
-        logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
-        return logits.astype(jnp.float32)

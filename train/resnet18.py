@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxbn.linen import BatchNorm
 from train import UserError
-from train.resnet import convolution
+from train.resnet import branch, convolution, logits_of
 
 
 class ProjectionBlock(nn.Module):
@@ -33,12 +33,7 @@ class ProjectionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        last_gamma = nn.initializers.ones
-        if self.zero_init_gamma:
-            last_gamma = nn.initializers.zeros
-        y = self.conv(self.width, strides=self.stride)(x)
-        y = nn.relu(self.norm()(y))
-        y = self.norm(scale_init=last_gamma)(self.conv(self.width)(y))
+        y = branch(self, x)
         if self.stride > 1 or x.shape[-1] != self.width:
             x = self.conv(
                 self.width,
@@ -88,19 +83,6 @@ class ResNet18(nn.Module):
         """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
         # Windows about the pixels that shortcuts keep; "SAME" moves them.
         conv = functools.partial(convolution(self.dtype), padding=1)
-        norm = functools.partial(
-            self.norm, use_running_average=not train, dtype=self.dtype
+        return logits_of(
+            self, x, train=train, conv=conv, block=ProjectionBlock, stages=4
         )
-        x = nn.relu(norm()(conv(self.width)(x.astype(self.dtype))))
-        for stage in range(4):
-            for block in range(self.blocks):
-                x = ProjectionBlock(
-                    width=self.width * 2**stage,
-                    stride=2 if stage and not block else 1,
-                    conv=conv,
-                    norm=norm,
-                    zero_init_gamma=self.zero_init_gamma,
-                )(x)
-        x = x.mean((1, 2))
-        logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
-        return logits.astype(jnp.float32)

@@ -11,7 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from train import loop, topology
-from train.report import write_json
+from train.files import write_json
+from train.report import open_workdir
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     with topology.main_first(f"{workdir.name} begins"):
-        loop.open_workdir(workdir, config)
+        open_workdir(workdir, config)
         finished = (workdir / "summary.json").exists()
     if finished:
         return json.loads((workdir / "summary.json").read_text())

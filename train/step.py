@@ -163,7 +163,7 @@ def augmented(recipe: Recipe, batch: Batch, epoch: jax.Array) -> jax.Array:
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), epoch)
     return crop_and_flip(
-        _inputs(recipe, batch),
+        inputs(recipe, batch),
         example_keys(key, batch.index),
         padding=recipe.padding,
         flip=recipe.flip,
@@ -258,13 +258,14 @@ def _test_step(
 ) -> Sums:
     logits = recipe.model.apply(
         {"params": params, "batch_stats": batch_stats},
-        _inputs(recipe, batch),
+        inputs(recipe, batch),
         train=False,
     )
     return _sums(logits, batch, axes, 0.0)
 
 
-def _inputs(recipe: Recipe, batch: Batch) -> jax.Array:
+def inputs(recipe: Recipe, batch: Batch) -> jax.Array:
+    """Returns the images (B, H, W, C) as the network sees them in inference."""
     mean, std = jnp.array(recipe.pixel_mean), jnp.array(recipe.pixel_std)
     return to_float(batch.images, mean, std)
 

@@ -50,6 +50,11 @@ class Topology(NamedTuple):
         every = [np.arange(batch_size)[index] for index in parts.values()]
         return np.unique(np.concatenate(every))
 
+    def padded(self, examples: int) -> int:
+        """Returns the next number of examples that the devices divide."""
+        devices = self.mesh.size
+        return -(-examples // devices) * devices
+
     def put(self, rows: Any, batch_size: int, *, stacked: bool = False) -> Any:
         """Returns global arrays of the rows that each process has read.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,10 +13,8 @@ from ml_collections import ConfigDict
 import jaxbn
 import jaxbn.linen
 from train import data
+from train.prepared import Prepared
 from train.step import Recipe, TrainState, augmented
-
-if TYPE_CHECKING:
-    from train.loop import Prepared
 
 SHOWN = 5
 

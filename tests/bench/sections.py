@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.bench import layers, measure, memory_policy, sharded
 from tests.bench import training as steps
-from train import resnet
+from train import norms, resnet
 
 SHAPES = ((64, 32, 32, 64), (128, 8, 8, 256), (32, 56, 56, 64))
 DTYPES = ("float32", "bfloat16")
@@ -146,6 +146,7 @@ def compile_times(names: list[str], quick: bool) -> dict:
 
 
 def _resnet_step(depth: int, norm: str):
+    norm = functools.partial(norms.NORMS[norm], momentum=0.9)
     model = resnet.ResNet(depth=depth, num_classes=10, norm=norm)
 
     def step(params, state, images, labels):

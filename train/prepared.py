@@ -1,0 +1,51 @@
+"""What a config stands for: devices, data, network and schedule."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from train import UserError, data, topology
+from train.recipe import check, make_recipe, make_schedule
+from train.step import Recipe
+from train.topology import Topology
+
+
+class Prepared(NamedTuple):
+    """What a config stands for, before anything is written."""
+
+    place: Topology
+    dataset: data.Dataset
+    steps: int  # of an epoch
+    schedule: optax.Schedule
+    recipe: Recipe
+
+
+def prepare(config: ConfigDict) -> Prepared:
+    """Reads the data and makes the recipe.
+
+    Raises:
+      UserError: the config cannot be run, with what to change.
+    """
+    check(config)
+    place = topology.make(config.mesh, config.batch_size, config.microbatches)
+    dataset = data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        train_split=config.train_split,
+        test_split=config.test_split,
+        lazy=jax.process_count() > 1,
+    )
+    steps = len(dataset.train.labels) // config.batch_size
+    if not steps:
+        raise UserError(
+            f"batch_size={config.batch_size} is more than the "
+            f"{len(dataset.train.labels)} examples of {config.dataset} "
+            f"{config.train_split!r}."
+        )
+    schedule = make_schedule(config, steps)
+    recipe = make_recipe(config, dataset, schedule, place)
+    return Prepared(place, dataset, steps, schedule, recipe)

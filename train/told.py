@@ -1,0 +1,115 @@
+"""What is told of a run: at its start, on its way, and in its summary."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from train import networks
+from train.norms import examples_together
+from train.prepared import Prepared
+from train.report import Report
+from train.timeline import Timeline
+
+
+class Forecast:
+    """Says once when the run will be over."""
+
+    BEGIN, END = 3, 13  # of the steps it measures; the first ones compile
+
+    def __init__(self, report: Report, total: int):
+        self._report, self._total = report, total
+        self._seen, self._started = 0, 0.0
+
+    def step(self, done: int) -> None:
+        self._seen += 1
+        if self._seen == self.BEGIN:
+            self._started = time.monotonic()
+        if self._seen == self.END:
+            each = (time.monotonic() - self._started) / (self.END - self.BEGIN)
+            left = each * (self._total - done)
+            if left > 60:
+                end = time.strftime("%H:%M", time.localtime(time.time() + left))
+                self._report.say(
+                    f"about {left / 60:.0f} min to go, until {end}"
+                )
+
+
+def headline(
+    config: ConfigDict,
+    prepared: Prepared,
+    params: Any,
+    *,
+    epoch: int,
+    batch: int,
+) -> str:
+    """Returns what the run is, in a line.
+
+    Args:
+      config: of the run.
+      prepared: of the run.
+      params: of the network.
+      epoch: finished epochs.
+      batch: finished batches of the next one.
+    """
+    place, dataset = prepared.place, prepared.dataset
+    device = place.mesh.devices.flat[0]
+    shape = " x ".join(f"{k}={v}" for k, v in place.mesh.shape.items())
+    processes = jax.process_count()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    goes_on = ""
+    if batch:
+        goes_on = f", going on in epoch {epoch + 1}"
+    elif epoch:
+        goes_on = f", going on after epoch {epoch}"
+    return (
+        f"{networks.title(config)} ({parameters:,} parameters) on "
+        f"{config.dataset}: {len(dataset.train.labels)} training and "
+        f"{len(dataset.test.labels)} test images, batch {config.batch_size} "
+        f"over {place.mesh.size} {device.device_kind} devices ({shape}"
+        f"{f', {processes} processes' if processes > 1 else ''}), "
+        f"norm {config.norm}, {examples_together(config, place)}{goes_on}"
+    )
+
+
+def summarize(
+    records: list[dict[str, float]],
+    prepared: Prepared,
+    started: float,
+    timeline: Timeline,
+) -> dict[str, Any]:
+    """Returns what stands in summary.json.
+
+    Args:
+      records: of all epochs.
+      prepared: of the run.
+      started: when, by time.monotonic().
+      timeline: of the run.
+    """
+    last = records[-1]
+    mesh = prepared.place.mesh
+    # The first epoch holds the compilation.
+    speeds = [record["images_per_second"] for record in records]
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "test_accuracy": last["test_accuracy"],
+        "test_loss": last["test_loss"],
+        "epochs": last["epoch"],
+        "steps": last["step"],
+        "devices": mesh.size,
+        "processes": jax.process_count(),
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in names},
+        },
+        "seconds": round(time.monotonic() - started, 1),
+        "images_per_second": statistics.median(speeds[1:] or speeds),
+        "time": {k: round(v, 4) for k, v in timeline.shares().items()},
+    }
