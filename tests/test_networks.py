@@ -113,10 +113,9 @@ def test_another_norm_reaches_every_layer(model):
 # Equations, in float64 and written down once more
 
 
-def conv(x, kernel, stride=1, low=None):
+def conv(x, kernel, stride=1):
     size = len(kernel)
-    low = size // 2 if low is None else low
-    padding = (low, size - 1 - low)
+    padding = (size // 2, size // 2)
     x = np.pad(x, ((0, 0), padding, padding, (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
     return np.einsum(
@@ -137,8 +136,8 @@ class Layers:
     def inside(self, name):
         return Layers(self._params[name], self._stats[name])
 
-    def conv(self, x, name, stride=1, low=None):
-        return conv(x, self._params[name]["kernel"], stride, low)
+    def conv(self, x, name, stride=1):
+        return conv(x, self._params[name]["kernel"], stride)
 
     def norm(self, x, name):
         mean, var = self._stats[name]["mean"], self._stats[name]["var"]
@@ -160,9 +159,7 @@ def resnet(net, x):
     x = relu(net.norm(net.conv(x, "Conv_0"), "BatchNorm_0"))
     for i in range(3):
         stride, block = 1 + (i > 0), net.inside(f"Block_{i}")
-        # XLA's padding, of a stride of two, is all after the image.
-        low = 0 if stride == 2 else 1
-        y = block.conv(x, "Conv_0", stride, low)
+        y = block.conv(x, "Conv_0", stride)
         y = relu(block.norm(y, "BatchNorm_0"))
         y = block.norm(block.conv(y, "Conv_1"), "BatchNorm_1")
         x = relu(padded(x, y.shape[-1], stride) + y)
@@ -334,7 +331,7 @@ def test_zero_init_starts_as_the_shortcut_and_learns(
     block = kind(
         width=8,
         stride=2,
-        conv=functools.partial(convolution(jnp.float32), padding=1),
+        conv=convolution(jnp.float32),
         norm=functools.partial(BatchNorm, use_running_average=False),
         **options,
     )

@@ -5,6 +5,7 @@ import json
 import re
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,7 +193,13 @@ def test_schedules():
 # Steps
 
 
-def test_steps_are_the_same_on_any_number_of_devices(images):
+def test_steps_are_the_same_on_any_number_of_devices(images, monkeypatch):
+    """With a smooth nonlinearity, whose derivative moves with its input.
+
+    A ReLU at zero makes of the last bit of a sum the whole of a gradient:
+    with it runs agree as well until a rounding falls there, and then no more.
+    """
+    monkeypatch.setattr(nn, "relu", nn.gelu)
     recipe = make_recipe()
 
     def run(devices):
@@ -200,16 +207,17 @@ def test_steps_are_the_same_on_any_number_of_devices(images):
         step = make_train_step(recipe, mesh)
         state = init_state(recipe, (8, 8, 1), mesh)
         losses = []
-        batches = data.train_batches(images.train, 64, seed=0, epoch=1)
-        for batch in batches:
-            state, sums = step(state, batch, 1)
-            losses.append(float(sums.loss))
-            assert sums.count == 64
+        for epoch in range(3):
+            batches = data.train_batches(images.train, 64, seed=0, epoch=epoch)
+            for batch in batches:
+                state, sums = step(state, batch, epoch)
+                losses.append(float(sums.loss))
+                assert sums.count == 64
         return losses, state
 
     want = run(1)
-    got = run(8)
-    chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-4)
+    for devices in (2, 4, 8):
+        chex.assert_trees_all_close(run(devices), want, rtol=1e-4, atol=2e-6)
     start = init_state(recipe, (8, 8, 1), mesh_of(1))
     same = jax.tree.map(
         lambda a, b: np.allclose(a, b, atol=1e-4), start.params, want[1].params

@@ -174,8 +174,7 @@ def _run(
     project: bool,
 ) -> jax.Array:
     """The layers of net; width is that of the first stage's blocks."""
-    # Windows about the pixels that shortcuts keep; XLA's "SAME" moves them.
-    conv = functools.partial(convolution(net.dtype), padding=1)
+    conv = convolution(net.dtype)
     norm = functools.partial(
         net.norm, use_running_average=not train, dtype=net.dtype
     )

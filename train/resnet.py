@@ -31,10 +31,15 @@ def blocks_of(depth: int, *, layers: int, beside: int) -> int:
 
 
 def convolution(dtype: Any) -> Callable[..., nn.Module]:
-    """Returns what makes a layer, 3x3 and without bias, given the channels."""
+    """Returns what makes a layer, 3x3 and without bias, given the channels.
+
+    A pixel of zeros on every side, also before a stride of two: windows about
+    the pixels that shortcuts keep. XLA's "SAME" would move them by one.
+    """
     return functools.partial(
         nn.Conv,
         kernel_size=(3, 3),
+        padding=1,
         use_bias=False,
         kernel_init=nn.initializers.he_normal(),
         dtype=dtype,
@@ -78,7 +83,6 @@ def logits_of(
     x: jax.Array,
     *,
     train: bool,
-    conv: Callable[..., nn.Module],
     block: Callable[..., nn.Module],
     stages: int,
 ) -> jax.Array:
@@ -92,13 +96,13 @@ def logits_of(
       net: in whose scope the layers are made.
       x: images (B, H, W, C).
       train: whether the batch's statistics normalize.
-      conv: what makes a convolution, given the channels.
       block: what makes a block.
       stages: how many.
 
     Returns:
       Logits (B, net.num_classes) in float32.
     """
+    conv = convolution(net.dtype)
     norm = functools.partial(
         net.norm, use_running_average=not train, dtype=net.dtype
     )
@@ -162,11 +166,4 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
-        return logits_of(
-            self,
-            x,
-            train=train,
-            conv=convolution(self.dtype),
-            block=Block,
-            stages=3,
-        )
+        return logits_of(self, x, train=train, block=Block, stages=3)

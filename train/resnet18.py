@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxbn.linen import BatchNorm
 from train import UserError
-from train.resnet import branch, convolution, logits_of
+from train.resnet import branch, logits_of
 
 
 class ProjectionBlock(nn.Module):
@@ -81,8 +80,4 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
-        # Windows about the pixels that shortcuts keep; "SAME" moves them.
-        conv = functools.partial(convolution(self.dtype), padding=1)
-        return logits_of(
-            self, x, train=train, conv=conv, block=ProjectionBlock, stages=4
-        )
+        return logits_of(self, x, train=train, block=ProjectionBlock, stages=4)
