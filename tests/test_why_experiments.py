@@ -21,6 +21,7 @@ from train.why import (
     recurrent,
     saturation,
     smoothness,
+    split,
 )
 from train.why.finding import Settings, write
 
@@ -94,6 +95,35 @@ def test_nothing_leaks_from_common_statistics(way):
     found = trained(way)
     gap = found.train[:, -devices.EVERY :].mean(1) - found.test[:, -1]
     assert (found.test[:, -1] > 0.85).all() and (gap < 0.05).all()
+
+
+def after_few_steps(way, last, **options):
+    found = digits()
+    places = data.places_by_seed(
+        len(found.train_y), batch_size=64, steps=4, seeds=SEEDS
+    )
+    return split.train_all(
+        keys(),
+        (found.train_x, found.train_y),
+        (found.test_x, found.test_y),
+        places,
+        way=way,
+        last=last,
+        num_classes=10,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("last", (1, pytest.param(0, marks=pytest.mark.slow)))
+def test_an_uneven_shard_moves_flax_alone(last):
+    truth = after_few_steps("jaxbn", last, together=True)
+    exact = after_few_steps("jaxbn", last)
+    assert (split.relative_error(exact.gradient, truth.gradient) < 1e-5).all()
+    np.testing.assert_allclose(exact.losses, truth.losses, rtol=1e-4)
+    np.testing.assert_allclose(exact.accuracy, truth.accuracy, atol=0.01)
+    bent = after_few_steps("flax", last)
+    error = split.relative_error(bent.gradient, truth.gradient)
+    assert (error > 0.2).all() if last else np.isnan(error).all()
 
 
 def test_influence_follows_the_devices():
@@ -296,6 +326,14 @@ def test_leakage(tmp_path):
     assert (numbers["per device"]["test"] < 0.65).all()
     for way in ("shuffled", "synchronized"):
         assert (numbers[way]["test"] > 0.93).all(), way
+
+
+@pytest.mark.slow
+def test_split():
+    numbers = split.run(Settings(seeds=SEEDS, quick=True)).numbers
+    assert numbers["holds"].all()
+    assert (numbers["flax"]["test_accuracy"][:, -1] == 0).all()
+    assert (numbers["jaxbn"]["test_accuracy"] > 0.9).all()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from __future__ import annotations
 EXPERIMENTS = {
     "invariance": "train.why.invariance",
     "tolerance": "train.why.tolerance",
+    "split": "train.why.split",
     "leakage": "train.why.leakage",
     "depth": "train.why.depth",
     "smoothness": "train.why.smoothness",
