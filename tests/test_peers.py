@@ -223,7 +223,7 @@ class ContextTest(parameterized.TestCase):
         for got, want in zip(layer.running(state), sharded.truth(x)):
             assert error(got, want) < 1e-5
 
-    @parameterized.parameters(*FLAX, "haiku")
+    @parameterized.parameters(*FLAX, "haiku", "equinox")
     def test_peer_needs_the_axis(self, name):
         need(name)
         layer = layers.build(name, CHANNELS, axis_name="data")
