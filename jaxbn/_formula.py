@@ -270,9 +270,9 @@ def _correction(
     """
     mean, var, r_max, d_max = jax.lax.stop_gradient(renorm)
     batch = jax.lax.stop_gradient(shared.moments)
-    inv = jax.lax.rsqrt(in_rows(plan, var) + plan.epsilon)
+    inv = jax.lax.rsqrt(_rows(plan, var) + plan.epsilon)
     r = jnp.sqrt(batch.var + plan.epsilon) * inv
-    d = (batch.mean - in_rows(plan, mean)) * inv
+    d = (batch.mean - _rows(plan, mean)) * inv
     r_max, d_max = r_max.astype(inv.dtype), d_max.astype(inv.dtype)
     if jnp.iscomplexobj(d):
         length = jnp.abs(d)
@@ -304,8 +304,10 @@ def affine(
 
 def in_rows(plan: Plan, value: jax.Array | None) -> jax.Array | None:
     """Repeats a parameter, one a feature or one an id, for every scope."""
-    if value is None:
-        return None
+    return None if value is None else _rows(plan, value)
+
+
+def _rows(plan: Plan, value: jax.Array) -> jax.Array:
     value, layout = widen(value), plan.layout
     if layout.plain:
         return value
@@ -317,9 +319,10 @@ def in_rows(plan: Plan, value: jax.Array | None) -> jax.Array | None:
 
 def _flag_ids(plan: Plan, y: jax.Array, ids: jax.Array | None) -> jax.Array:
     """Puts NaN where an id is out of range: there are no statistics for it."""
-    if ids is None:
+    num_ids = plan.layout.num_ids
+    if ids is None or num_ids is None:
         return y
-    known = (ids >= 0) & (ids < plan.layout.num_ids)
+    known = (ids >= 0) & (ids < num_ids)
     shape = [1] * y.ndim
     shape[plan.layout.axes[0]] = -1
     return jnp.where(known.reshape(shape), y, jnp.nan)

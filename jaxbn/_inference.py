@@ -95,11 +95,12 @@ def normalize_weighted(
     `normalize`, weight = 1 instance normalization.
 
     Args:
-      x, mean, var, scale, bias, and options: as in `normalize`.
+      x, mean, var, scale, bias: as in `normalize`.
       weight: (), in [0, 1], of an example in its own statistics. Chosen on
         held-out data; 1 / batch size is what training had.
       where: bool, broadcastable to x; False leaves a value out of the
         statistics of its example. An example without values takes mean, var.
+      ids, epsilon, feature_axis, dtype: as in `normalize`.
 
     Returns:
       Array of the shape of x.
@@ -126,9 +127,9 @@ def normalize_weighted(
 
     def row(value: jax.Array | None) -> tuple[jax.Array | None, int | None]:
         """The row of an example, and the axis of examples."""
-        if value is None or value.ndim == len(features):
+        if value is None or ids is None or value.ndim == len(features):
             return value, None
-        known = jnp.where(ids < 0, num_ids, ids)
+        known = jnp.where(ids < 0, len(value), ids)
         return value.at[known].get(mode="fill", fill_value=jnp.nan), 0
 
     def one(

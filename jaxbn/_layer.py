@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class Call(NamedTuple):
     inference: bool
     where: jax.Array | None
     ids: jax.Array | None
-    timestep: jax.Array | None
+    timestep: int | jax.Array | None
     dtype: Any  # of the result
     hand_out: bool  # moments also where normalization does not need them
 
@@ -130,7 +130,9 @@ class Layer:
         else:
             limits = self.renorm
             if callable(limits):
-                limits = limits(jnp.max(state.running.steps))
+                # counts_steps has seen to it that there are some.
+                steps = cast("jax.Array", state.running.steps)
+                limits = limits(jnp.max(steps))
             options.update(r_max=limits[0], d_max=limits[1])
             y, batch = batch_renorm(x, scale, bias, running=running, **options)
         handed = _in_row(batch, state.running, row)
@@ -159,11 +161,7 @@ class Layer:
         options: dict[str, Any],
         plain: bool,
     ) -> jax.Array:
-        if plain or not (self.example_weight or self.prior is not None):
-            return normalize(
-                x, running.mean, running.var, scale, bias, **options
-            )
-        if self.example_weight:
+        if self.example_weight and not plain:
             return normalize_weighted(
                 x,
                 running.mean,
@@ -173,6 +171,10 @@ class Layer:
                 weight=self.example_weight,
                 where=where,
                 **options,
+            )
+        if self.prior is None or plain:
+            return normalize(
+                x, running.mean, running.var, scale, bias, **options
             )
         batch = self._moments(x, where, options)
         # The prior counts examples, the moments their values.
@@ -195,7 +197,7 @@ class Layer:
         )
         return batch
 
-    def _row(self, timestep: jax.Array | None) -> jax.Array | None:
+    def _row(self, timestep: int | jax.Array | None) -> jax.Array | None:
         """Index of the running statistics of a timestep; the last one stays."""
         if (timestep is None) != (self.num_timesteps is None):
             raise ValueError(
@@ -203,7 +205,7 @@ class Layer:
                 f"together; got num_timesteps={self.num_timesteps} and "
                 f"timestep={timestep}."
             )
-        if timestep is None:
+        if timestep is None or self.num_timesteps is None:
             return None
         timestep = jnp.asarray(timestep)
         if timestep.ndim or not jnp.issubdtype(timestep.dtype, jnp.integer):
@@ -217,7 +219,8 @@ class Layer:
 def _take(running: RunningStats, row: jax.Array | None) -> RunningStats:
     if row is None:
         return running
-    return jax.tree.map(lambda a: a[row], running)
+    own: RunningStats = jax.tree.map(lambda a: a[row], running)
+    return own
 
 
 def _put(
@@ -230,7 +233,8 @@ def _put(
         rows = rows.astype(jnp.promote_types(rows.dtype, new.dtype))
         return rows.at[row].set(new)
 
-    return jax.tree.map(put, running, new)
+    rows: RunningStats = jax.tree.map(put, running, new)
+    return rows
 
 
 def _in_row(
@@ -240,12 +244,13 @@ def _in_row(
     if row is None:
         return batch
     every = jnp.broadcast_to(batch.count, batch.mean.shape)
-    return jax.tree.map(
+    rows: Moments = jax.tree.map(
         lambda a: (
             jnp.zeros((len(running.mean), *a.shape), a.dtype).at[row].set(a)
         ),
         batch._replace(count=every),
     )
+    return rows
 
 
 def no_moments(running: RunningStats) -> Moments:

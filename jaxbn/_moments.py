@@ -15,14 +15,15 @@ from jaxbn._checks import Axes, check_input, check_where, split_axes
 class Moments(NamedTuple):
     """Summary of a batch, one entry a feature; parts merge exactly.
 
-    count: () or (C,) kept values; () when every feature keeps the same ones.
-    mean: (C,) in the unit of x; 0 where nothing is kept.
-    m2: (C,) summed squared deviation from the mean, unit of x squared.
-
     With ids, one row an id: mean and m2 are (K, C), count (K, 1) or (K, C).
+
+    Attributes:
+      count: () or (C,) kept values; () when every feature keeps the same ones.
+      mean: (C,) in the unit of x; 0 where nothing is kept.
+      m2: (C,) summed squared deviation from the mean, unit of x squared.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     mean: jax.Array
     m2: jax.Array
 
@@ -134,18 +135,21 @@ class Layout(NamedTuple):
             jnp.moveaxis(rows, 0, self.axes[0]), self.axes[1:]
         )
 
-    def count(
+    def counts(
         self,
         where: jax.Array | None,
         ids: jax.Array | None,
         dtype: jnp.dtype,
-    ) -> jax.Array | np.ndarray:
-        """Kept values a statistic: (), or with axes of length 1 or as F."""
+    ) -> Any:
+        """Kept values a statistic: (), or with axes of length 1 or as F.
+
+        An array of numpy where they are known while tracing.
+        """
         if where is None and self.num_ids is None:
-            count = np.asarray(self.values // self.chunks, dtype)
+            known = np.asarray(self.values // self.chunks, dtype)
             features = len(self.shape) - len(self.axes)
             rows = (self.chunks, *(1,) * features)
-            return count if self.plain else np.broadcast_to(count, rows)
+            return known if self.plain else np.broadcast_to(known, rows)
         if where is None:
             where = jnp.ones((1,) * len(self.shape), bool)
         shape = list(where.shape)
@@ -175,7 +179,7 @@ class Local(NamedTuple):
     between devices come out right.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     shift: jax.Array
     offset: jax.Array
     m2: jax.Array
@@ -194,7 +198,7 @@ def local_moments(
 ) -> Local:
     """`moments` behind its checks, for any layout."""
     x = widen(x)
-    count = layout.count(where, ids, x.real.dtype)
+    count = layout.counts(where, ids, x.real.dtype)
     total = _at_least_one(count)
     if where is not None:
         x = jnp.where(where, x, 0)
@@ -266,6 +270,13 @@ def merge(*parts: Moments) -> Moments:
 
     Raises:
       ValueError: no part is given.
+
+    Example:
+      >>> a, b = jnp.arange(6.0).reshape(3, 2), jnp.ones((5, 2))
+      >>> together = merge(moments(a), moments(b))
+      >>> whole = moments(jnp.concatenate([a, b]))
+      >>> bool(jnp.allclose(together.m2, whole.m2))
+      True
 
     Source: Chan, Golub, LeVeque (1979), Updating Formulae and a Pairwise
     Algorithm for Computing Sample Variances.

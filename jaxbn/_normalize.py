@@ -45,10 +45,16 @@ def standardize(
 ) -> tuple[jax.Array, Moments]:
     """`batch_norm` without scale and bias: (x - mean) / sqrt(var + epsilon).
 
-    Args and errors as in `batch_norm`.
+    Args:
+      x: (N, ..., C), floating or complex: this device's part of the batch.
+      ids, where, axis_name, scope, pivot: as in `batch_norm`.
+      epsilon, feature_axis, dtype: likewise.
 
     Returns:
       (xhat, Moments): the standardized x and the statistics of all examples.
+
+    Raises:
+      ValueError: as `batch_norm`.
     """
     return batch_norm(
         x,
@@ -120,6 +126,12 @@ def batch_norm(
       ValueError: an argument does not fit x, or axis_name is not bound though
         another named axis is, or the scope does not divide the batch.
 
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (32, 8, 8, 16))
+      >>> y, batch = batch_norm(x, jnp.ones(16), jnp.zeros(16))
+      >>> y.shape, batch.mean.shape, int(batch.count)
+      ((32, 8, 8, 16), (16,), 2048)
+
     Source: Ioffe and Szegedy (2015), Batch Normalization, Algorithm 1.
     """
     return _train(
@@ -167,11 +179,13 @@ def batch_renorm(
     ghost batches and ids each have their own r and d.
 
     Args:
-      x, scale, bias, and options: as in `batch_norm`.
+      x, scale, bias: as in `batch_norm`.
       running: (C,), with ids (K, C); from before this batch.
       r_max: (), at least 1; see `renorm_limits` for the schedule.
       d_max: (), at least 0; in standard deviations. A complex d is shortened
         to this length.
+      ids, where, axis_name, scope, pivot: as in `batch_norm`.
+      epsilon, feature_axis, dtype: likewise.
 
     Returns:
       (y, Moments), as `batch_norm`.
@@ -192,7 +206,9 @@ def batch_renorm(
         x,
         scale,
         bias,
-        Renorm(running.mean, running.var, r_max, d_max),
+        Renorm(
+            running.mean, running.var, jnp.asarray(r_max), jnp.asarray(d_max)
+        ),
         ids=ids,
         where=where,
         axis_name=axis_name,
@@ -266,7 +282,7 @@ def _train(
         renorm = Renorm(
             check_features("running.mean", mean, x, features, scope.num_ids),
             check_features("running.var", var, x, features, scope.num_ids),
-            *map(widen, map(jnp.asarray, limits)),
+            *map(widen, limits),
         )
     layout, names, groups = scope.resolve(x, axes, axis_name)
     dtype = jnp.dtype(dtype or x.dtype)
@@ -274,4 +290,7 @@ def _train(
     train = functools.partial(run, plan, bound_axes(axis_name))
     if not layout.plain:
         train = without_explicit_axes(train, x)
-    return train(x, scale, bias, where, ids, pivot, renorm)
+    found: tuple[jax.Array, Moments] = train(
+        x, scale, bias, where, ids, pivot, renorm
+    )
+    return found

@@ -17,9 +17,10 @@ from jaxbn._sync import sync_local
 class RunningStats(NamedTuple):
     """What inference normalizes with.
 
-    mean: (C,) in the unit of x; starts at 0.
-    var: (C,) in the unit of x squared; starts at 1.
-    steps: (C,) int32, batches that have entered; None where nobody counts.
+    Attributes:
+      mean: (C,) in the unit of x; starts at 0.
+      var: (C,) in the unit of x squared; starts at 1.
+      steps: (C,) int32, batches that have entered; None where nobody counts.
     """
 
     mean: jax.Array
@@ -90,12 +91,20 @@ def update_running(
       ValueError: decay is None or debias is True, and old counts no steps;
         debias is True and decay is 1.
 
+    Example:
+      >>> batch = Moments(jnp.array(4), jnp.array([2.0]), jnp.array([12.0]))
+      >>> new = update_running(init_running(1), batch, decay=0.5)
+      >>> new.mean.tolist(), new.var.tolist()
+      ([1.0], [2.0])
+
     Source: Kingma and Ba (2015), Adam, section 3, for the weights of debias.
     """
     known = batch.count > ddof
     var = batch.m2 / jnp.maximum(batch.count - ddof, 1)
     if skip_nonfinite:
         known &= is_finite(batch)
+    old_weight: float | jax.Array
+    new_weight: float | jax.Array
     if decay is None or debias:
         if old.steps is None:
             way = "debias=True" if debias else "decay=None"
@@ -139,7 +148,14 @@ def _known(value: float | jax.Array) -> bool:
 
 
 def is_finite(batch: Moments) -> jax.Array:
-    """Returns whether mean and m2 of every feature are finite, () bool."""
+    """Returns whether mean and m2 of every feature are finite.
+
+    Args:
+      batch: moments; synchronized ones give all devices the same answer.
+
+    Returns:
+      () bool.
+    """
     return jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.m2).all()
 
 
@@ -209,6 +225,11 @@ def pool(
       ValueError: axis_name is not bound; a leaf has no axis of replicas, or
         lengths differ.
 
+    Example:
+      >>> replicas = RunningStats(jnp.array([[0.0], [4.0]]), jnp.ones((2, 1)))
+      >>> pool(replicas).var.tolist()  # not 1: the means lie apart
+      [5.0]
+
     Source: Chan, Golub, LeVeque (1979), Updating Formulae.
     """
     if axis_name is not None:
@@ -236,7 +257,8 @@ def pool(
 
     def largest(leaf: jax.Array) -> jax.Array:
         if axis_name is not None:
-            return jax.lax.pmax(leaf, names)
+            most: jax.Array = jax.lax.pmax(leaf, names)
+            return most
         return jnp.max(leaf, 0)
 
     def pooled(node: Any) -> Any:

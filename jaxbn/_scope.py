@@ -10,10 +10,11 @@ import jax
 from jaxbn._checks import AxisName, bound_axes
 from jaxbn._moments import Layout
 
-Groups = tuple[tuple[int, ...], ...] | None
+Partition = tuple[tuple[int, ...], ...]
+Groups = Partition | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scope:
     """Which examples share statistics; the default is all of `axis_name`.
 
@@ -77,15 +78,17 @@ class Scope:
                     "bound here. On global arrays use group_size or "
                     "normalize_over."
                 )
-            _check_groups(self.axis_index_groups, devices, axis_name)
-            return layout, names, self.axis_index_groups
+            groups = tuple(tuple(group) for group in self.axis_index_groups)
+            _check_groups(groups, devices, axis_name)
+            return layout, names, groups
         size, over = self.group_size, self.normalize_over
         if size is not None and not names:
             # x is global: a group is the share of its devices.
             devices = _devices_of_mesh(axis_name, size)
             if devices % size:
                 raise ValueError(_uneven(size, devices, axis_name))
-            size, over = None, examples * size // devices
+            over = examples * size // devices
+            size = None
         if over is not None:
             chunks, size = _split_or_join(over, examples, devices)
             layout = layout._replace(chunks=chunks)
@@ -140,9 +143,7 @@ def _uneven(size: int, devices: int, axis_name: AxisName) -> str:
     )
 
 
-def _check_groups(
-    groups: tuple[tuple[int, ...], ...], devices: int, axis_name: AxisName
-) -> None:
+def _check_groups(groups: Partition, devices: int, axis_name: AxisName) -> None:
     members = sorted(i for group in groups for i in group)
     lengths = {len(group) for group in groups}
     if members != list(range(devices)) or len(lengths) != 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxbn._moments import (
     difference,
     merge_stacked,
 )
-from jaxbn._scope import Groups
+from jaxbn._scope import Groups, Partition
 from jaxbn._twofold import on_grid, rounded, two_product, two_sum
 
 Names = tuple[Hashable, ...]
@@ -95,7 +95,8 @@ def sync_local(
     if groups is not None:
         total = merge_stacked(_gather(local, names, groups))
     elif pivot is None:
-        total = _sync_exactly(local, names, largest)
+        bound = cast("float | jax.Array", largest)
+        total = _sync_exactly(local, names, bound)
     else:
         if is_complex:
             pivot = jnp.stack([pivot.real, pivot.imag])
@@ -178,16 +179,18 @@ def all_sum(tree: Any, names: Names, groups: Groups = None) -> Any:
     return unravel(_gather_flat(flat, names, groups).sum(0))
 
 
-def _gather(tree: Any, names: Names, groups: Groups) -> Any:
+def _gather(tree: Any, names: Names, groups: Partition) -> Any:
     """Stacks the leaves of the devices of a group along a new first axis."""
     flat, unravel = _ravel(tree)
     return jax.vmap(unravel)(_gather_flat(flat, names, groups))
 
 
-def _gather_flat(flat: jax.Array, names: Names, groups: Groups) -> jax.Array:
+def _gather_flat(flat: jax.Array, names: Names, groups: Partition) -> jax.Array:
+    everyone: jax.Array
     # psum takes no groups under shard_map, and under vmap nothing does.
     if set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
-        return jax.lax.all_gather(flat, names, axis_index_groups=groups)
+        everyone = jax.lax.all_gather(flat, names, axis_index_groups=groups)
+        return everyone
     members = {i: group for group in groups for i in group}
     own = jnp.array([members[i] for i in range(len(members))])
     everyone = jax.lax.all_gather(flat, names)
@@ -197,7 +200,7 @@ def _gather_flat(flat: jax.Array, names: Names, groups: Groups) -> jax.Array:
 def _ravel(tree: Any) -> tuple[jax.Array, Any]:
     """Returns all leaves as one real vector, and its inverse."""
     leaves, treedef = jax.tree.flatten(tree)
-    parts = []
+    parts: list[jax.Array] = []
     for leaf in leaves:
         pair = (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
         parts.extend(part.reshape(-1) for part in pair)

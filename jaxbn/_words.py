@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def to_words(leaf: jax.Array) -> jax.Array:
@@ -30,7 +31,10 @@ def from_words(words: jax.Array, like: jax.Array) -> jax.Array:
     n, dtype = like.shape[0], like.dtype
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         data = from_words(words, jax.random.key_data(like))
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+        keys: jax.Array = jax.random.wrap_key_data(
+            data, impl=jax.random.key_impl(like)
+        )
+        return keys
     if jnp.issubdtype(dtype, jnp.complexfloating):
         dtype = jnp.finfo(dtype).dtype
     stored = _stored(dtype)
@@ -45,13 +49,15 @@ def from_words(words: jax.Array, like: jax.Array) -> jax.Array:
 
 def _stored(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype whose bits travel: one of whole bytes."""
+    stored: Any = dtype
     if dtype == jnp.bool_:
-        return jnp.dtype(jnp.uint8)
-    if jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8:
-        return jnp.dtype(jnp.int8)
-    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 8:
-        return jnp.dtype(jnp.bfloat16)
-    return jnp.dtype(dtype)
+        stored = jnp.uint8
+    elif jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8:
+        stored = jnp.int8
+    elif jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 8:
+        stored = jnp.bfloat16
+    whole: jnp.dtype = np.dtype(stored)
+    return whole
 
 
 def to_reals(leaf: jax.Array, dtype: Any) -> jax.Array:

@@ -15,6 +15,8 @@ from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
 
+__all__ = ["BatchNorm", "batch_moments"]
+
 
 class BatchNorm(nn.Module):
     """Drop-in for `flax.linen.BatchNorm` with exact statistics.
@@ -155,7 +157,7 @@ class BatchNorm(nn.Module):
         # Initialization runs outside the mapped axes and leaves no trace.
         layer = self._layer(alone=self.is_initializing())
         initial = layer.init(size, x.dtype)
-        mean, var, steps, skipped = (
+        variables: list[Any] = [
             None
             if value is None
             else self.variable("batch_stats", name, lambda value=value: value)
@@ -163,7 +165,8 @@ class BatchNorm(nn.Module):
                 *initial.running._asdict().items(),
                 ("skipped", initial.skipped),
             )
-        )
+        ]
+        mean, var, steps, skipped = variables
         scale = bias = None
         affine = size
         if self.affine_per_id and self.num_ids is not None:
@@ -176,7 +179,7 @@ class BatchNorm(nn.Module):
             bias = self.param("bias", self.bias_init, affine, self.param_dtype)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
 
-        def read(variable: nn.Variable | None) -> jax.Array | None:
+        def read(variable: nn.Variable[Any] | None) -> jax.Array | None:
             return None if variable is None else variable.value
 
         old = State(
@@ -191,7 +194,7 @@ class BatchNorm(nn.Module):
             return y
         if self.update_stats and not self.frozen:
             values = (*new.running, new.skipped)
-            for variable, value in zip((mean, var, steps, skipped), values):
+            for variable, value in zip(variables, values):
                 if variable is not None:
                     variable.value = value
         if hand_out:
@@ -224,7 +227,8 @@ class BatchNorm(nn.Module):
     def _hands_out_moments(self) -> bool:
         # Not where everything is mutable: nobody asked for them there, and
         # variables that are handed back would go on adding up.
-        everything = self.scope.root.mutable is True
+        scope = self.scope
+        everything = scope is not None and scope.root.mutable is True
         return not everything and self.is_mutable_collection("batch_moments")
 
 

@@ -12,13 +12,21 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
-from jaxbn._moments import widen
+from jaxbn._moments import Moments, widen
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
 from jaxbn.precise import with_statistics
 
+__all__ = [
+    "BatchMoments",
+    "BatchNorm",
+    "batch_moments",
+    "batch_norms",
+    "set_statistics",
+]
 
-class BatchMoments(nnx.Variable):
+
+class BatchMoments(nnx.Variable[Moments]):
     """Moments that a layer hands out; see `batch_moments`."""
 
 
@@ -74,12 +82,12 @@ class BatchNorm(nnx.BatchNorm):
         beside those of the batch; see `jaxbn.adapt`. None leaves the batch
         out.
       **options: of `flax.nnx.BatchNorm`: use_running_average, axis, momentum
-        (the core's decay; None weighs all batches equally), epsilon, dtype (of the result), param_dtype,
-        use_bias, use_scale, bias_init, scale_init, axis_name,
-        axis_index_groups (see `Scope`), promote_dtype (called to infer the
-        dtype of the result alone), rngs, bias_metadata, scale_metadata.
-        use_fast_variance has no effect: the variance is always taken from
-        squared deviations.
+        (the core's decay; None weighs all batches equally), epsilon, dtype (of
+        the result), param_dtype, use_bias, use_scale, bias_init, scale_init,
+        axis_name, axis_index_groups (see `Scope`), promote_dtype (called to
+        infer the dtype of the result alone), rngs, bias_metadata,
+        scale_metadata. use_fast_variance has no effect: the variance is always
+        taken from squared deviations.
 
     Attributes:
       mean: nnx.BatchStat, (C,), in the unit of the input; starts at 0.
@@ -129,7 +137,8 @@ class BatchNorm(nnx.BatchNorm):
         self.num_timesteps = num_timesteps
         self.example_weight = example_weight
         self.prior = prior
-        self.moments = nnx.data(None)
+        # BatchMoments, where `batch_moments` asks for them.
+        self.moments: Any = nnx.data(None)
         state = self._layer().init((num_features,), jnp.float32)
         if state.running.mean.ndim > 1:
             self.mean.set_value(state.running.mean)
@@ -202,7 +211,7 @@ class BatchNorm(nnx.BatchNorm):
             # Not by index, which would round to the dtype of the old value.
             variables = (self.mean, self.var, *counters)
             for variable, value in zip(variables, (*new.running, new.skipped)):
-                if variable is not None:
+                if variable is not None and value is not None:
                     variable.set_value(value)
         if hand_out:
             self.moments.set_value(record(self.moments.get_value(), batch))
@@ -235,8 +244,8 @@ def batch_moments(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
       ValueError: a batch norm layer is not jaxbn's.
     """
     copy = nnx.clone(model)
-    layers = batch_norms(copy)
-    for path, layer in layers.items():
+    layers: dict[str, BatchNorm] = {}
+    for path, layer in batch_norms(copy).items():
         if not isinstance(layer, BatchNorm):
             raise ValueError(
                 f"{path or 'The model itself'} is {type(layer).__module__}."
@@ -246,6 +255,7 @@ def batch_moments(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         layer.use_running_average = False
         running = RunningStats(layer.mean[...], layer.var[...])
         layer.moments = BatchMoments(no_moments(running))
+        layers[path] = layer
     copy(*args, **kwargs)
     return {path: layer.moments.get_value() for path, layer in layers.items()}
 
@@ -274,7 +284,15 @@ def set_statistics(model: nnx.Module, stats: Any, *, ddof: int = 0) -> None:
 
 
 def batch_norms(model: nnx.Module) -> dict[str, nnx.BatchNorm]:
-    """Returns the batch norm layers of a model, flax's or jaxbn's, by path."""
+    """Returns the batch norm layers of a model, flax's or jaxbn's, by path.
+
+    Args:
+      model: it stays as it is.
+
+    Returns:
+      dict from the path of a layer, such as "blocks/0/norm", to the layer
+      itself, not a copy. One with several owners stands under one path.
+    """
     return {
         "/".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)

@@ -11,14 +11,24 @@ import numpy as np
 
 from jaxbn._moments import Moments
 
+__all__ = ["Precise", "recompute", "with_statistics"]
+
 
 class Precise(NamedTuple):
-    """What `recompute` returns."""
+    """What `recompute` returns.
 
-    stats: Any  # tree of Moments in float64 numpy, over all batches
-    batches: int  # that were read
-    error: float  # estimated standard error of the worst channel, relative
-    converged: bool  # whether error came below the tolerance
+    Attributes:
+      stats: tree of Moments in float64 numpy, over all batches.
+      batches: how many were read.
+      error: estimated standard error of the worst channel, relative; inf
+        where it cannot be told.
+      converged: whether error came below the tolerance.
+    """
+
+    stats: Any
+    batches: int
+    error: float
+    converged: bool
 
 
 def recompute(
@@ -156,7 +166,9 @@ def _layer_with_statistics(
         return jnp.asarray(value, layer[name].dtype)
 
     new = {"mean": put("mean", stats.mean), "var": put("var", var)}
-    return type(layer)({**layer, **new})
+    mapping: Any = type(layer)
+    changed: Mapping[str, Any] = mapping({**layer, **new})
+    return changed
 
 
 def _words(tree: Any) -> str:
@@ -168,7 +180,7 @@ class _Sum:
 
     def __init__(self) -> None:
         self.moments: Moments | None = None
-        self._squares = 0.0  # sum w^2
+        self._squares: Any = 0.0  # sum w^2
         self._first: dict[str, Any] = {}  # sum w^2 m
         self._second: dict[str, Any] = {}  # sum w^2 m^2
         self._origin: dict[str, Any] = {}
@@ -194,6 +206,8 @@ class _Sum:
             self._second[name] = self._second[name] + weight * np.abs(d) ** 2
 
     def error(self, epsilon: float) -> float:
+        if self.moments is None:
+            return np.inf
         count, mean, m2 = self.moments
         total = np.maximum(count, 1)
         var = m2 / total + epsilon
@@ -220,9 +234,12 @@ def _in_float64(part: Moments) -> Moments:
     # Layers stacked by a scan have their axis first.
     count = count.reshape(count.shape + (1,) * (mean.ndim - count.ndim))
     wide = np.promote_types(mean.dtype, np.float64)
-    return Moments(
-        count.astype(np.float64), mean.astype(wide), m2.astype(np.float64)
+    fields: Any = (
+        count.astype(np.float64),
+        mean.astype(wide),
+        m2.astype(np.float64),
     )
+    return Moments(*fields)
 
 
 def _merge(a: Moments, b: Moments) -> Moments:

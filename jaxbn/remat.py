@@ -12,9 +12,14 @@ from collections.abc import Callable
 
 import jax
 
+__all__ = ["INPUT", "STATISTICS", "policy"]
+
 # Names of `jax.ad_checkpoint.checkpoint_name`, for policies of one's own.
-INPUT = "jaxbn_input"  # what a layer normalizes, in its own dtype
-STATISTICS = "jaxbn_statistics"  # its synchronized moments, one value a feature
+
+#: What a layer normalizes, in its own dtype.
+INPUT = "jaxbn_input"
+#: Its synchronized moments, one value a feature.
+STATISTICS = "jaxbn_statistics"
 
 
 def policy(*names: str, inputs: bool = True) -> Callable[..., bool]:
@@ -52,4 +57,7 @@ def policy(*names: str, inputs: bool = True) -> Callable[..., bool]:
                 f"got {name!r}. A policy is made first: policy=policy()."
             )
     kept = (INPUT, STATISTICS) if inputs else (STATISTICS,)
-    return jax.checkpoint_policies.save_only_these_names(*kept, *names)
+    chosen: Callable[..., bool] = jax.checkpoint_policies.save_only_these_names(
+        *kept, *names
+    )
+    return chosen

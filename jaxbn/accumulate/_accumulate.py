@@ -169,7 +169,7 @@ def update_batch_stats(
     Raises:
       ValueError: moments has something that batch_stats has not.
     """
-    options = dict(
+    options: dict[str, Any] = dict(
         decay=decay, ddof=ddof, debias=debias, skip_nonfinite=skip_nonfinite
     )
     if isinstance(moments, Mapping) and set(moments) == {"moments"}:
@@ -202,7 +202,8 @@ def _update_layer(stats: Any, batch: Moments, options: dict[str, Any]) -> Any:
         skips = jnp.where(is_finite(batch), 0, 1)
         new["skipped"] = stats["skipped"] + skips
     changed = {name: new[name] for name in new if name in stats}
-    return type(stats)({**stats, **changed})
+    mapping: Any = type(stats)
+    return mapping({**stats, **changed})
 
 
 def _words(tree: Any) -> str:

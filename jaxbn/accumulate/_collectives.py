@@ -100,10 +100,11 @@ def add_collective(
             f"{program.axis_name!r} does not run in lockstep; psum, pmean, "
             "pmax, pmin, all_gather, psum_scatter and axis_index do."
         )
+    (number,) = inputs
     return program.add_collective(
         name,
         run,
-        *inputs,
+        number,
         kinds,
         collective=collective,
         floor=floor,
@@ -163,7 +164,7 @@ def _everyone(
 
 def _groups(program: Program, eqn: jex.JaxprEqn) -> tuple[jax.Array, jax.Array]:
     """Returns for every microbatch here its group, and its place in it."""
-    own = 0
+    own: int | jax.Array = 0
     count = 1
     for name in named_axes(eqn):
         if name == program.axis_name:

@@ -26,9 +26,10 @@ class Stack(NamedTuple):
             return _tied(self.array[index], token)
         if token is not None and varies_over(token) <= varies_over(self.array):
             index = _hidden(index, token)
-        return jax.lax.dynamic_index_in_dim(
+        value: jax.Array = jax.lax.dynamic_index_in_dim(
             self.array, index, self.axis, keepdims=False
         )
+        return value
 
     def together(self) -> jax.Array:
         """Returns the values along a new first axis."""
@@ -114,15 +115,15 @@ def loop(
 def _unrolled(
     job: Job, token: jax.Array, size: int
 ) -> tuple[Values, dict[Any, Stack], jax.Array]:
-    totals, kept = None, []
+    totals: Values = {}
+    kept: list[Values] = []
     for i in range(size):
         values = {key: stack.at(i, token) for key, stack in job.reads.items()}
         more, new = job.body(jnp.int32(i), values)
         more, new = jax.lax.optimization_barrier((more, new))
-        if totals is None:
-            totals = more
-        else:
-            totals = {key: totals[key] + more[key] for key in totals}
+        if i:
+            more = {key: totals[key] + more[key] for key in totals}
+        totals = more
         kept.append(new)
         token = _known_after(totals, new)
     stacks = {key: Stack([new[key] for new in kept]) for key in job.keeps}
@@ -159,16 +160,17 @@ def _is_plain(dtype: Any) -> bool:
 
 def _explicit_spec(kind: Any) -> PartitionSpec | None:
     """Returns how a type says that its values are sharded, if it does."""
-    sharding = getattr(kind, "sharding", None)
+    sharding: Any = getattr(kind, "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return None
-    return sharding.spec
+    spec: PartitionSpec = sharding.spec
+    return spec
 
 
 def _known_after(totals: Values, kept: Values) -> jax.Array:
     """Returns an integer that is known once the arrays are."""
-    token = jnp.int32(0)
+    token: jax.Array = jnp.int32(0)
     # What is kept is as a rule on the way to what is summed, which is small,
     # and the same on all devices.
     for array in (totals or kept).values():

@@ -153,7 +153,8 @@ class Program:
     def bytes(self, number: int) -> int:
         """Returns the size of a value of one microbatch."""
         kind = self.kinds[number]
-        return kind.size * kind.dtype.itemsize
+        size: int = kind.size * kind.dtype.itemsize
+        return size
 
     def _append(self, node: Node) -> list[int]:
         self.nodes.append(node)

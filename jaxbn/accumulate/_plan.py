@@ -133,8 +133,10 @@ def _walk(
         seen.add(value)
         node = program.maker.get(value)
         stacked = program.stacked[value]
-        enter = node and stacked and value not in stop and enters(node)
-        if enter or value in program.inline:
+        wanted = stacked and value not in stop
+        if node is not None and (
+            value in program.inline or (wanted and enters(node))
+        ):
             nodes.add(node)
             stack.extend(node.inputs)
         elif stacked:

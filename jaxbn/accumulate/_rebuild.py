@@ -52,7 +52,8 @@ def _cond(
     evaluate: Evaluate, params: dict[str, Any], *inputs: Any
 ) -> list[Any]:
     branches = [functools.partial(evaluate, b) for b in params["branches"]]
-    return jax.lax.switch(inputs[0], branches, *inputs[1:])
+    out: list[Any] = jax.lax.switch(inputs[0], branches, *inputs[1:])
+    return out
 
 
 # By the name of the primitive: (evaluate, params, *inputs) -> outputs.

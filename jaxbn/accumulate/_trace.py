@@ -69,7 +69,7 @@ def trace(
         else jax.lax.index_in_dim(leaf, 0, axis, keepdims=False)
         for leaf, axis in zip(leaves, axes)
     ]
-    make = functools.partial(
+    make: Callable[..., Any] = functools.partial(
         jax.make_jaxpr, axis_env=[(axis_name, size)], return_shape=True
     )
     if is_typed():
@@ -101,9 +101,10 @@ def _trace_typed(
     never run on; every equation is evaluated on the real one, without it.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    names: Any = (*mesh.axis_names, axis_name)
     wider = jax.sharding.AbstractMesh(
         (*mesh.axis_sizes, size),
-        (*mesh.axis_names, axis_name),
+        names,
         axis_types=(*mesh.axis_types, jax.sharding.AxisType.Manual),
     )
     over = [
@@ -146,8 +147,9 @@ def _inline(
     def read(atom: Any) -> int:
         if isinstance(atom, jex.Literal):
             # Plain: what JAX keeps remembers the mesh it was traced on.
-            plain = np.asarray(atom.val, atom.aval.dtype)
-            return program.constant(plain, atom.aval)
+            kind: Any = atom.aval
+            plain = np.asarray(atom.val, kind.dtype)
+            return program.constant(plain, kind)
         return numbers[atom]
 
     for eqn in jaxpr.eqns:
@@ -222,8 +224,9 @@ def _vary(over: tuple[Hashable, ...], x: jax.Array) -> list[jax.Array]:
 
 
 def _body(eqn: jex.JaxprEqn) -> tuple[jex.Jaxpr, Sequence[Any]]:
+    core: Any = jex  # types of some versions leave this class out
     for value in eqn.params.values():
-        if isinstance(value, jex.ClosedJaxpr):
+        if isinstance(value, core.ClosedJaxpr):
             return value.jaxpr, value.consts
         if isinstance(value, jex.Jaxpr):
             return value, ()
@@ -242,9 +245,7 @@ def _check_inside(program: Program, eqn: jex.JaxprEqn) -> None:
                 )
 
 
-def _evaluate(
-    program: Program, closed: jex.ClosedJaxpr, *inputs: Any
-) -> list[Any]:
+def _evaluate(program: Program, closed: Any, *inputs: Any) -> list[Any]:
     """Evaluates code whose types name the axis of the microbatches."""
     inner = Program(program.axis_name, program.size)
     numbers = [inner.value(var.aval, False) for var in closed.jaxpr.invars]

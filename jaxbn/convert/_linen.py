@@ -30,14 +30,15 @@ def convert(model: nn.Module, rule: Rule) -> nn.Module:
     """Returns the model under a rule; see `jaxbn.convert`."""
     cls = written_class(model)
     if cls is not type(model):
-        rule = type(model)._converted_from[1].then(rule)
+        kind: Any = type(model)
+        rule = kind._converted_from[1].then(rule)
         rule.check("every layer", dict(rule.fields))
     fields = fields_of(model, cls)
     if cls in (nn.BatchNorm, BatchNorm):
         cls, fields = rule.apply(model)
     else:
         cls = _converted_class(cls, rule)
-    parent = model.parent
+    parent: Any = model.parent
     if model.scope is not None:
         parent = model.scope.rewound()
     return cls(**fields, parent=parent, name=model.name)
@@ -90,12 +91,13 @@ def _make_class(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
 
     @nn.nowrap
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        make, args, *rest = cls.__reduce_ex__(self, max(protocol, 2))
+        reduced: Any = cls.__reduce_ex__(self, max(protocol, 2))
+        make, args, *rest = reduced
         if type(self) is converted and args == (converted,):
             make, args = _make_blank, (cls, rule)
         return make, args, *rest
 
-    namespace = {
+    namespace: dict[str, Any] = {
         name: under_rule(function) for name, function in _methods(cls).items()
     }
     for name in ("__init__", "__hash__", "__module__", "__doc__"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from flax import linen as nn
 from flax import nnx
@@ -103,6 +103,9 @@ def runs_as(layer: nn.Module) -> nn.Module:
     Returns:
       An unbound layer with the fields that are in force; layer itself where no
       converted model is running or it is no batch norm.
+
+    Raises:
+      ValueError: the conversion in force refuses the layer; see `to_jaxbn`.
     """
     return _rule.runs_as(layer)
 
@@ -124,15 +127,16 @@ def _convert(
                     f"{name}={value!r} cannot be hashed, and as a field of a "
                     "linen module it has to be."
                 ) from error
-        return _linen.convert(model, rule)
+        return cast("_Model", _linen.convert(model, rule))
     if isinstance(model, nnx.Pytree):
-        return _nnx.convert(
+        copy: _Model = _nnx.convert(
             model,
             jaxbn.nnx.BatchNorm if ours else nnx.BatchNorm,
             overrides=overrides,
             keep=keep,
             convert_linen=functools.partial(_linen.convert, rule=rule),
         )
+        return copy
     raise ValueError(
         "model must be a flax.linen or flax.nnx module; got "
         f"{'the class ' if isinstance(model, type) else ''}{model!r}. A class "

@@ -63,12 +63,15 @@ def runs_as(layer: nn.Module) -> nn.Module:
     if rule is None or not isinstance(layer, (nn.BatchNorm, BatchNorm)):
         return layer
     cls, fields = rule.apply(layer)
-    return cls(**fields, parent=None, name=layer.name)
+    running: nn.Module = cls(**fields, parent=None, name=layer.name)
+    return running
 
 
 def written_class(module: nn.Module) -> type[nn.Module]:
     """The class as its author wrote it."""
-    return vars(type(module)).get("_converted_from", (type(module),))[0]
+    kind = type(module)
+    written: type[nn.Module] = vars(kind).get("_converted_from", (kind,))[0]
+    return written
 
 
 def layer_path(layer: nn.Module) -> str:
@@ -124,7 +127,7 @@ def _exchange(
     # The same bound module under another class: scope, random keys and what
     # flax keeps of the running call stay. The unwrapped method, because this
     # call has been announced, captured and tabulated as the layer's own.
-    twin = object.__new__(cls)
+    twin: Any = object.__new__(cls)
     vars(twin).update(vars(layer), **fields)
     method = getattr(cls.__call__, "__wrapped__", cls.__call__)
     known = inspect.signature(method).parameters

@@ -46,13 +46,13 @@ def from_torch(
     (out, in, *window) -> (*window, in, out), with groups or without. What
     that leaves open or gets wrong has to be said in kinds:
 
-      "conv_transpose": flax's ConvTranspose; the window is mirrored.
-      "conv_transpose_kernel": the same with transpose_kernel=True.
-      "embedding": (entries, features) on both sides.
-      "norm": the weight is the scale of a LayerNorm, GroupNorm or the like.
-      "batch_norm_untracked": a batch norm with track_running_stats=False; the
-        running statistics that flax has start at 0 and 1.
-      "same": params of the same names and layouts.
+    - "conv_transpose": flax's ConvTranspose; the window is mirrored.
+    - "conv_transpose_kernel": the same with transpose_kernel=True.
+    - "embedding": (entries, features) on both sides.
+    - "norm": the weight is the scale of a LayerNorm, GroupNorm or the like.
+    - "batch_norm_untracked": a batch norm with track_running_stats=False; the
+      running statistics that flax has start at 0 and 1.
+    - "same": params of the same names and layouts.
 
     num_batches_tracked becomes `steps` where like has that; else it is left
     out.

@@ -32,12 +32,13 @@ def _last_two_first(a: np.ndarray) -> np.ndarray:
 def _mirrored_to_flax(a: np.ndarray) -> np.ndarray:
     # PyTorch spreads each input over the window, flax slides the window over
     # inputs set apart.
-    return np.flip(a, range(2, a.ndim)).transpose(*range(2, a.ndim), 0, 1)
+    windows = tuple(range(2, a.ndim))
+    return np.flip(a, windows).transpose(*windows, 0, 1)
 
 
 def _mirrored_to_torch(a: np.ndarray) -> np.ndarray:
     a = a.transpose(-2, -1, *range(a.ndim - 2))
-    return np.flip(a, range(2, a.ndim))
+    return np.flip(a, tuple(range(2, a.ndim)))
 
 
 _WINDOWS = (3, 4, 5)

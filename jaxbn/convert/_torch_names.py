@@ -57,15 +57,15 @@ def kinds_of(
 ) -> dict[str, str]:
     """Returns the kind of every module of which one is known."""
     given = given or {}
-    for path, kind in given.items():
+    for path, asked in given.items():
         if path not in modules:
             wrong.append(f"kinds: there is no module {path!r}")
-        if kind not in KINDS:
-            wrong.append(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
+        if asked not in KINDS:
+            wrong.append(f"kinds: {asked!r} is none of {', '.join(KINDS)}")
     found = {}
     for path, leaves in modules.items():
         kind = given.get(path) or guess(leaves)
-        if kind in KINDS:
+        if kind is not None and kind in KINDS:
             found[path] = kind
         elif path not in given:
             shapes = {

@@ -13,21 +13,35 @@ from jaxbn.diagnostics._trees import Path, find_one, names
 
 
 class ActivationStats(NamedTuple):
-    """One value a layer, in the order asked for."""
+    """One value a layer, in the order asked for.
 
-    mean_abs: jax.Array  # (L,) |mean of a channel|, averaged over channels
-    std: jax.Array  # (L,) standard deviation of a channel, averaged likewise
-    dead: jax.Array  # (L,) share of channels without a value above 0
-    saturated: jax.Array | None  # (L,) share of values beyond the limit
+    Attributes:
+      mean_abs: (L,) |mean of a channel|, averaged over channels.
+      std: (L,) standard deviation of a channel, averaged likewise.
+      dead: (L,) share of channels without a value above 0.
+      saturated: (L,) share of values beyond the limit; None without one.
+    """
+
+    mean_abs: jax.Array
+    std: jax.Array
+    dead: jax.Array
+    saturated: jax.Array | None
 
 
 class GradientTail(NamedTuple):
-    """Distribution of the entries of a gradient."""
+    """Distribution of the entries of a gradient.
 
-    absmax: jax.Array  # () largest magnitude
-    std: jax.Array  # () about the mean
-    excess_kurtosis: jax.Array  # () 0 for a normal distribution
-    hill: jax.Array  # () tail index; small is heavy
+    Attributes:
+      absmax: () largest magnitude.
+      std: () about the mean.
+      excess_kurtosis: () 0 for a normal distribution.
+      hill: () tail index; small is heavy.
+    """
+
+    absmax: jax.Array
+    std: jax.Array
+    excess_kurtosis: jax.Array
+    hill: jax.Array
 
 
 def activation_stats(
@@ -69,6 +83,7 @@ def activation_stats(
     if limit is not None and not limit > 0:
         raise ValueError(f"limit must be positive; got {limit}.")
     leaves = jax.tree.leaves(activations)
+    chosen: Sequence[int]
     if order is None:
         chosen = range(len(leaves))
     else:

@@ -13,14 +13,23 @@ from jaxbn.diagnostics._trees import dot, minus, moved, norm
 
 
 class GradientLine(NamedTuple):
-    """Loss and gradient at params - t * gradient, for every step t."""
+    """Loss and gradient at params - t * gradient, for every step t.
 
-    loss0: jax.Array  # () at params
-    gradient_norm: jax.Array  # () of the gradient g at params
-    loss: jax.Array  # (K,) L(p - t g)
-    predictiveness: jax.Array  # (K,) ||g(p - t g) - g||, small is predictive
-    beta: jax.Array  # (K,) predictiveness / (t ||g||), an effective smoothness
-    cosine: jax.Array  # (K,) between g(p - t g) and g
+    Attributes:
+      loss0: () at params.
+      gradient_norm: () of the gradient g at params.
+      loss: (K,) L(p - t g).
+      predictiveness: (K,) ||g(p - t g) - g||, small is predictive.
+      beta: (K,) predictiveness / (t ||g||), an effective smoothness.
+      cosine: (K,) between g(p - t g) and g.
+    """
+
+    loss0: jax.Array
+    gradient_norm: jax.Array
+    loss: jax.Array
+    predictiveness: jax.Array
+    beta: jax.Array
+    cosine: jax.Array
 
     @property
     def loss_range(self) -> jax.Array:
@@ -34,11 +43,17 @@ class GradientLine(NamedTuple):
 
 
 class Sharpness(NamedTuple):
-    """Curvature of the loss, unit of loss per parameter squared."""
+    """Curvature of the loss, unit of loss per parameter squared.
 
-    along_gradient: jax.Array  # () g^T H g / g^T g
-    top: jax.Array | None  # () eigenvalue of largest magnitude, if asked for
-    residual: jax.Array | None  # () ||H v - top v|| / |top|, 0 if converged
+    Attributes:
+      along_gradient: () g^T H g / g^T g.
+      top: () eigenvalue of largest magnitude; None where nobody asked.
+      residual: () ||H v - top v|| / |top|, 0 if converged; None likewise.
+    """
+
+    along_gradient: jax.Array
+    top: jax.Array | None
+    residual: jax.Array | None
 
 
 def gradient_line(
@@ -186,10 +201,10 @@ def sharpness(
     gradient, hessian = jax.linearize(slope, params)
     squared = dot(gradient, gradient)
     along = dot(gradient, hessian(gradient)) / squared
-    if not iterations:
+    if not iterations or key is None:
         return Sharpness(along, None, None)
 
-    def iterate(_: jax.Array, state: tuple) -> tuple:
+    def iterate(_: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         vector, _, _ = state
         image = hessian(vector)
         top = dot(vector, image)

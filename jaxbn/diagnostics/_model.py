@@ -73,7 +73,8 @@ def check_steps(steps: Any) -> jax.Array:
         raise ValueError(
             f"steps must be positive, as learning rates are; got {steps}."
         )
-    return steps
+    found: jax.Array = steps
+    return found
 
 
 def _shown(found: Any) -> str:

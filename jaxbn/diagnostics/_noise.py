@@ -13,11 +13,17 @@ from jaxbn.diagnostics._model import Apply, logits_of
 
 
 class CompanionNoise(NamedTuple):
-    """Spread of logits over random companions, in logits squared."""
+    """Spread of logits over random companions, in logits squared.
 
-    variance: jax.Array  # (M,) over draws, unbiased; mean over the logits
-    squared_bias: jax.Array  # (M,) of the mean over draws; mean over logits
-    flips: jax.Array  # () share of other predictions, of all draws and probes
+    Attributes:
+      variance: (M,) over draws, unbiased; mean over the logits.
+      squared_bias: (M,) of the mean over draws; mean over logits.
+      flips: () share of other predictions, of all draws and probes.
+    """
+
+    variance: jax.Array
+    squared_bias: jax.Array
+    flips: jax.Array
 
 
 def companion_noise(

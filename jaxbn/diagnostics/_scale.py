@@ -16,19 +16,32 @@ from jaxbn.diagnostics._trees import Path, channels, check_same, find_one, norm
 
 
 class ScaleInvariance(NamedTuple):
-    """How far a weight is from scale invariance; 0 with epsilon = 0."""
+    """How far a weight is from scale invariance; 0 with epsilon = 0.
 
-    loss_difference: jax.Array  # () |L(a W) - L(W)|
-    gradient_error: jax.Array  # () ||a G(a W) - G(W)|| / ||G(W)||
-    radial: jax.Array  # (C,) cosine between w_c and its gradient
-    inverse_square_norm: jax.Array  # (C,) 1 / ||w_c||^2, factor of the step
+    Attributes:
+      loss_difference: () |L(a W) - L(W)|.
+      gradient_error: () ||a G(a W) - G(W)|| / ||G(W)||.
+      radial: (C,) cosine between w_c and its gradient.
+      inverse_square_norm: (C,) 1 / ||w_c||^2, a factor of the angle that a
+        step turns w_c by.
+    """
+
+    loss_difference: jax.Array
+    gradient_error: jax.Array
+    radial: jax.Array
+    inverse_square_norm: jax.Array
 
 
 class LipschitzIdentity(NamedTuple):
-    """Two sides of one equation."""
+    """Two sides of one equation.
 
-    lhs: jax.Array  # (C,)
-    rhs: jax.Array  # (C,)
+    Attributes:
+      lhs: (C,) ||dL/dy||^2 of the backward pass.
+      rhs: (C,) the same by the formula.
+    """
+
+    lhs: jax.Array
+    rhs: jax.Array
 
 
 def scale_invariance(
@@ -77,7 +90,7 @@ def scale_invariance(
 
     def of_weight(weight: jax.Array) -> jax.Array:
         rest = leaves[:index] + [weight] + leaves[index + 1 :]
-        return scalar(treedef.unflatten(rest))
+        return scalar(jax.tree.unflatten(treedef, rest))
 
     value, gradient = jax.value_and_grad(of_weight)(weight)
     scaled = (factor * weight).astype(weight.dtype)

@@ -17,11 +17,16 @@ class CovariateShift(NamedTuple):
     """Change of a layer's gradient by the step of the layers before it.
 
     The first layer has none before it: 0, 1 and 0, to rounding.
+
+    Attributes:
+      l2: (L,) ||G' - G||.
+      cosine: (L,) between G' and G.
+      relative: (L,) ||G' - G|| / ||G||.
     """
 
-    l2: jax.Array  # (L,) ||G' - G||
-    cosine: jax.Array  # (L,) between G' and G
-    relative: jax.Array  # (L,) ||G' - G|| / ||G||
+    l2: jax.Array
+    cosine: jax.Array
+    relative: jax.Array
 
 
 def internal_covariate_shift(
@@ -72,7 +77,7 @@ def internal_covariate_shift(
 
     def products(there: list[jax.Array]) -> tuple[jax.Array, ...]:
         """Squared change, inner product and squared norm, (L,) each."""
-        sums = [[0.0] * len(order) for _ in range(3)]
+        sums: list[list[Any]] = [[0.0] * len(order) for _ in range(3)]
         for leaf, layer in layer_of.items():
             a, b = widen(there[leaf]), widen(before[leaf])
             sums[0][layer] += jnp.square(a - b).sum()
@@ -85,7 +90,7 @@ def internal_covariate_shift(
             jnp.where(layer_of[i] < layer, b, a) if i in layer_of else a
             for i, (a, b) in enumerate(zip(old, new))
         ]
-        there = jax.tree.leaves(slope(treedef.unflatten(mixed)))
+        there = jax.tree.leaves(slope(jax.tree.unflatten(treedef, mixed)))
         return tuple(values[layer] for values in products(there))
 
     change, inner, squared = each(probe, jnp.arange(len(order)), unroll=unroll)

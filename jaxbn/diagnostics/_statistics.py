@@ -15,27 +15,45 @@ from jaxbn.diagnostics._model import Apply, each, logits_of
 
 
 class Staleness(NamedTuple):
-    """Distance of a layer's running statistics from those of the data."""
+    """Distance of a layer's running statistics from those of the data.
 
-    z: jax.Array  # (C,) |mean_running - mean| in standard deviations
-    log_variance: jax.Array  # (C,) log(var_running / var)
-    kl: jax.Array  # (C,) KL(data || running) of normal distributions, nats
+    Attributes:
+      z: (C,) |mean_running - mean| in standard deviations.
+      log_variance: (C,) log(var_running / var).
+      kl: (C,) KL(data || running) of normal distributions, nats.
+    """
+
+    z: jax.Array
+    log_variance: jax.Array
+    kl: jax.Array
 
 
 class Evaluation(NamedTuple):
-    """Means over examples."""
+    """Means over examples.
 
-    loss: jax.Array  # () cross entropy in nats
-    accuracy: jax.Array  # () share
+    Attributes:
+      loss: () cross entropy in nats.
+      accuracy: () share.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
 
 
 class EvalGap(NamedTuple):
-    """One model on two sets of data and three kinds of statistics."""
+    """One model on two sets of data and three kinds of statistics.
 
-    train_batch: Evaluation  # training data, statistics of each batch
-    test_batch: Evaluation  # test data, statistics of each batch
-    test_running: Evaluation  # test data, the model's running statistics
-    test_precise: Evaluation | None  # test data, precise statistics
+    Attributes:
+      train_batch: training data, statistics of each batch.
+      test_batch: test data, statistics of each batch.
+      test_running: test data, the model's running statistics.
+      test_precise: test data, precise statistics; None where none are given.
+    """
+
+    train_batch: Evaluation
+    test_batch: Evaluation
+    test_running: Evaluation
+    test_precise: Evaluation | None
 
 
 def stats_staleness(
@@ -163,7 +181,8 @@ def eval_gap(
             return Evaluation(-chosen.mean(), right.mean(dtype=z.dtype))
 
         found = each(one, sets[data], unroll=unroll)
-        return jax.tree.map(jnp.mean, found)
+        means: Evaluation = jax.tree.map(jnp.mean, found)
+        return means
 
     precise = None
     if precise_stats is not None:

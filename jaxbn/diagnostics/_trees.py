@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def dot(a: Any, b: Any) -> jax.Array:
     """Returns the inner product of two trees, in float32 or wider."""
     # Not a vdot, which accelerators round to half precision.
     parts = jax.tree.map(lambda x, y: (widen(x) * widen(y)).sum(), a, b)
-    return sum(jax.tree.leaves(parts))
+    return cast("jax.Array", sum(jax.tree.leaves(parts)))
 
 
 def norm(a: Any) -> jax.Array:

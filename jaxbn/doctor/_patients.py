@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,10 @@ _TRAINING = ("train", "training", "is_training")
 _INFERENCE = ("use_running_average", "deterministic", "eval", "inference")
 
 # Groups of devices need devices; the statistics of all are the same.
-_WITHOUT_GROUPS = {"group_size": None, "axis_index_groups": None}
+_WITHOUT_GROUPS: dict[str, Any] = {
+    "group_size": None,
+    "axis_index_groups": None,
+}
 
 Caller = Callable[[Any, Any, bool], Any]
 
@@ -35,7 +38,9 @@ class Linen:
         ours = convert.to_jaxbn(model, **_WITHOUT_GROUPS)
 
         def read(variables: Any, batch: Any) -> Any:
-            run = dict(method=self._call, rngs={"dropout": jax.random.key(0)})
+            run: dict[str, Any] = dict(
+                method=self._call, rngs={"dropout": jax.random.key(0)}
+            )
             moments = jaxbn.linen.batch_moments(
                 ours, variables, batch, True, **run
             )
@@ -51,7 +56,7 @@ class Linen:
         """Options and variables of each layer, in the order of the calls."""
         found: dict[str, dict[str, Any]] = {}
 
-        def watch(run, args, kwargs, context):
+        def watch(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
             layer = context.module
             kinds = (nn.BatchNorm, jaxbn.linen.BatchNorm)
             if isinstance(layer, kinds) and context.method_name == "__call__":
@@ -178,10 +183,11 @@ def _squares(trained: Any, inferred: Any) -> tuple[jax.Array, jax.Array]:
     """Squared norms of the difference and of the output in training."""
 
     def square(tree: Any) -> jax.Array:
-        return sum(
+        squares = (
             (abs(leaf.astype(float)) ** 2).sum()
             for leaf in jax.tree.leaves(tree)
         )
+        return cast("jax.Array", sum(squares))
 
     return square(jax.tree.map(lambda a, b: a - b, trained, inferred)), square(
         trained
@@ -201,4 +207,5 @@ def _flat(tree: Any, path: tuple[str, ...] = ()) -> dict[str, Moments]:
 def _at(tree: Any, path: str) -> Mapping[str, Any]:
     for name in path.split("/") if path else ():
         tree = tree.get(name, {})
-    return tree
+    below: Mapping[str, Any] = tree
+    return below

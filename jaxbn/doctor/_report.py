@@ -199,4 +199,5 @@ def _wide(part: Moments) -> Moments:
     count = count.reshape(count.shape + (1,) * (mean.ndim - count.ndim))
     count = np.broadcast_to(count, mean.shape).astype(np.float64)
     mean = mean.astype(np.promote_types(mean.dtype, np.float64))
-    return Moments(count, mean, m2.astype(np.float64))
+    fields: Any = (count, mean, m2.astype(np.float64))
+    return Moments(*fields)

@@ -19,27 +19,41 @@ FEW_EXAMPLES = 16
 class Health:
     """One layer; arrays have a value a channel, rows of ids in a row.
 
-    z and kl compare the running statistics with those of the data: z is
-    |mean_running - mean| / std, kl the divergence of normal distributions
-    KL(data || running) in nats. gap is the root mean square of what the
-    layer's output would change by between training and inference, in standard
-    deviations of the output; noise is what would be left of it with running
-    statistics equal to those of the data. Both are of the whole batch; where
-    fewer examples are normalized together, the noise is that times
-    sqrt(batch / examples).
+    Of b examples in a batch, n of which are normalized together, the noise is
+    that of the whole batch times sqrt(b / n).
+
+    Attributes:
+      path: where the layer's variables lie in the model.
+      kind: flax, jaxbn, or the name of the class.
+      axis_name: mesh axis, or axes; None where it is not synchronized.
+      examples: that are normalized together.
+      momentum: of the layer; None weighs all batches equally.
+      running_mean: (C,) what inference normalizes with, unit of the input.
+      running_var: (C,) likewise, unit of the input squared.
+      mean: (C,) of the data.
+      var: (C,) of the data, biased.
+      mean_noise: (C,) of a running mean, in standard deviations of the data.
+      var_noise: (C,) of a running variance, relative.
+      gap: root mean square of what the layer's output changes by between
+        training and inference, in standard deviations of the output, over
+        the whole batch.
+      noise: what would be left of the gap with running statistics equal to
+        those of the data.
+      scale: (C,), or None where the layer has none.
+      epsilon: of the layer, unit of the input squared.
     """
 
     path: str
-    kind: str  # flax, jaxbn, or the name of the class
-    axis_name: Any  # None: not synchronized
-    examples: float  # that are normalized together
+    kind: str
+    axis_name: Any
+    examples: float
     momentum: float | None
     running_mean: np.ndarray
     running_var: np.ndarray
     mean: np.ndarray
     var: np.ndarray
-    mean_noise: np.ndarray  # of a running mean, standard deviations
-    var_noise: np.ndarray  # of a running variance, relative
+    mean_noise: np.ndarray
+    var_noise: np.ndarray
     gap: float
     noise: float
     scale: np.ndarray | None
@@ -47,17 +61,21 @@ class Health:
 
     @property
     def z(self) -> np.ndarray:
-        return np.abs(self.running_mean - self.mean) / self._std
+        """(C,) |mean_running - mean| / std, std = sqrt(var + epsilon)."""
+        z: np.ndarray = np.abs(self.running_mean - self.mean) / self._std
+        return z
 
     @property
     def kl(self) -> np.ndarray:
+        """(C,) KL(data || running) of normal distributions, in nats."""
         p, q = self.var + self.epsilon, self.running_var + self.epsilon
         distance = np.abs(self.running_mean - self.mean) ** 2
-        return 0.5 * (np.log(q / p) + (p + distance) / q - 1)
+        kl: np.ndarray = 0.5 * (np.log(q / p) + (p + distance) / q - 1)
+        return kl
 
     @property
     def dead(self) -> np.ndarray:
-        """Channels that hold (nearly) one value: epsilon is all there is."""
+        """Channels that hold (nearly) one value, so that var is nothing."""
         return self.var < self.epsilon
 
     @property
@@ -65,14 +83,16 @@ class Health:
         """Channels beyond what float32 squares or averages well."""
         size = np.abs(self.mean) + np.sqrt(self.var)
         finite = np.isfinite(self.running_mean) & np.isfinite(self.running_var)
-        return ~finite | ~np.isfinite(size) | (size > 1e6)
+        beyond: np.ndarray = ~finite | ~np.isfinite(size) | (size > 1e6)
+        return beyond
 
     @property
     def closed(self) -> np.ndarray:
         """Channels whose scale is near zero, so that nothing passes."""
         if self.scale is None:
             return np.zeros(0, bool)
-        return np.abs(self.scale) < 1e-3
+        shut: np.ndarray = np.abs(self.scale) < 1e-3
+        return shut
 
     @property
     def input_std(self) -> float:
@@ -85,8 +105,10 @@ class Health:
 
     @property
     def off(self) -> np.ndarray:
-        """Channels whose running statistics are beyond the noise of an
-        average, and by more than anybody would accept."""
+        """Channels whose running statistics are off by more than noise.
+
+        That of an average, and by more than anybody would accept.
+        """
         ratio = (self.running_var + self.epsilon) / (self.var + self.epsilon)
         mean = self.z > 0.05 + 4 * self.mean_noise
         var = np.abs(np.log(ratio)) > 0.1 + 4 * self.var_noise
@@ -107,8 +129,8 @@ class Health:
             ]
         )
         w = float(towards @ moved / max(towards @ towards, 1e-30))
-        left = np.linalg.norm(moved - w * towards)
-        return w, float(left / max(np.linalg.norm(moved), 1e-30))
+        left = float(np.linalg.norm(moved - w * towards))
+        return w, left / max(float(np.linalg.norm(moved)), 1e-30)
 
 
 def measure(parts: list[Moments], momentum: float | None) -> dict[str, Any]:

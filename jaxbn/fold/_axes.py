@@ -78,6 +78,8 @@ def find_product(program: Program, op: Op) -> Product | None:
     if facts[0].is_data == facts[1].is_data:
         return None
     slot = 0 if facts[1].is_data else 1
+    kernel_axes: tuple[int, ...]
+    axes: tuple[int, ...]
     if op.name == "conv_general_dilated":
         spec = op.eqn.params["dimension_numbers"]
         kernel_axes, axes = (spec.rhs_spec[0],), (spec.out_spec[1],)
@@ -88,8 +90,8 @@ def find_product(program: Program, op: Op) -> Product | None:
     if kind != "dense" and slot == 0:
         return None
     shape = program.shape(op.outputs[0])
-    axes = tuple(None if shape[axis] == 1 else axis for axis in axes)
-    return Product(op, slot, kernel_axes, axes, kind)
+    long = tuple(None if shape[axis] == 1 else axis for axis in axes)
+    return Product(op, slot, kernel_axes, long, kind)
 
 
 def _dot_axes(
@@ -149,6 +151,7 @@ def follow(program: Program, op: Op, axis: int) -> int | None:
     """Returns where a MOVES op puts an axis; None where it gets lost."""
     before, after = program.shape(op.inputs[0]), program.shape(op.outputs[0])
     params = op.eqn.params
+    moved: int | None
     if op.name == "broadcast_in_dim":
         moved = params["broadcast_dimensions"][axis]
     elif op.name == "transpose":
@@ -188,5 +191,5 @@ def varying(program: Program, ops: Iterable[Op]) -> list[frozenset[int]]:
         elif op.name in _ELEMENTWISE:
             found = set().union(*(axes[v] for v in op.inputs))
         if None not in found:
-            axes[op.outputs[0]] = frozenset(found)
+            axes[op.outputs[0]] = frozenset(a for a in found if a is not None)
     return axes

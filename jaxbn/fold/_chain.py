@@ -110,6 +110,7 @@ class Analysis:
         found: dict[Layer, None] = {}  # in the order of the program
         for op in self._meetings:
             fold = taken.get(op)
+            facts: tuple[str | None, str | None, str | None]
             if fold:
                 facts = (self.names[fold.leaf], fold.product.kind, None)
             else:

@@ -94,7 +94,7 @@ def fold(
         than the tolerance; or an argument does not fit.
 
     Source: Jacob et al. (2018), Quantization and Training of Neural Networks
-      for Efficient Integer-Arithmetic-Only Inference, section 3.2.
+    for Efficient Integer-Arithmetic-Only Inference, section 3.2.
     """
     if on_unfoldable not in ("raise", "keep"):
         raise ValueError(
@@ -162,7 +162,8 @@ def _random(rng: np.random.Generator) -> Callable[[Any], jax.Array]:
 
 
 def _difference(got: Any, want: Any) -> Difference:
-    absolute, relative = [], []
+    absolute: list[float] = []
+    relative: list[float] = []
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         if not jnp.issubdtype(b.dtype, jnp.inexact):
             continue
@@ -172,8 +173,8 @@ def _difference(got: Any, want: Any) -> Difference:
             raise ValueError(
                 "apply is not finite on normally distributed inputs."
             )
-        absolute.append(np.abs(a - b).max(initial=0))
-        size, off = np.linalg.norm(b), np.linalg.norm(a - b)
+        absolute.append(float(np.abs(a - b).max(initial=0)))
+        size, off = float(np.linalg.norm(b)), float(np.linalg.norm(a - b))
         relative.append(off / size if size else off and np.inf)
     if not absolute:
         raise ValueError(

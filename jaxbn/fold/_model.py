@@ -33,7 +33,8 @@ class Model:
         self._norm_of = _norms(self.names, is_statistic)
 
     def original(self, leaves: Sequence[Any], inputs: Any) -> Any:
-        return self._apply(self._treedef.unflatten(leaves), *inputs)
+        variables = jax.tree.unflatten(self._treedef, leaves)
+        return self._apply(variables, *inputs)
 
     def analyse(
         self, leaves: Sequence[Any], inputs: Any
@@ -64,8 +65,8 @@ class Model:
                     "which needs other parameters. Call fold with examples of "
                     "these shapes."
                 )
-            return tree.unflatten(
-                rewritten.run(params, jax.tree.leaves(inputs))
+            return jax.tree.unflatten(
+                tree, rewritten.run(params, jax.tree.leaves(inputs))
             )
 
         return folded
@@ -74,7 +75,9 @@ class Model:
 def _names(paths: Sequence[Any]) -> list[str]:
     """Returns readable names, such as "params/conv/kernel"."""
     value = jax.tree_util.GetAttrKey("value")  # an nnx.Variable's content
-    short = [p[:-1] if len(p) > 1 and p[-1] == value else p for p in paths]
+    short: Sequence[Any] = [
+        p[:-1] if len(p) > 1 and p[-1] == value else p for p in paths
+    ]
     if len(set(short)) < len(paths):
         short = paths
     return [

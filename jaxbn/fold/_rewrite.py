@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn.fold._axes import Axes
-from jaxbn.fold._chain import Analysis, Fold, Step
+from jaxbn.fold._chain import Analysis, Fold
 from jaxbn.fold._trace import Op
+from jaxbn.fold._walk import Step
 
 
 class Rewritten:
@@ -115,7 +116,7 @@ class Rewritten:
 
 
 def _shift(step: Step, bias: jax.Array, env: dict[int, Any]) -> jax.Array:
-    x = env[step.data]
+    x: jax.Array = env[step.data]
     return x + _place(bias.astype(x.dtype), step.axes, x.ndim)
 
 

@@ -35,7 +35,7 @@ class Op(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.eqn.primitive.name
+        return str(self.eqn.primitive.name)
 
     @property
     def label(self) -> str:
@@ -106,7 +106,7 @@ class Program:
     def _inline(
         self, jaxpr: Any, constants: Sequence[Any], inputs: Sequence[int]
     ) -> list[int]:
-        env = dict(zip(jaxpr.invars, inputs))
+        env: dict[Any, int] = dict(zip(jaxpr.invars, inputs))
         for v, constant in zip(jaxpr.constvars, constants):
             env[v] = self._constant(constant, v.aval)
 
@@ -209,7 +209,8 @@ def _body(eqn: Any) -> Any:
     body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if body is None or hasattr(body, "consts"):
         return body
-    return jax.extend.core.ClosedJaxpr(body, [])
+    core: Any = jax.extend.core  # types of some versions leave this class out
+    return core.ClosedJaxpr(body, [])
 
 
 def _multiplies(body: Any) -> bool:

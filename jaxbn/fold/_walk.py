@@ -59,7 +59,8 @@ class Walker:
 
     def kernel(self, product: Product) -> tuple[int, Axes]:
         """Returns the leaf that is the kernel, and where it has the features."""
-        value, path = product.kernel, []
+        value = product.kernel
+        path: list[Op] = []
         while value not in self._program.leaves:
             op = self._program.producer.get(value)
             if op is None:

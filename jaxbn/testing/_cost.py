@@ -11,8 +11,8 @@ import jax
 
 from jaxbn.testing._collectives import parse
 
-# Published peaks: bytes/s that a device sends on all its links together, half
-# of what is stated for both directions.
+#: Published peaks: bytes/s that a device sends on all its links together, half
+#: of what is stated for both directions.
 LINKS = {
     "nvlink3": 300e9,  # NVIDIA, NVLink: A100, 12 links, 600 GB/s in total
     "nvlink4": 450e9,  # NVIDIA, Hopper Architecture: 900 GB/s bi-directional
@@ -34,27 +34,49 @@ _GROWS = {"all-gather": 1, "reduce-scatter": -1}
 
 
 class Cost(NamedTuple):
-    """Collectives of one part of a program."""
+    """Collectives of one part of a program.
 
-    count: int
-    sent: float  # bytes, by each device
+    Attributes:
+      count: of collectives.
+      sent: bytes that each device sends.
+      seconds: that they take by the model of `sync_cost`.
+    """
+
+    count: int  # type: ignore[assignment]
+    sent: float
     seconds: float
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(self, other)))
+    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
+        return Cost(
+            self.count + other.count,
+            self.sent + other.sent,
+            self.seconds + other.seconds,
+        )
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(*(a - b for a, b in zip(self, other)))
+        return Cost(
+            self.count - other.count,
+            self.sent - other.sent,
+            self.seconds - other.seconds,
+        )
 
 
 class SyncCost(NamedTuple):
-    """What `sync_cost` returns; str() is a table."""
+    """What `sync_cost` returns; str() is a table.
+
+    Attributes:
+      devices: how many the figures are for.
+      forward: `Cost` of the batch norms in the forward pass.
+      backward: `Cost` of the batch norms in the backward pass.
+      rest: what is sent without synchronization too: the gradient.
+      compute: seconds of a step without communication; None: not known.
+    """
 
     devices: int
-    forward: Cost  # of the batch norms
-    backward: Cost  # of the batch norms
-    rest: Cost  # what is sent without synchronization too: the gradient
-    compute: float | None  # seconds of a step without communication
+    forward: Cost
+    backward: Cost
+    rest: Cost
+    compute: float | None
 
     @property
     def seconds(self) -> float:
@@ -105,7 +127,7 @@ def sync_cost(
     """Computes, without running it, the time fn spends on synchronization.
 
     The compiled program gives count and bytes of its collectives, the caller
-    the link. Over n devices, with S the bytes of a result,
+    the link. Over n devices, with S the bytes of a result::
 
         all-reduce       latency(n) + 2 (n - 1) / n * S / bandwidth(n)
         all-gather       latency(n) +   (n - 1) / n * S / bandwidth(n)
@@ -175,7 +197,8 @@ def sync_cost(
             f"unsynchronized sends {rest.sent:.0f} bytes, more than fn. It "
             "must be the same function whose layers have axis_name=None."
         )
-    return SyncCost(devices, *halves, rest, compute)
+    forward, backward = halves
+    return SyncCost(devices, forward, backward, rest, compute)
 
 
 def group_costs(
@@ -258,7 +281,8 @@ def _cost(
     latency: Figure,
     bandwidth: Figure,
 ) -> Cost:
-    kind, size, members, _ = operation
+    kind, members = operation.kind, operation.members
+    size: float = operation.bytes
     if kind not in _SENT:
         raise ValueError(f"There is no formula for {kind!r}, which fn has.")
     if members == compiled_for:

@@ -11,7 +11,8 @@ import numpy as np
 
 def widest(x: Any) -> np.ndarray:
     x = np.asarray(x)
-    return x.astype(complex if np.iscomplexobj(x) else np.float64)
+    wide: np.ndarray = x.astype(complex if np.iscomplexobj(x) else np.float64)
+    return wide
 
 
 def without_keys(x: Any) -> Any:

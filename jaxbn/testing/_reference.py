@@ -11,15 +11,25 @@ from jaxbn.testing._leaves import widest
 
 
 class Float64Reference(NamedTuple):
-    """What `float64_reference` returns; dx, dscale, dbias want a cotangent."""
+    """What `float64_reference` returns; dx, dscale, dbias want a cotangent.
 
-    y: np.ndarray  # shape of x
-    count: np.ndarray  # (C,) kept values
-    mean: np.ndarray  # (C,)
-    var: np.ndarray  # (C,) biased
-    dx: np.ndarray | None = None  # shape of x
-    dscale: np.ndarray | None = None  # (C,)
-    dbias: np.ndarray | None = None  # (C,)
+    Attributes:
+      y: shape of x, scaled and shifted.
+      count: (C,) kept values.
+      mean: (C,) of the kept values.
+      var: (C,) biased.
+      dx: gradient, shape of x.
+      dscale: (C,) gradient.
+      dbias: (C,) gradient.
+    """
+
+    y: np.ndarray
+    count: np.ndarray  # type: ignore[assignment]
+    mean: np.ndarray
+    var: np.ndarray
+    dx: np.ndarray | None = None
+    dscale: np.ndarray | None = None
+    dbias: np.ndarray | None = None
 
 
 def float64_reference(
@@ -67,7 +77,8 @@ def float64_reference(
     )
 
     def total(values: np.ndarray) -> np.ndarray:
-        return values.sum(rest, keepdims=True)
+        summed: np.ndarray = values.sum(rest, keepdims=True)
+        return summed
 
     kept = np.broadcast_to(True if where is None else where, x.shape)
     read = kept | np.isfinite(x)

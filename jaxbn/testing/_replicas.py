@@ -32,15 +32,16 @@ def assert_synchronized(
       ValueError: a stacked leaf has no axis 0, or the arrays lie on several
         devices without a second copy of anything to compare.
     """
-    sizes, devices = [], set()
+    sizes: list[int] = []
+    devices: set[str] = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         leaf = without_keys(leaf)
         parts: dict[str, dict[str, np.ndarray]] = {}
         if stacked and not np.ndim(leaf):
             raise ValueError(f"{path_name(path)!r} is a scalar: no axis 0.")
         if stacked:
-            copies = enumerate(np.asarray(leaf))
-            parts[""] = {f"replica {i}": copy for i, copy in copies}
+            rows = enumerate(np.asarray(leaf))
+            parts[""] = {f"replica {i}": row for i, row in rows}
         elif isinstance(leaf, jax.Array):
             for shard in leaf.addressable_shards:
                 copies = parts.setdefault(str(shard.index), {})

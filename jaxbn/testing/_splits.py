@@ -74,7 +74,7 @@ def assert_shard_invariant(
     for a in want:
         if a.role != "layer" and not np.isfinite(a.copies).all():
             raise ValueError(f"{a} is not finite on one device.")
-        size = np.linalg.norm(a.copies)
+        size = float(np.linalg.norm(a.copies))
         largest[a.role] = max(largest.get(a.role, 0), size)
     if rtol is None:
         used = [rtol for name, rtol in _RTOL.items() if f":{name}[" in program]
@@ -199,7 +199,8 @@ def _evaluate(
         found = _labelled(_ROLES[2], grads[0]) + _labelled(_ROLES[3], grads[1])
         found = [a for a in found if a.copies.dtype != jax.dtypes.float0]
         labels.extend(a._replace(copies=None) for a in found)
-        return arrays + [a.copies[None] for a in found]
+        results: list[jax.Array] = arrays + [a.copies[None] for a in found]
+        return results
 
     traced = run.trace(*inputs)
     arrays = traced.lower().compile()(*inputs)
@@ -248,10 +249,11 @@ def _labelled(role: str, tree: Any) -> list[_Array]:
 
 def _join(a: _Array, whole: jax.Array) -> jax.Array:
     """Puts the parts of the devices together; what each has whole stays."""
-    if a.copies.shape[1:] == whole.shape[1:]:
-        return a.copies
-    for axis in range(a.copies.ndim - 1):
-        joined = jnp.concatenate(list(a.copies), axis)[None]
+    copies: jax.Array = a.copies
+    if copies.shape[1:] == whole.shape[1:]:
+        return copies
+    for axis in range(copies.ndim - 1):
+        joined = jnp.concatenate(list(copies), axis)[None]
         if joined.shape == whole.shape:
             return joined
     if a.role == "layer":  # the verdict does not need it
@@ -264,8 +266,8 @@ def _join(a: _Array, whole: jax.Array) -> jax.Array:
 
 def _error(copies: np.ndarray, want: np.ndarray, floor: float = 0.0) -> float:
     """Largest distance of a copy from want, relative to the size of want."""
-    distance = max(np.linalg.norm(copy - want) for copy in copies)
-    scale = max(np.linalg.norm(want), floor)
+    distance = max(float(np.linalg.norm(copy - want)) for copy in copies)
+    scale = max(float(np.linalg.norm(want)), floor)
     if not distance:
         return 0.0
     return distance / scale if scale and np.isfinite(distance) else np.inf
