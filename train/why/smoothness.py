@@ -95,6 +95,12 @@ def _words(numbers: dict[str, Any]) -> str:
         moment: ", ".join(span(column, ".3g") for column in values.T)
         for moment, values in numbers["ratios"].items()
     }
+    tallies = {claim: draw.tally(held) for claim, held in holds.items()}
+    if np.isnan(numbers["ratios"]["equal loss"]).any():
+        told["equal loss"] = (
+            f"not to be had, a loss stays above {landscape.LOSS:g}"
+        )
+        tallies["equal loss"] = "not to be told"
     ratios = "; ".join(f"{moment} {text}" for moment, text in told.items())
     accuracy = "; ".join(
         f"{arm} {span(100 * values[:, _EARLY].mean(1), '.0f')}, "
@@ -106,7 +112,6 @@ def _words(numbers: dict[str, Any]) -> str:
         span(linear[side]["cosine"].mean(2)[..., deep_linear.SHOWN], ".2f")
         for side in finding.SIDES
     )
-    tallies = {claim: draw.tally(held) for claim, held in holds.items()}
     return (
         f"{', '.join(MEASURES)}, each without over with batch norm: {ratios}. "
         "A gradient more predictive with it: at equal loss "
