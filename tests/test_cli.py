@@ -76,7 +76,12 @@ def test_quick_start_from_anywhere(tmp_path):
         ),
         (
             ["--config=nowhere.py"],
-            "There is no file nowhere.py; configs/ holds defaults.py, digits.py, ",
+            "There is no file nowhere.py; configs/ holds digits.py, large_batch.py, ",
+        ),
+        (
+            [f"--config={ROOT / 'configs' / 'cifar10_94.py'}"],
+            "The config has no average_decay: it is for another program. Take "
+            "one of digits.py, ",
         ),
         (
             ["--config.batch_size=abc"],

@@ -11,128 +11,49 @@ to go on), and 1 when something is wrong.
 
 from __future__ import annotations
 
+import functools
 import logging as standard_logging
 import os
-import pathlib
 import re
 import sys
-import textwrap
-import time
 import traceback
-from collections.abc import Sequence
 from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from configs import defaults
 from train import RESUME, Stopped, UserError
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def _parse(argv: Sequence[str]) -> ConfigDict:
-    """Returns the config that the flags ask for; --workdir stays a flag.
-
-    ml_collections reads the config file and its overrides already where the
-    flag is defined, and keeps what went wrong until the value is asked for:
-    every step of it can raise.
-    """
-    try:
-        config_flags.DEFINE_config_file(
-            "config",
-            str(ROOT / "configs" / "digits.py"),
-            "File that defines get_config().",
-        )
-        flags.DEFINE_string(
-            "workdir",
-            None,
-            "Where the run is kept; the same command goes on with what is "
-            "there. Default: runs/CONFIG-TIME, a new run.",
-        )
-        flags.DEFINE_string(
-            "coordinator",
-            None,
-            "HOST:PORT of process 0. Without it, what SLURM, Open MPI, "
-            "Kubernetes or a Cloud TPU say; else one process.",
-        )
-        flags.DEFINE_integer(
-            "num_processes", None, "Processes of the run, with --coordinator."
-        )
-        flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
-        if {"--help", "-h", "-help"} & {*argv}:
-            _help()
-        rest = flags.FLAGS(argv)
-        config = flags.FLAGS.config.lock()
-    except (flags.Error, AttributeError, OSError, TypeError) as error:
-        raise UserError(_one_line(error)) from error
-    if len(rest) > 1:
-        raise UserError(
-            f"Unexpected argument {rest[1]!r}; flags begin with --."
-        )
-    return config
+from train import flags as command_line
 
 
-def _help() -> NoReturn:
-    """Prints what there is to say, and the file of all fields as it stands."""
-    own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
-    print(f"{__doc__}\nFlags:\n")
-    for flag in own:
-        text = textwrap.fill(
-            f"--{flag.name}: {flag.help}", 78, subsequent_indent="    "
-        )
-        print(textwrap.indent(text, "  "))
-    body = (ROOT / "configs" / "defaults.py").read_text()
-    fields = body.partition("config = ConfigDict()\n")[2]
-    fields = fields.partition("    return config")[0].strip("\n")
-    kept = (line for line in fields.splitlines() if "ConfigDict()" not in line)
-    print("\nFields, with the values that a config begins with:\n")
-    print(
-        re.sub(r"^(\s*)config\.", r"\1--config.", "\n".join(kept), flags=re.M)
+def _define() -> None:
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Where the run is kept; the same command goes on with what is there. "
+        "Default: runs/CONFIG-TIME, a new run.",
     )
-    print(f"\nIn configs/: {_configs()}. Each opens with its command.")
-    sys.exit(0)
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0. Without it, what SLURM, Open MPI, Kubernetes "
+        "or a Cloud TPU say; else one process.",
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "Processes of the run, with --coordinator."
+    )
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
 
 
-def _configs() -> str:
-    paths = sorted((ROOT / "configs").glob("*.py"))
-    return ", ".join(p.name for p in paths if "def get_config" in p.read_text())
-
-
-def _one_line(error: Exception) -> str:
-    """Words what ml_collections and absl report."""
-    message = str(error)
-    near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message)
-    if near:
-        return f"There is no config.{near[2]}; did you mean config.{near[1]}?"
-    if isinstance(error, AttributeError):
-        name = message.strip("'\"")
-        return f"There is no config.{name}; configs/defaults.py has all fields."
-    if isinstance(error, OSError):
-        name = _config_file()
-        if pathlib.Path(name).exists():
-            raise error  # a mistake inside the file: show where
-        return f"There is no file {name}; configs/ holds {_configs()}."
-    said = re.search(r"\nValueError: (configs/.*)", message)
-    if said:  # get_config(), of what stands behind the colon
-        return said[1]
-    return " ".join(message.split())
-
-
-def _config_file() -> str:
-    """The file that --config names, without what stands behind the colon."""
-    given = [a for a in sys.argv[1:] if re.match("--?config(=|$)", a)]
-    at = sys.argv.index(given[-1])
-    name = given[-1].partition("=")[2] or sys.argv[at + 1]
-    return name.partition(":")[0]
-
-
-def _workdir() -> pathlib.Path:
-    if flags.FLAGS.workdir:
-        return pathlib.Path(flags.FLAGS.workdir)
-    file, _, argument = flags.FLAGS["config"].config_filename.partition(":")
-    name = "-".join([pathlib.Path(file).stem, *re.findall(r"[\w-]+", argument)])
-    return pathlib.Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+_parse = functools.partial(
+    command_line.parse,
+    doc=__doc__,
+    fields=defaults,
+    default="digits.py",
+    define=_define,
+)
 
 
 def main(config: ConfigDict) -> None:
@@ -146,7 +67,7 @@ def main(config: ConfigDict) -> None:
 
     given = flags.FLAGS
     topology.start(given.coordinator, given.num_processes, given.process_id)
-    workdir = _workdir()
+    workdir = command_line.workdir()
     if jax.process_count() > 1 and not given.workdir:
         raise UserError(
             "Several processes need one --workdir that all of them share."

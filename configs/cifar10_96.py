@@ -1,0 +1,32 @@
+"""CIFAR-10 to 96% in half a minute on one GPU: airbench96.
+
+    python -m train.fast --config configs/cifar10_96.py --workdir runs/fast96
+
+The recipe is that of github.com/KellerJordan/cifar10-airbench, which reports a
+mean test accuracy of 96.03% over 400 seeds in 34.7 s, in PyTorch on one A100
+and with test-time augmentation. (Its later variant of 27.3 s leaves out
+examples that a small network finds easy, which is not done here.) Not yet
+measured on a GPU here, neither accuracy nor time. What differs is said in
+configs/cifar10_94.py; besides, 848 examples, others every time, are left out of
+an epoch, where there a batch goes on in the next epoch.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import fast_defaults
+
+
+def get_config() -> ConfigDict:
+    """Returns the config."""
+    config = fast_defaults.get_config()
+    config.widths = (128, 384, 512)
+    config.layers = 3
+    config.norm_momentum = 0.9
+    config.translate = 4
+    config.cutout = 12
+    config.epochs = 37.0
+    config.learning_rate = 9.0
+    config.weight_decay = 0.012
+    config.rate_peak = 0.1
+    config.rate_end = 0.0
+    return config

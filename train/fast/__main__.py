@@ -1,0 +1,54 @@
+"""Trains in seconds on one GPU: python -m train.fast [--config FILE].
+
+Any field of the config can be set: --config.seeds=3. Every seed is timed from
+its initialization to the end of its evaluation, after everything is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from configs import fast_defaults
+from train import UserError
+from train import flags as command_line
+
+
+def _define() -> None:
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Where summary.json is written. Default: runs/CONFIG-TIME.",
+    )
+
+
+_parse = functools.partial(
+    command_line.parse,
+    doc=__doc__,
+    fields=fast_defaults,
+    default="cifar10_94.py",
+    define=_define,
+)
+
+
+def main(config: ConfigDict) -> None:
+    """Runs all seeds."""
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    logging.set_verbosity(logging.ERROR)
+    # Once the number of devices is set.
+    from train.fast import run
+
+    workdir = command_line.workdir()
+    run.train(config, workdir)
+    print(f"The results are in {workdir}.")
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main, flags_parser=_parse)
+    except UserError as user_error:
+        sys.exit(f"train.fast: {user_error}")

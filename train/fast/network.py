@@ -1,0 +1,169 @@
+"""The network of the fast runs: identities at first, maxima between groups."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from train.fast.whitening import SIDE
+
+# What the first layer's filters are kept in: no optimizer sees it.
+FROZEN = "frozen"
+
+
+def identity_kernel(
+    key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+) -> jax.Array:
+    """Initializer: the first outputs are the inputs, the others random.
+
+    Those are uniform within 1 / sqrt(fan-in), as PyTorch begins.
+
+    Args:
+      key: of the random part.
+      shape: (H, W, C, D) of a convolution.
+      dtype: of the result.
+
+    Returns:
+      A kernel of that shape. Output i is input i for i < min(C, D).
+
+    Source: Zagoruyko and Komodakis (2017), DiracNets; Jordan (2024).
+    """
+    height, width, inputs, outputs = shape
+    bound = 1 / math.sqrt(height * width * inputs)
+    kernel = jax.random.uniform(key, shape, dtype, -bound, bound)
+    same = min(inputs, outputs)
+    unit = jnp.eye(inputs, same, dtype=dtype)
+    kernel = kernel.at[..., :same].set(0)
+    return kernel.at[height // 2, width // 2, :, :same].set(unit)
+
+
+class Whitening(nn.Module):
+    """A convolution of 2x2 with a kernel that is given and a bias that learns.
+
+    The kernel is the variable of the collection `frozen`, (2, 2, C, 8 C).
+
+    Attributes:
+      dtype: of the computation.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train_bias: bool) -> jax.Array:
+        channels = x.shape[-1]
+        shape = (SIDE, SIDE, channels, 2 * SIDE * SIDE * channels)
+        kernel = self.variable(FROZEN, "kernel", jnp.zeros, shape).value
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:])
+        if not train_bias:
+            bias = jax.lax.stop_gradient(bias)
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            window_strides=(1, 1),
+            padding="VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias.astype(self.dtype)
+
+
+class Group(nn.Module):
+    """Two convolutions of 3x3, the first with a maximum over 2x2 behind it.
+
+    A third one is added to what the second got, before the last GELU.
+
+    Attributes:
+      width: channels of the result.
+      layers: convolutions, 2 or 3.
+      norm: what makes a layer of batch norm.
+      dtype: of the computation.
+    """
+
+    width: int
+    layers: int
+    norm: Callable[..., nn.Module]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def convolution(x: jax.Array) -> jax.Array:
+            return nn.Conv(
+                self.width,
+                (3, 3),
+                use_bias=False,
+                kernel_init=identity_kernel,
+                dtype=self.dtype,
+            )(x)
+
+        def gelu(x: jax.Array) -> jax.Array:
+            return nn.gelu(x, approximate=False)
+
+        x = nn.max_pool(convolution(x), (2, 2), strides=(2, 2))
+        x = before = gelu(self.norm()(x))
+        x = self.norm()(convolution(x))
+        if self.layers == 3:
+            x = self.norm()(convolution(gelu(x))) + before
+        return gelu(x)
+
+
+class FastNet(nn.Module):
+    """Whitening, three groups, the maximum over pixels, one linear layer.
+
+    Attributes:
+      num_classes: length of the logits.
+      widths: channels of the groups.
+      layers: convolutions of a group.
+      norm: what makes a layer of batch norm, given use_running_average and
+        dtype; it has a bias and no scale.
+      logit_scale: the logits are multiplied by it.
+      head_std: deviation of the last layer's weights, which are uniform; None
+        is 1 / sqrt(3 width), as PyTorch begins.
+      dtype: of the computation; logits are float32.
+    """
+
+    num_classes: int
+    widths: tuple[int, ...]
+    layers: int
+    norm: Callable[..., nn.Module]
+    logit_scale: float
+    head_std: float | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool, train_bias: bool = True
+    ) -> jax.Array:
+        """Returns logits (B, num_classes) of images (B, H, W, C)."""
+        norm = functools.partial(
+            self.norm, use_running_average=not train, dtype=self.dtype
+        )
+        x = Whitening(self.dtype, name="whitening")(x, train_bias=train_bias)
+        x = nn.gelu(x, approximate=False)
+        for width in self.widths:
+            x = Group(width, self.layers, norm, self.dtype)(x)
+        x = x.max((1, 2))
+        std = self.head_std
+        if std is None:
+            std = 1 / math.sqrt(3 * x.shape[-1])
+        logits = nn.Dense(
+            self.num_classes,
+            use_bias=False,
+            kernel_init=_uniform(std),
+            dtype=self.dtype,
+            name="head",
+        )(x)
+        return logits.astype(jnp.float32) * self.logit_scale
+
+
+def _uniform(std: float) -> nn.initializers.Initializer:
+    bound = std * math.sqrt(3)
+
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init

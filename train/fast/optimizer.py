@@ -1,0 +1,196 @@
+"""Optimizers of the fast runs, and lookahead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from ml_collections import ConfigDict
+
+# A rate is given for so many examples.
+EXAMPLES = 1024
+
+
+def triangle(
+    steps: int, *, start: float, peak: float, end: float
+) -> optax.Schedule:
+    """Returns a schedule from start to 1 and on to end, both linear.
+
+    Args:
+      steps: of the run; the value there, one after the last, is end.
+      start: value at step 0, unless peak is 0.
+      peak: share of the steps after which it is 1.
+      end: value after the last step.
+    """
+    rising = int(steps * peak)
+    falling = optax.linear_schedule(1.0, end, steps - rising)
+    if not rising:
+        return falling
+    warmup = optax.linear_schedule(start, 1.0, rising)
+    return optax.join_schedules([warmup, falling], [rising])
+
+
+def groups(params: Any) -> Any:
+    """Returns the tree of params with a name for each leaf.
+
+    These are whitening_bias, head, norm_bias, and kernel for all the others.
+    """
+
+    def name(path: tuple[Any, ...], _: jax.Array) -> str:
+        layer, leaf = path[0].key, path[-1].key
+        if layer == "head":
+            return "head"
+        if leaf == "bias":
+            return "whitening_bias" if layer == "whitening" else "norm_bias"
+        return "kernel"
+
+    return jax.tree_util.tree_map_with_path(name, params)
+
+
+def make_optimizer(
+    config: ConfigDict, *, steps: int, bias_steps: int
+) -> optax.GradientTransformation:
+    """Returns the optimizer, for gradients of the summed loss.
+
+    Args:
+      config: its optimizer, rates, momentum and decay are read.
+      steps: of the run.
+      bias_steps: after which the whitening's bias stays as it is.
+    """
+    rate = triangle(
+        steps,
+        start=config.rate_start,
+        peak=config.rate_peak,
+        end=config.rate_end,
+    )
+    # Nesterov's steps are larger than a gradient that stays the same.
+    unit = EXAMPLES * (1 + 1 / (1 - config.momentum))
+    decay = config.weight_decay * config.batch_size / unit
+
+    def sgd(peak: float, shape: optax.Schedule) -> optax.GradientTransformation:
+        return optax.chain(
+            # What is left of a weight does not depend on its rate.
+            optax.add_decayed_weights(decay / peak),
+            optax.sgd(
+                lambda step: peak * shape(step), config.momentum, nesterov=True
+            ),
+        )
+
+    if config.optimizer == "muon":
+        own = config.muon
+        until = optax.linear_schedule(1.0, 0.0, max(bias_steps, 1))
+        return optax.partition(
+            {
+                "kernel": _muon(own, rate),
+                "norm_bias": sgd(own.bias_learning_rate, rate),
+                "whitening_bias": _until(
+                    bias_steps, sgd(own.bias_learning_rate, until)
+                ),
+                "head": sgd(own.head_learning_rate, rate),
+            },
+            groups,
+        )
+    peak = config.learning_rate / unit
+    return optax.partition(
+        {
+            "kernel": sgd(peak, rate),
+            "norm_bias": sgd(peak * config.bias_scale, rate),
+            "whitening_bias": _until(bias_steps, sgd(peak, rate)),
+            "head": sgd(peak, rate),
+        },
+        groups,
+    )
+
+
+def _until(
+    steps: int, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Lets nothing move any more after so many steps."""
+    return optax.chain(
+        optimizer,
+        optax.scale_by_schedule(lambda step: jnp.where(step < steps, 1.0, 0.0)),
+    )
+
+
+def _muon(
+    config: ConfigDict, rate: optax.Schedule
+) -> optax.GradientTransformation:
+    """Muon for convolutions, whose norm is set before each step.
+
+    Source: Jordan et al. (2024), Muon, kellerjordan.github.io/posts/muon; the
+    norm as in airbench94_muon.py.
+    """
+
+    def dimensions(updates: Any) -> Any:
+        return jax.tree.map(
+            lambda _: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3), updates
+        )
+
+    return optax.chain(
+        optax.contrib.scale_by_muon(
+            ns_steps=config.iterations,
+            beta=config.momentum,
+            nesterov=True,
+            weight_dimension_numbers=dimensions,
+        ),
+        optax.scale_by_learning_rate(
+            lambda step: config.learning_rate * rate(step)
+        ),
+        _renormalized(),
+    )
+
+
+def _renormalized() -> optax.GradientTransformation:
+    """The step is taken from sqrt(D) w / |w|, where w has D outputs."""
+
+    def change(update: jax.Array, weights: jax.Array) -> jax.Array:
+        norm = jnp.sqrt(jnp.sum(jnp.square(weights)))
+        return update + weights * (jnp.sqrt(weights.shape[-1]) / norm - 1)
+
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(change, updates, params)
+    )
+
+
+def lookahead(
+    fast: Any,
+    slow: Any,
+    step: jax.Array,
+    *,
+    steps: int,
+    every: int,
+    decay: float,
+) -> tuple[Any, Any]:
+    """Every few steps moves slow values towards fast ones, and fast to them.
+
+    slow <- d slow + (1 - d) fast, fast <- slow, with d = decay (step/steps)^3.
+    The run ends with the slow values.
+
+    Args:
+      fast: tree of arrays, after the step.
+      slow: likewise.
+      step: (), how many steps have been taken.
+      steps: of the run.
+      every: so many steps apart; 0 does nothing.
+      decay: d at the end.
+
+    Returns:
+      (fast, slow).
+
+    Source: Zhang et al. (2019), Lookahead Optimizer; the decay as in Jordan
+    (2024).
+    """
+    if not every:
+        return fast, slow
+    due = step % every == 0
+    d = decay * (step / steps) ** 3
+    # No branch: the device would wait for the host to choose one.
+    slow = jax.tree.map(
+        lambda s, f: jnp.where(due, d * s + (1 - d) * f, s), slow, fast
+    )
+    taken = due | (step == steps)
+    fast = jax.tree.map(lambda s, f: jnp.where(taken, s, f), slow, fast)
+    return fast, slow

@@ -1,0 +1,213 @@
+"""Compiled programs of a fast run: an epoch is one of them, or many.
+
+On an accelerator an epoch is one program, `lax.scan` over its batches, and the
+host only starts it. On CPUs convolutions inside a loop of XLA are many times
+slower, so there every batch is a call of its own. Both compute the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from train.data import Dataset, Split
+from train.fast.recipe import Recipe
+from train.fast.step import (
+    Correct,
+    Plan,
+    State,
+    init_state,
+    plan,
+    test_step,
+    train_step,
+)
+
+_NUMBER = np.int32(0)  # stands for a seed or an epoch while compiling
+
+
+class Programs(NamedTuple):
+    """Compiled functions, with the data. A state that is passed is used up."""
+
+    init: Callable[[int], State]  # of the seed
+    # (state, seed, epoch) -> state, losses in nats, () or of all steps
+    epoch: Callable[[State, int, int], tuple[State, Sequence[jax.Array]]]
+    evaluate: Callable[[State], Correct]
+
+
+def epochs(recipe: Recipe) -> int:
+    """Returns how many there are, counting the last part of one."""
+    return math.ceil(recipe.steps / recipe.steps_per_epoch)
+
+
+def kind(recipe: Recipe, epoch: int) -> tuple[int, bool]:
+    """Returns how many batches an epoch has, and whether the first bias learns.
+
+    Epochs of one kind share a program. Both are fixed in it: a loop of known
+    length waits for no host, and a bias that stays needs no derivative.
+    """
+    left = recipe.steps - epoch * recipe.steps_per_epoch
+    return min(left, recipe.steps_per_epoch), epoch < recipe.bias_epochs
+
+
+def compile_programs(
+    recipe: Recipe, dataset: Dataset, mesh: Mesh, *, scan: bool
+) -> Programs:
+    """Compiles everything, ahead of the first call.
+
+    What is returned never compiles: it would raise instead.
+
+    Args:
+      recipe: of the run; seeds share its programs.
+      dataset: is put on all devices, whole.
+      mesh: with the axis of the recipe; of one device where it has none.
+      scan: one program for an epoch and one for the evaluation; False: one for
+        a batch, which is called for each.
+    """
+    everywhere = NamedSharding(mesh, P())
+    train, test = jax.device_put((dataset.train, dataset.test), everywhere)
+    compiled = functools.partial(_compiled, mesh)
+    kinds = {kind(recipe, epoch) for epoch in range(epochs(recipe))}
+
+    init, state = compiled(
+        functools.partial(init_state, recipe), train, _NUMBER
+    )
+    if scan:
+        scanned = {
+            each: compiled(
+                functools.partial(_scanned_epoch, recipe, *each),
+                *(state, train, _NUMBER, _NUMBER),
+                donate=0,
+            )[0]
+            for each in kinds
+        }
+        evaluate, _ = compiled(
+            functools.partial(_scanned_test, recipe), state, test
+        )
+        return Programs(
+            init=lambda seed: init(train, np.int32(seed)),
+            epoch=lambda state, seed, epoch: scanned[kind(recipe, epoch)](
+                state, train, np.int32(seed), np.int32(epoch)
+            ),
+            evaluate=lambda state: evaluate(state, test),
+        )
+
+    planned, whole = compiled(
+        functools.partial(plan, recipe), train, _NUMBER, _NUMBER
+    )
+    single = {
+        learns: compiled(
+            functools.partial(_planned_step, recipe, learns),
+            *(state, train, whole, _NUMBER),
+            donate=0,
+        )[0]
+        for learns in {learns for _, learns in kinds}
+    }
+    test_batch, _ = compiled(
+        functools.partial(test_step, recipe), state, test, _NUMBER
+    )
+
+    def epoch_by_steps(
+        state: State, seed: int, epoch: int
+    ) -> tuple[State, list[jax.Array]]:
+        steps, learns = kind(recipe, epoch)
+        batches = planned(train, np.int32(seed), np.int32(epoch))
+        losses = []
+        for number in range(steps):
+            state, loss = single[learns](
+                state, train, batches, np.int32(number)
+            )
+            # Simulated devices that run ahead of the host can block for ever.
+            losses.append(jax.block_until_ready(loss))
+        return state, losses
+
+    def evaluate_by_steps(state: State) -> Correct:
+        each = [
+            jax.device_get(test_batch(state, test, start))
+            for start in _starts(recipe, test)
+        ]
+        return Correct(*map(sum, zip(*each)))
+
+    return Programs(
+        init=lambda seed: init(train, np.int32(seed)),
+        epoch=epoch_by_steps,
+        evaluate=evaluate_by_steps,
+    )
+
+
+def _compiled(
+    mesh: Mesh, function: Callable[..., Any], *arguments: Any, donate: Any = ()
+) -> tuple[Any, Any]:
+    """Returns the program and the shape of its result."""
+    jitted = _jitted(mesh, function, donate)
+    lowered = jitted.lower(*arguments)
+    return lowered.compile(), jax.eval_shape(jitted, *arguments)
+
+
+def _jitted(mesh: Mesh, function: Callable[..., Any], donate: Any = ()) -> Any:
+    """Returns the function on all devices of the mesh.
+
+    Arguments and results are the same on every device.
+    """
+    everywhere = NamedSharding(mesh, P())
+    if mesh.size > 1:
+        function = jax.shard_map(
+            function, mesh=mesh, in_specs=P(), out_specs=P()
+        )
+    return jax.jit(
+        function,
+        in_shardings=everywhere,
+        out_shardings=everywhere,
+        donate_argnums=donate,
+    )
+
+
+def _scanned_epoch(
+    recipe: Recipe,
+    steps: int,
+    learns: bool,
+    state: State,
+    train: Split,
+    seed: jax.Array,
+    epoch: jax.Array,
+) -> tuple[State, jax.Array]:
+    batches = plan(recipe, train, seed, epoch)
+
+    def body(state: State, batch: Plan) -> tuple[State, jax.Array]:
+        return train_step(recipe, state, train, batch, train_bias=learns)
+
+    return jax.lax.scan(body, state, jax.tree.map(lambda a: a[:steps], batches))
+
+
+def _planned_step(
+    recipe: Recipe,
+    learns: bool,
+    state: State,
+    train: Split,
+    batches: Plan,
+    number: jax.Array,
+) -> tuple[State, jax.Array]:
+    batch = jax.tree.map(lambda a: a[number], batches)
+    return train_step(recipe, state, train, batch, train_bias=learns)
+
+
+def _scanned_test(recipe: Recipe, state: State, test: Split) -> Correct:
+    starts = jnp.array(_starts(recipe, test))
+    _, each = jax.lax.scan(
+        lambda _, start: (None, test_step(recipe, state, test, start)),
+        None,
+        starts,
+    )
+    return jax.tree.map(lambda counts: counts.sum(), each)
+
+
+def _starts(recipe: Recipe, test: Split) -> list[np.int32]:
+    size = recipe.test_batch_size
+    return [np.int32(start) for start in range(0, len(test.labels), size)]

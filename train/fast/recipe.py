@@ -1,0 +1,210 @@
+"""From a config to what the programs are made of."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType
+from ml_collections import ConfigDict
+
+from train import UserError, data
+from train.augment import pixel_counts, pixel_statistics
+from train.fast.augment import FLIPS
+from train.fast.network import FastNet
+from train.fast.optimizer import make_optimizer
+from train.norms import norm_of
+from train.recipe import one_of
+from train.topology import Topology
+
+SMALLEST = 16  # pixels, that are left one by three halvings
+
+
+class Recipe(NamedTuple):
+    """What the programs do, fixed while tracing."""
+
+    model: nn.Module  # called with (images, train=..., train_bias=...)
+    optimizer: optax.GradientTransformation
+    pixel_mean: tuple[float, ...]  # (C,) in 0..255
+    pixel_std: tuple[float, ...]
+    flip: str
+    translate: int
+    cutout: int
+    label_smoothing: float
+    whitening_images: int
+    whitening_epsilon: float
+    lookahead_every: int
+    lookahead_decay: float
+    batch_size: int
+    test_batch_size: int
+    steps_per_epoch: int
+    steps: int  # of the run
+    bias_epochs: int  # in which the whitening's bias learns
+    # That a batch lies on. None on one device: reductions over an axis of one
+    # may stay in the program, with what they cost to start.
+    axis: str | None = None
+
+
+class Prepared(NamedTuple):
+    """What a config stands for, before anything is written or compiled."""
+
+    place: Topology
+    dataset: data.Dataset
+    recipe: Recipe
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for values that no run can have."""
+    one_of("optimizer", config.optimizer, ("sgd", "muon"))
+    one_of("flip", config.flip, FLIPS)
+    one_of("dtype", config.dtype, ("float32", "bfloat16", "float16"))
+    positive = ("epochs", "learning_rate", "whitening_epsilon", "norm_epsilon")
+    for key in positive:
+        if not config[key] > 0:
+            raise UserError(f"{key} must be positive; got {config[key]}.")
+    for key in ("batch_size", "test_batch_size", "seeds", "devices"):
+        if config[key] < 1:
+            raise UserError(f"{key} must be at least 1; got {config[key]}.")
+    for key in ("momentum", "label_smoothing", "rate_peak", "lookahead_decay"):
+        if not 0 <= config[key] < 1:
+            raise UserError(f"{key} must be in [0, 1); got {config[key]}.")
+    for key in (
+        "translate",
+        "cutout",
+        "weight_decay",
+        "lookahead_every",
+        "whitening_bias_epochs",
+    ):
+        if config[key] < 0:
+            raise UserError(f"{key} must be at least 0; got {config[key]}.")
+    if config.layers not in (2, 3):
+        raise UserError(f"layers must be 2 or 3; got {config.layers}.")
+    if not config.widths or min(config.widths) < 1:
+        raise UserError(f"widths must be positive; got {config.widths}.")
+    if config.batch_size % config.devices:
+        raise UserError(
+            f"batch_size={config.batch_size} does not split over "
+            f"devices={config.devices}."
+        )
+
+
+def prepare(config: ConfigDict) -> Prepared:
+    """Reads the data and makes the recipe.
+
+    Raises:
+      UserError: the config cannot be run, with what to change.
+    """
+    check(config)
+    place = _place(config.devices)
+    # Raises for norm and its options before data is read.
+    norm = norm_of(config, place)
+    if config.norm != "none":
+        norm = functools.partial(norm, use_scale=False)
+        if config.devices == 1:
+            norm = functools.partial(norm, axis_name=None)
+    dataset = data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        train_split=config.train_split,
+        test_split=config.test_split,
+    )
+    dataset = dataset._replace(
+        train=_enlarged(dataset.train), test=_enlarged(dataset.test)
+    )
+    side = min(dataset.train.images.shape[1:3])
+    for key in ("translate", "cutout"):
+        if config[key] >= side:
+            raise UserError(
+                f"{key}={config[key]} must be less than the {side} pixels of "
+                "an image."
+            )
+    recipe = make_recipe(config, dataset, norm)
+    return Prepared(place, dataset, recipe)
+
+
+def make_recipe(
+    config: ConfigDict, dataset: data.Dataset, norm: Callable[..., nn.Module]
+) -> Recipe:
+    """Returns the recipe; norm makes a layer, see `FastNet`.
+
+    Raises:
+      UserError: a batch is larger than the training split.
+    """
+    examples = len(dataset.train.labels)
+    steps_per_epoch = examples // config.batch_size
+    if not steps_per_epoch:
+        raise UserError(
+            f"batch_size={config.batch_size} is more than the {examples} "
+            f"examples of {config.dataset} {config.train_split!r}."
+        )
+    # 9.9 x 48 is more than it should be, by rounding.
+    steps = math.ceil(round(config.epochs * steps_per_epoch, 6))
+    bias_epochs = int(config.whitening_bias_epochs)
+    mean, std = pixel_statistics(pixel_counts(dataset.train.images))
+    return Recipe(
+        model=FastNet(
+            num_classes=dataset.num_classes,
+            widths=tuple(config.widths),
+            layers=config.layers,
+            norm=norm,
+            logit_scale=config.logit_scale,
+            head_std=config.head_std,
+            dtype=jnp.dtype(config.dtype),
+        ),
+        optimizer=make_optimizer(
+            config, steps=steps, bias_steps=bias_epochs * steps_per_epoch
+        ),
+        pixel_mean=mean,
+        pixel_std=std,
+        flip=config.flip,
+        translate=config.translate,
+        cutout=config.cutout,
+        label_smoothing=config.label_smoothing,
+        whitening_images=min(config.whitening_images, examples),
+        whitening_epsilon=config.whitening_epsilon,
+        lookahead_every=config.lookahead_every,
+        lookahead_decay=config.lookahead_decay,
+        batch_size=config.batch_size,
+        test_batch_size=min(config.test_batch_size, len(dataset.test.labels)),
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        bias_epochs=bias_epochs,
+        axis="data" if config.devices > 1 else None,
+    )
+
+
+def _place(devices: int) -> Topology:
+    found = jax.devices()
+    if devices > len(found):
+        raise UserError(
+            f"devices={devices}, but there are {len(found)} here."
+            + (
+                f" Simulate more with --config.cpu_devices={devices}."
+                if found[0].platform == "cpu"
+                else ""
+            )
+        )
+    return Topology(
+        jax.make_mesh(
+            (devices,),
+            ("data",),
+            axis_types=(AxisType.Auto,),
+            devices=found[:devices],
+        )
+    )
+
+
+def _enlarged(split: data.Split) -> data.Split:
+    """Repeats the pixels of images that three halvings leave nothing of."""
+    times = -(-2 * SMALLEST // min(split.images.shape[1:3]))
+    if min(split.images.shape[1:3]) >= SMALLEST:
+        return split
+    images = np.repeat(np.repeat(split.images, times, 1), times, 2)
+    return split._replace(images=images)

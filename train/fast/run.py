@@ -1,0 +1,196 @@
+"""Several seeds of a fast run, timed one by one, and what comes of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from train.fast.programs import Programs, compile_programs, epochs
+from train.fast.recipe import Prepared, Recipe, prepare
+from train.files import write_json
+from train.report import open_workdir
+
+NO_TIMES = (
+    "This is a CPU: the accuracies count, the times and images/s mean nothing."
+)
+
+_TIMED = (
+    "from the seed to the counts of the evaluation: initialization, the first "
+    "layer from the data, all steps, all views of the test images; without "
+    "reading the data, moving it to the device, and compilation"
+)
+
+
+class Run(NamedTuple):
+    """One seed."""
+
+    seed: int
+    accuracy: float  # from the test images as they are
+    augmented: float  # from the mean over their views
+    loss: float  # nats, mean over the last epoch's steps
+    seconds: float  # as in summary.json's "timed"
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Runs all seeds; prints a line for each and writes summary.json.
+
+    Raises:
+      UserError: the config cannot be run, or workdir holds another run.
+    """
+    prepared = prepare(config)
+    open_workdir(workdir, config)
+    on_cpu = jax.default_backend() == "cpu"
+    scan = not on_cpu if config.scan is None else config.scan
+    print(_headline(config, prepared), flush=True)
+    if on_cpu:
+        print(NO_TIMES, flush=True)
+
+    started = time.perf_counter()
+    recipe = prepared.recipe
+    programs = compile_programs(
+        recipe, prepared.dataset, prepared.place.mesh, scan=scan
+    )
+    if not on_cpu:
+        # What is set up at the first call of a program is no part of it.
+        run(programs, prepared, config.seed - 1)
+    compile_seconds = time.perf_counter() - started
+    print(f"compiled in {compile_seconds:.1f} s", flush=True)
+
+    runs = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        runs.append(run(programs, prepared, seed))
+        print(_line(runs[-1], recipe), flush=True)
+    summary = summarize(runs, config, prepared, compile_seconds)
+    write_json(workdir / "summary.json", summary)
+    print(table(summary), flush=True)
+    return summary
+
+
+def run(programs: Programs, prepared: Prepared, seed: int) -> Run:
+    """Trains and evaluates with one seed, and times it."""
+    recipe = prepared.recipe
+    tell = jax.default_backend() == "cpu"  # where no time is measured
+    started = time.perf_counter()
+    state = programs.init(seed)
+    losses: Sequence[jax.Array] = ()
+    total = epochs(recipe)
+    for epoch in range(total):
+        state, losses = programs.epoch(state, seed, epoch)
+        if tell:
+            loss = float(np.mean(jax.device_get(losses)))
+            print(f"  epoch {epoch + 1}/{total}  train loss {loss:.4f}")
+            sys.stdout.flush()
+    correct = jax.block_until_ready(programs.evaluate(state))
+    seconds = time.perf_counter() - started
+    images = len(prepared.dataset.test.labels)
+    return Run(
+        seed=seed,
+        accuracy=int(correct.plain) / images,
+        augmented=int(correct.views) / images,
+        loss=float(np.mean(jax.device_get(losses))),
+        seconds=seconds,
+    )
+
+
+def summarize(
+    runs: Sequence[Run],
+    config: ConfigDict,
+    prepared: Prepared,
+    compile_seconds: float,
+) -> dict[str, Any]:
+    """Returns what stands in summary.json; deviations are with n - 1."""
+    recipe, mesh = prepared.recipe, prepared.place.mesh
+    device = mesh.devices.flat[0]
+    summary: dict[str, Any] = {"seeds": [each.seed for each in runs]}
+    for name, field in (
+        ("test_accuracy", "accuracy"),
+        ("test_accuracy_augmented", "augmented"),
+        ("train_loss", "loss"),
+        ("seconds", "seconds"),
+    ):
+        values = [getattr(each, field) for each in runs]
+        summary[name] = statistics.fmean(values)
+        summary[f"{name}_deviation"] = (
+            statistics.stdev(values) if len(values) > 1 else None
+        )
+        summary[f"{name}_of_seeds"] = values
+    trained = recipe.steps * recipe.batch_size
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        **summary,
+        "images_per_second": trained / summary["seconds"],
+        "timed": _TIMED,
+        "on_accelerator": device.platform != "cpu",
+        "compile_seconds": compile_seconds,
+        "epochs": config.epochs,
+        "steps": recipe.steps,
+        "batch_size": recipe.batch_size,
+        "devices": mesh.size,
+        "device_kind": device.device_kind,
+        "platform_version": device.client.platform_version,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in names},
+        },
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Returns the results in lines of text."""
+
+    def row(title: str, key: str, form: str) -> str:
+        deviation = summary[f"{key}_deviation"]
+        spread = "-" if deviation is None else format(deviation, form)
+        return f"{title:<38}{summary[key]:>10{form}}{spread:>12}"
+
+    versions = summary["versions"]
+    seeds = len(summary["seeds"])
+    heading = f"{seeds} seed{'s' * (seeds > 1)}"
+    return "\n".join(
+        (
+            f"{heading:<38}{'mean':>10}{'deviation':>12}",
+            row("test accuracy, one view", "test_accuracy", ".2%"),
+            row(
+                "test accuracy, test-time augmentation",
+                "test_accuracy_augmented",
+                ".2%",
+            ),
+            row("seconds, training and evaluation", "seconds", ".3f"),
+            f"{'images/s':<38}{summary['images_per_second']:>10,.0f}",
+            f"{summary['devices']} x {summary['device_kind']}, "
+            + ", ".join(f"{name} {of}" for name, of in versions.items()),
+            *(() if summary["on_accelerator"] else (NO_TIMES,)),
+        )
+    )
+
+
+def _headline(config: ConfigDict, prepared: Prepared) -> str:
+    recipe, dataset = prepared.recipe, prepared.dataset
+    mesh = prepared.place.mesh
+    widths = "/".join(map(str, config.widths))
+    return (
+        f"FastNet {widths}, {config.layers} layers a group, {config.dtype}, on "
+        f"{config.dataset}: {len(dataset.train.labels)} training and "
+        f"{len(dataset.test.labels)} test images, batch {config.batch_size}, "
+        f"{config.epochs:g} epochs ({recipe.steps} steps), {config.optimizer}, "
+        f"norm {config.norm}, on {mesh.size} {mesh.devices.flat[0].device_kind}"
+    )
+
+
+def _line(each: Run, recipe: Recipe) -> str:
+    speed = recipe.steps * recipe.batch_size / each.seconds
+    return (
+        f"seed {each.seed}  test accuracy {each.accuracy:.2%}, augmented "
+        f"{each.augmented:.2%}  train loss {each.loss:.4f}  "
+        f"{each.seconds:.3f} s  {speed:,.0f} images/s"
+    )

@@ -1,0 +1,238 @@
+"""The state of a fast run, one step of training, and one of evaluation.
+
+Where a recipe has an axis they run under `shard_map` over it: every device
+holds all images and takes its share of a batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from train.augment import to_float
+from train.data import Split
+from train.fast import augment
+from train.fast.network import FROZEN
+from train.fast.optimizer import lookahead
+from train.fast.recipe import Recipe
+from train.fast.whitening import whitening_kernel
+
+# Offsets of the views that a test image is shown in, and how much each counts.
+VIEWS = (((0, 0), 0.5), ((-1, -1), 0.25), ((1, 1), 0.25))
+
+
+class State(NamedTuple):
+    """All that changes from step to step, the same on every device."""
+
+    step: jax.Array  # () batches taken
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    slow: Any  # (params, batch_stats) of lookahead
+    frozen: Any  # the first layer's filters, which stay
+
+
+class Plan(NamedTuple):
+    """An epoch: what is in its batches and what happens to it.
+
+    Fields are (steps, B, ...), or (B, ...) for one batch.
+    """
+
+    index: jax.Array  # int32, places in the training split
+    augmentation: augment.Augmentation
+
+
+class Correct(NamedTuple):
+    """How many images were classified rightly."""
+
+    plain: jax.Array  # () from the image as it is
+    views: jax.Array  # () from the mean over its views
+
+
+def init_state(recipe: Recipe, train: Split, seed: jax.Array) -> State:
+    """Returns the state at step 0, the first layer computed from the data."""
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    images = pixels(recipe, train.images[: recipe.whitening_images])
+    model = recipe.model
+    variables = model.init(key, images[:1], train=False)
+    kernel = whitening_kernel(images, epsilon=recipe.whitening_epsilon)
+    params = variables["params"]
+    batch_stats = variables.get("batch_stats", {})
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=recipe.optimizer.init(params),
+        slow=(params, batch_stats),
+        frozen={"whitening": {"kernel": kernel}},
+    )
+
+
+def pixels(recipe: Recipe, images: jax.Array) -> jax.Array:
+    """Returns uint8 images as the network takes them, float32."""
+    mean, std = jnp.array(recipe.pixel_mean), jnp.array(recipe.pixel_std)
+    return to_float(images, mean, std)
+
+
+def plan(recipe: Recipe, train: Split, seed: jax.Array, epoch: Any) -> Plan:
+    """Returns all full batches of an epoch, a function of seed and epoch."""
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    for_order, for_augmentation = jax.random.split(key)
+    examples = len(train.labels)
+    steps, size = recipe.steps_per_epoch, recipe.batch_size
+    order = jax.random.permutation(
+        jax.random.fold_in(for_order, epoch), examples
+    )
+    index = order[: steps * size].astype(jnp.int32)
+    height, width = train.images.shape[1:3]
+    augmentation = augment.draw(
+        for_augmentation,
+        index,
+        epoch,
+        flip=recipe.flip,
+        translate=recipe.translate,
+        last_corner=(height - recipe.cutout, width - recipe.cutout),
+    )
+    whole = Plan(index, augmentation)
+    return jax.tree.map(lambda a: a.reshape(steps, size, *a.shape[1:]), whole)
+
+
+def shown(recipe: Recipe, train: Split, batch: Plan) -> jax.Array:
+    """Returns the images (B, H, W, C) that the network sees in training."""
+    flip, offset, corner = batch.augmentation
+    images = augment.view(train.images, batch.index, flip, offset)
+    return augment.blank(pixels(recipe, images), corner, recipe.cutout)
+
+
+def train_step(
+    recipe: Recipe, state: State, train: Split, batch: Plan, *, train_bias: bool
+) -> tuple[State, jax.Array]:
+    """Takes a step; returns the new state and the mean loss in nats.
+
+    Args:
+      recipe: what a step does.
+      state: before it.
+      train: all training images.
+      batch: of all devices together.
+      train_bias: whether the whitening's bias learns still. False saves the
+        derivative by the first group's input.
+    """
+    batch = jax.tree.map(functools.partial(_share, recipe), batch)
+    labels = jax.nn.one_hot(train.labels[batch.index], recipe.model.num_classes)
+    targets = optax.smooth_labels(labels, recipe.label_smoothing)
+
+    def loss(params: Any) -> tuple[jax.Array, Any]:
+        logits, updates = recipe.model.apply(
+            _variables(state._replace(params=params)),
+            shown(recipe, train, batch),
+            train=True,
+            train_bias=train_bias,
+            mutable=["batch_stats"],
+        )
+        # The sum: a mean over the batch would be small for float16.
+        total = optax.softmax_cross_entropy(logits, targets).sum()
+        return _over_devices(recipe, total), updates.get("batch_stats", {})
+
+    (total, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(
+        state.params
+    )
+    updates, opt_state = recipe.optimizer.update(
+        grads, state.opt_state, state.params
+    )
+    step = state.step + 1
+    (params, batch_stats), slow = lookahead(
+        (optax.apply_updates(state.params, updates), batch_stats),
+        state.slow,
+        step,
+        steps=recipe.steps,
+        every=recipe.lookahead_every,
+        decay=recipe.lookahead_decay,
+    )
+    new = State(step, params, batch_stats, opt_state, slow, state.frozen)
+    return new, total / recipe.batch_size
+
+
+def test_step(
+    recipe: Recipe, state: State, test: Split, start: jax.Array
+) -> Correct:
+    """Classifies test_batch_size images from start on, on all devices.
+
+    The last batch is filled up with images that count nothing.
+    """
+    devices = 1 if recipe.axis is None else jax.lax.axis_size(recipe.axis)
+    size = padded(recipe.test_batch_size, devices)
+    place = _share(recipe, jnp.arange(size))
+    index = start + place
+    counts = (place < recipe.test_batch_size) & (index < len(test.labels))
+    index = jnp.minimum(index, len(test.labels) - 1)
+    logits = view_logits(recipe, state, test.images, index)
+    labels = test.labels[index]
+
+    def right(logits: jax.Array) -> jax.Array:
+        hit = (logits.argmax(-1) == labels) & counts
+        return _over_devices(recipe, hit.sum(dtype=jnp.int32))
+
+    flips = logits.shape[1]
+    weights = jnp.array([weight for _, weight in VIEWS]) / flips
+    mean = jnp.einsum("vfbk,v->bk", logits, weights)
+    return Correct(right(logits[0, 0]), right(mean))
+
+
+test_step.__test__ = False  # for pytest, where it is imported by name
+
+
+def view_logits(
+    recipe: Recipe, state: State, images: jax.Array, index: jax.Array
+) -> jax.Array:
+    """Returns the logits of every view, (3, 2, B, classes).
+
+    Axis 0 is VIEWS, axis 1 the image and its mirror image, which is left out
+    where training mirrors nothing. One call of the network.
+    """
+    flips = (False,) if recipe.flip == "none" else (False, True)
+    size = len(index)
+    views = [
+        augment.view(
+            images,
+            index,
+            jnp.full(size, flip),
+            jnp.broadcast_to(jnp.array(offset), (size, 2)),
+        )
+        for offset, _ in VIEWS
+        for flip in flips
+    ]
+    logits = recipe.model.apply(
+        _variables(state), pixels(recipe, jnp.concatenate(views)), train=False
+    )
+    return logits.reshape(len(VIEWS), len(flips), size, -1)
+
+
+def padded(size: int, devices: int) -> int:
+    """Returns the next size that the devices divide."""
+    return -(-size // devices) * devices
+
+
+def _variables(state: State) -> dict[str, Any]:
+    return {
+        "params": state.params,
+        "batch_stats": state.batch_stats,
+        FROZEN: state.frozen,
+    }
+
+
+def _share(recipe: Recipe, rows: jax.Array) -> jax.Array:
+    """Returns this device's part of axis 0."""
+    if recipe.axis is None:
+        return rows
+    devices = jax.lax.axis_size(recipe.axis)
+    parts = rows.reshape(devices, -1, *rows.shape[1:])
+    return parts[jax.lax.axis_index(recipe.axis)]
+
+
+def _over_devices(recipe: Recipe, part: jax.Array) -> jax.Array:
+    """Returns the sum of what each device has."""
+    return part if recipe.axis is None else jax.lax.psum(part, recipe.axis)
