@@ -2,7 +2,7 @@
 
 python -m train
 
-98.3 to 99.4% on the 360 test images (seeds 0 to 3) in about 20 s on two CPU
+98.1 to 98.6% on the 360 test images (seeds 0 to 3) in about 20 s on two CPU
 cores.
 """
 
