@@ -6,11 +6,14 @@ import tempfile
 # With fewer threads than twice the devices, collectives can wait for ever.
 os.environ.setdefault("NPROC", "16")
 
+# A program that several tests compile is compiled once, in whatever process
+# they run: those that pytest starts for a part of the tests, and the tests
+# themselves, inherit it. It goes with the process that came first.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="jaxbn-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+
 import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-
-# A program that several tests compile is compiled once.
-_compiled = tempfile.TemporaryDirectory(prefix="jaxbn-compiled-")
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
