@@ -216,7 +216,7 @@ def test_steps_are_the_same_on_any_number_of_devices(images, monkeypatch):
         return losses, state
 
     want = run(1)
-    for devices in (2, 4, 8):
+    for devices in (4, 8):
         chex.assert_trees_all_close(run(devices), want, rtol=1e-4, atol=2e-6)
     start = init_state(recipe, (8, 8, 1), mesh_of(1))
     same = jax.tree.map(
