@@ -236,6 +236,15 @@ class ExactnessTest(parameterized.TestCase):
         chex.assert_tree_all_finite((out, grads))
         assert out[1].count == 0
 
+    def test_standardize_takes_the_last_axis_and_has_no_affine(self):
+        x, _, _, keep, _ = problem()
+        x = jnp.stack([x, 2 * x + 1])
+        keep = jnp.stack([keep, keep])
+        got = jaxbn.standardize(x, where=keep)
+        want = jaxbn.batch_norm(x, where=keep)
+        assert got[1].mean.shape == (CHANNELS,)
+        chex.assert_trees_all_equal(got, want)
+
     def test_masked_values_change_nothing(self):
         x, scale, bias, keep, cotangent = problem()
         cotangent = cotangent * keep

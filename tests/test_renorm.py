@@ -213,6 +213,11 @@ def test_limits_are_those_of_the_paper(step, want):
     np.testing.assert_allclose(traced, want, rtol=1e-6)
 
 
+def test_limits_may_open_in_one_step():
+    got = jaxbn.renorm_limits(6, start=5, r_end=6, d_end=7)
+    np.testing.assert_allclose(got, (3, 2.5), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

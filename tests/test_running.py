@@ -26,8 +26,9 @@ def test_one_and_ten_steps_match_the_recurrence():
         chex.assert_trees_all_close(got, RunningStats(mean, var), rtol=1e-5)
 
 
-def test_ddof_stores_the_unbiased_variance():
-    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+@pytest.mark.parametrize("count", (2, 5))
+def test_ddof_stores_the_unbiased_variance(count):
+    x = np.random.default_rng(0).normal(size=(count, 3)).astype(np.float32)
     got = jaxbn.update_running(
         jaxbn.init_running(3), jaxbn.moments(x), decay=0.0, ddof=1
     )
