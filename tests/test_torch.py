@@ -240,6 +240,7 @@ def test_all_that_does_not_fit_is_listed():
         "e: it has no running statistics; take batch_norm_untracked",
         "missing: params/x/bias [2]",
         "unexpected: params/d/scale [3]",
+        "Where only names differ, say which is which in rename.",
     ):
         assert line in str(caught.value), line
     del kinds["b"], kinds["z"]

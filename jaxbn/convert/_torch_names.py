@@ -127,9 +127,11 @@ def compare(
                 f"shape: {spell(key)} is {list(found[key].shape)}, and in like "
                 f"{list(shape)}"
             )
-    for key, a in found.items():
-        if key not in wanted:
-            wrong.append(f"unexpected: {spell(key)} {list(a.shape)}")
+    extra = [key for key in found if key not in wanted]
+    for key in extra:
+        wrong.append(f"unexpected: {spell(key)} {list(found[key].shape)}")
+    if extra and wanted.keys() - found.keys():
+        wrong.append("Where only names differ, say which is which in rename.")
 
 
 def raise_all(wrong: list[str]) -> None:
