@@ -832,5 +832,9 @@ def test_closed_over_under_check_vma():
         in_specs=(P(), P("data")),
         out_specs=P(),
     )
-    with pytest.raises(ValueError, match="pass them as arguments"):
-        jit(mapped)(1.0, jnp.ones(8))
+    try:
+        got = jit(mapped)(1.0, jnp.ones(8))
+    except ValueError as error:
+        assert "pass them as arguments" in str(error)
+    else:  # jax 0.12 can
+        assert got == 16

@@ -245,6 +245,21 @@ class ExactnessTest(parameterized.TestCase):
         assert got[1].mean.shape == (CHANNELS,)
         chex.assert_trees_all_equal(got, want)
 
+    def test_what_is_constant_has_no_negative_variance(self):
+        """Roundings of a difference of squares could leave one."""
+        rng = np.random.default_rng(0)
+        scale = 10.0 ** rng.integers(-6, 7, 2048)
+        value = (scale * rng.normal(size=2048)).astype(np.float32)
+        x = np.broadcast_to(value, (7, 9, 2048))
+        keep = rng.random((7, 9, 1)) < 0.5
+
+        def over_devices(x, keep):
+            local = jaxbn.moments(x, where=keep)
+            return jaxbn.sync(local, axis_name="i").m2
+
+        m2 = jax.jit(jax.vmap(over_devices, axis_name="i"))(x, keep)
+        assert m2.min() >= 0
+
     def test_masked_values_change_nothing(self):
         x, scale, bias, keep, cotangent = problem()
         cotangent = cotangent * keep

@@ -15,12 +15,12 @@ Evaluate = Callable[..., list[Any]]
 def _scan(
     evaluate: Evaluate, params: dict[str, Any], *inputs: Any
 ) -> list[Any]:
-    first = params["num_consts"]
-    last = first + params["num_carry"]
+    first, carried = _scan_lengths(params)
+    last = first + carried
 
     def step(carry: Sequence[Any], x: Sequence[Any]) -> Any:
         out = evaluate(params["jaxpr"], *inputs[:first], *carry, *x)
-        return out[: last - first], out[last - first :]
+        return out[:carried], out[carried:]
 
     carry, out = jax.lax.scan(
         step,
@@ -31,6 +31,15 @@ def _scan(
         unroll=params["unroll"],
     )
     return [*carry, *out]
+
+
+def _scan_lengths(params: dict[str, Any]) -> tuple[int, int]:
+    """How many inputs are the same in every step, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # jax 0.12 keeps trees in their place.
+    constants, carry, _ = params["ft_in"].unpack()
+    return len(constants), len(carry)
 
 
 def _while(
