@@ -91,7 +91,8 @@ def main(config: ConfigDict) -> None:
 
 # How collectives fail where a process at the other end is gone.
 _LOST = re.compile(
-    "closed by peer|reset by peer|coordination service|heartbeat"
+    "closed by peer|reset by peer|[Bb]roken pipe|gloo/transport|"
+    "coordination service|heartbeat"
 )
 
 
