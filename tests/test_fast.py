@@ -3,11 +3,8 @@
 import functools
 import json
 import math
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +17,7 @@ from scipy.special import erf
 
 from configs import cifar10_94, cifar10_96, digits
 from jaxbn.linen import BatchNorm
+from tests.test_cli import run as run_command
 from train import UserError, data
 from train.fast import augment, optimizer, programs, step
 from train.fast.network import identity_kernel
@@ -780,17 +778,6 @@ def test_digits_are_enlarged():
     )
 
 
-def command(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "train.fast", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -808,7 +795,7 @@ def command(*arguments):
     ],
 )
 def test_bad_command_line_is_one_clear_line(arguments, message):
-    done = command(*arguments)
+    done = run_command(*arguments, module="train.fast")
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"train.fast: {message}")

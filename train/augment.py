@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,8 +52,10 @@ def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
-def to_float(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """Returns (images - mean) / std in float32.
+def to_float(
+    images: jax.Array, mean: Sequence[float], std: Sequence[float]
+) -> jax.Array:
+    """Returns (images - mean) / std in float32, as networks see them.
 
     Args:
       images: (B, H, W, C) uint8.
@@ -61,7 +65,7 @@ def to_float(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
     Returns:
       (B, H, W, C) float32.
     """
-    return (images.astype(jnp.float32) - mean) / std
+    return (images.astype(jnp.float32) - jnp.array(mean)) / jnp.array(std)
 
 
 def crop_and_flip(

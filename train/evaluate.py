@@ -22,11 +22,12 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from train import UserError, data
+from train.augment import to_float
 from train.averaged import precise_statistics
 from train.files import write_json
 from train.prepared import Prepared
 from train.saved import Saved, load, use_devices
-from train.step import Recipe, inputs
+from train.step import Recipe
 
 _BATCH = 1000  # examples at a time
 
@@ -147,7 +148,7 @@ def _step(
 ) -> Counts:
     logits = recipe.model.apply(
         {"params": params, "batch_stats": batch_stats},
-        inputs(recipe, batch),
+        to_float(batch.images, recipe.pixel_mean, recipe.pixel_std),
         train=False,
     )
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)

@@ -68,15 +68,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
                 report.say,
             ) as trace,
         ):
-            report.say(
-                headline(
-                    config,
-                    prepared,
-                    state.params,
-                    epoch=progress.epoch,
-                    batch=progress.batch,
-                )
-            )
+            report.say(headline(config, prepared, state.params, progress))
             loop = _Loop(
                 config,
                 prepared,

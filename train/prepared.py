@@ -8,8 +8,13 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from train import UserError, data, topology
-from train.recipe import check, make_recipe, make_schedule
+from train import data, topology
+from train.recipe import (
+    check,
+    make_recipe,
+    make_schedule,
+    steps_per_epoch,
+)
 from train.step import Recipe
 from train.topology import Topology
 
@@ -39,13 +44,7 @@ def prepare(config: ConfigDict) -> Prepared:
         test_split=config.test_split,
         lazy=jax.process_count() > 1,
     )
-    steps = len(dataset.train.labels) // config.batch_size
-    if not steps:
-        raise UserError(
-            f"batch_size={config.batch_size} is more than the "
-            f"{len(dataset.train.labels)} examples of {config.dataset} "
-            f"{config.train_split!r}."
-        )
+    steps = steps_per_epoch(config, dataset)
     schedule = make_schedule(config, steps)
     recipe = make_recipe(config, dataset, schedule, place)
     return Prepared(place, dataset, steps, schedule, recipe)

@@ -57,6 +57,22 @@ def one_of(key: str, value: str, known: Any) -> None:
         )
 
 
+def steps_per_epoch(config: ConfigDict, dataset: data.Dataset) -> int:
+    """Returns how many full batches the training split has.
+
+    Raises:
+      UserError: not one.
+    """
+    examples = len(dataset.train.labels)
+    steps = examples // config.batch_size
+    if not steps:
+        raise UserError(
+            f"batch_size={config.batch_size} is more than the {examples} "
+            f"examples of {config.dataset} {config.train_split!r}."
+        )
+    return steps
+
+
 def _step_schedule(config: ConfigDict, _: int) -> optax.Schedule:
     return optax.piecewise_constant_schedule(
         config.learning_rate,

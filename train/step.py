@@ -163,7 +163,7 @@ def augmented(recipe: Recipe, batch: Batch, epoch: jax.Array) -> jax.Array:
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), epoch)
     return crop_and_flip(
-        inputs(recipe, batch),
+        to_float(batch.images, recipe.pixel_mean, recipe.pixel_std),
         example_keys(key, batch.index),
         padding=recipe.padding,
         flip=recipe.flip,
@@ -258,16 +258,10 @@ def _test_step(
 ) -> Sums:
     logits = recipe.model.apply(
         {"params": params, "batch_stats": batch_stats},
-        inputs(recipe, batch),
+        to_float(batch.images, recipe.pixel_mean, recipe.pixel_std),
         train=False,
     )
     return _sums(logits, batch, axes, 0.0)
-
-
-def inputs(recipe: Recipe, batch: Batch) -> jax.Array:
-    """Returns the images (B, H, W, C) as the network sees them in inference."""
-    mean, std = jnp.array(recipe.pixel_mean), jnp.array(recipe.pixel_std)
-    return to_float(batch.images, mean, std)
 
 
 def _sums(

@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from train import networks
+from train.checkpoint import Progress
 from train.norms import examples_together
 from train.prepared import Prepared
 from train.report import Report
@@ -45,9 +46,7 @@ def headline(
     config: ConfigDict,
     prepared: Prepared,
     params: Any,
-    *,
-    epoch: int,
-    batch: int,
+    progress: Progress,
 ) -> str:
     """Returns what the run is, in a line.
 
@@ -55,8 +54,7 @@ def headline(
       config: of the run.
       prepared: of the run.
       params: of the network.
-      epoch: finished epochs.
-      batch: finished batches of the next one.
+      progress: where it goes on.
     """
     place, dataset = prepared.place, prepared.dataset
     device = place.mesh.devices.flat[0]
@@ -64,10 +62,10 @@ def headline(
     processes = jax.process_count()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     goes_on = ""
-    if batch:
-        goes_on = f", going on in epoch {epoch + 1}"
-    elif epoch:
-        goes_on = f", going on after epoch {epoch}"
+    if progress.batch:
+        goes_on = f", going on in epoch {progress.epoch + 1}"
+    elif progress.epoch:
+        goes_on = f", going on after epoch {progress.epoch}"
     return (
         f"{networks.title(config)} ({parameters:,} parameters) on "
         f"{config.dataset}: {len(dataset.train.labels)} training and "
@@ -76,6 +74,13 @@ def headline(
         f"{f', {processes} processes' if processes > 1 else ''}), "
         f"norm {config.norm}, {examples_together(config, place)}{goes_on}"
     )
+
+
+def versions() -> dict[str, str]:
+    """Returns those of Python and of the packages that decide about a run."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
 
 
 def summarize(
@@ -96,7 +101,6 @@ def summarize(
     mesh = prepared.place.mesh
     # The first epoch holds the compilation.
     speeds = [record["images_per_second"] for record in records]
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
@@ -105,10 +109,7 @@ def summarize(
         "devices": mesh.size,
         "processes": jax.process_count(),
         "device_kind": mesh.devices.flat[0].device_kind,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in names},
-        },
+        "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
         "images_per_second": statistics.median(speeds[1:] or speeds),
         "time": {k: round(v, 4) for k, v in timeline.shares().items()},

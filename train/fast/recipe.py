@@ -21,7 +21,7 @@ from train.fast.augment import FLIPS
 from train.fast.network import FastNet
 from train.fast.optimizer import make_optimizer
 from train.norms import norm_of
-from train.recipe import one_of
+from train.recipe import one_of, steps_per_epoch
 from train.topology import Topology
 
 SMALLEST = 16  # pixels, that are left one by three halvings
@@ -138,14 +138,9 @@ def make_recipe(
       UserError: a batch is larger than the training split.
     """
     examples = len(dataset.train.labels)
-    steps_per_epoch = examples // config.batch_size
-    if not steps_per_epoch:
-        raise UserError(
-            f"batch_size={config.batch_size} is more than the {examples} "
-            f"examples of {config.dataset} {config.train_split!r}."
-        )
+    epoch = steps_per_epoch(config, dataset)
     # 9.9 x 48 is more than it should be, by rounding.
-    steps = math.ceil(round(config.epochs * steps_per_epoch, 6))
+    steps = math.ceil(round(config.epochs * epoch, 6))
     bias_epochs = int(config.whitening_bias_epochs)
     mean, std = pixel_statistics(pixel_counts(dataset.train.images))
     return Recipe(
@@ -159,7 +154,7 @@ def make_recipe(
             dtype=jnp.dtype(config.dtype),
         ),
         optimizer=make_optimizer(
-            config, steps=steps, bias_steps=bias_epochs * steps_per_epoch
+            config, steps=steps, bias_steps=bias_epochs * epoch
         ),
         pixel_mean=mean,
         pixel_std=std,
@@ -173,7 +168,7 @@ def make_recipe(
         lookahead_decay=config.lookahead_decay,
         batch_size=config.batch_size,
         test_batch_size=min(config.test_batch_size, len(dataset.test.labels)),
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=epoch,
         steps=steps,
         bias_epochs=bias_epochs,
         axis="data" if config.devices > 1 else None,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -19,6 +17,7 @@ from train.fast.programs import Programs, compile_programs, epochs
 from train.fast.recipe import Prepared, Recipe, prepare
 from train.files import write_json
 from train.report import open_workdir
+from train.told import versions
 
 NO_TIMES = (
     "This is a CPU: the accuracies count, the times and images/s mean nothing."
@@ -125,7 +124,6 @@ def summarize(
         )
         summary[f"{name}_of_seeds"] = values
     trained = recipe.steps * recipe.batch_size
-    names = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
         **summary,
         "images_per_second": trained / summary["seconds"],
@@ -138,10 +136,7 @@ def summarize(
         "devices": mesh.size,
         "device_kind": device.device_kind,
         "platform_version": device.client.platform_version,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in names},
-        },
+        "versions": versions(),
     }
 
 

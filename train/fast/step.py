@@ -56,7 +56,11 @@ class Correct(NamedTuple):
 def init_state(recipe: Recipe, train: Split, seed: jax.Array) -> State:
     """Returns the state at step 0, the first layer computed from the data."""
     key = jax.random.fold_in(jax.random.key(seed), 0)
-    images = pixels(recipe, train.images[: recipe.whitening_images])
+    images = to_float(
+        train.images[: recipe.whitening_images],
+        recipe.pixel_mean,
+        recipe.pixel_std,
+    )
     model = recipe.model
     variables = model.init(key, images[:1], train=False)
     kernel = whitening_kernel(images, epsilon=recipe.whitening_epsilon)
@@ -70,12 +74,6 @@ def init_state(recipe: Recipe, train: Split, seed: jax.Array) -> State:
         slow=(params, batch_stats),
         frozen={"whitening": {"kernel": kernel}},
     )
-
-
-def pixels(recipe: Recipe, images: jax.Array) -> jax.Array:
-    """Returns uint8 images as the network takes them, float32."""
-    mean, std = jnp.array(recipe.pixel_mean), jnp.array(recipe.pixel_std)
-    return to_float(images, mean, std)
 
 
 def plan(recipe: Recipe, train: Split, seed: jax.Array, epoch: Any) -> Plan:
@@ -105,7 +103,8 @@ def shown(recipe: Recipe, train: Split, batch: Plan) -> jax.Array:
     """Returns the images (B, H, W, C) that the network sees in training."""
     flip, offset, corner = batch.augmentation
     images = augment.view(train.images, batch.index, flip, offset)
-    return augment.blank(pixels(recipe, images), corner, recipe.cutout)
+    images = to_float(images, recipe.pixel_mean, recipe.pixel_std)
+    return augment.blank(images, corner, recipe.cutout)
 
 
 def train_step(
@@ -205,9 +204,10 @@ def view_logits(
         for offset, _ in VIEWS
         for flip in flips
     ]
-    logits = recipe.model.apply(
-        _variables(state), pixels(recipe, jnp.concatenate(views)), train=False
+    images = to_float(
+        jnp.concatenate(views), recipe.pixel_mean, recipe.pixel_std
     )
+    logits = recipe.model.apply(_variables(state), images, train=False)
     return logits.reshape(len(VIEWS), len(flips), size, -1)
 
 
