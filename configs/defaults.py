@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.depth = 20  # 6n + 2
     config.width = 16  # channels of the first stage
     config.widen = 1  # times width, for model="wide"
-    # jaxbn, flax, none, or a variant: renorm, ghost, debiased, pivot.
+    # jaxbn, flax, none, or a variant: renorm, ghost, debiased.
     config.norm = "jaxbn"
     config.norm_axes = "all"  # that are synchronized; an axis, or none
     config.norm_momentum = 0.9  # weight of the old running statistics
@@ -33,7 +33,6 @@ def get_config() -> ConfigDict:
     config.norm_options = ConfigDict()  # fields of jaxbn.linen.BatchNorm
     config.norm_options.normalize_over = placeholder(int)
     config.norm_options.debias = placeholder(bool)
-    config.norm_options.pivot = placeholder(bool)
     config.norm_options.ddof = placeholder(int)
     config.norm_options.frozen = placeholder(bool)
     config.norm_options.train_affine = placeholder(bool)

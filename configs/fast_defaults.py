@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.logit_scale = 1 / 9  # that the last layer's output is multiplied by
     # Deviation of the last layer's weights; unset: uniform, PyTorch's default.
     config.head_std = placeholder(float)
-    # jaxbn, flax, none, or a variant: renorm, ghost, debiased, pivot.
+    # jaxbn, flax, none, or a variant: renorm, ghost, debiased.
     config.norm = "jaxbn"
     config.norm_axes = "all"
     config.norm_momentum = 0.6  # weight of the old running statistics

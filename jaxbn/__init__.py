@@ -5,7 +5,7 @@ This is the functional core, which needs no flax. Modules: `jaxbn.linen` and
 """
 
 from jaxbn._inference import normalize, normalize_weighted
-from jaxbn._moments import Moments, merge, moments
+from jaxbn._moments import Moments, merge, moments, sync
 from jaxbn._normalize import (
     batch_norm,
     batch_renorm,
@@ -22,7 +22,6 @@ from jaxbn._running import (
 )
 from jaxbn._scope import Scope
 from jaxbn._shuffle import shuffle, unshuffle
-from jaxbn._sync import sync
 
 __all__ = [
     "Moments",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxbn._compat import axes_in_scope
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 Axes = int | Sequence[int]
@@ -155,12 +156,8 @@ def bound_axes(axis_name: AxisName) -> tuple[Hashable, ...]:
     """
     if axis_name is None:
         return ()
-    # Here, because it takes as long to import as all of the core together.
-    import jax.extend.core
-
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    core: Any = jax.extend.core  # its types leave this function out
-    in_scope = core.unsafe_get_axis_names_DO_NOT_USE()
+    in_scope = axes_in_scope()
     missing = [name for name in names if name not in in_scope]
     if missing and in_scope:
         raise ValueError(

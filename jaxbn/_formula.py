@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,32 +11,33 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxbn._collectives import Devices, all_sum, vary_like
 from jaxbn._moments import (
-    Layout,
-    Local,
+    Centered,
     Moments,
-    apart,
-    local_moments,
-    merge_stacked,
+    batch_moments,
+    hide_from_cse,
+    inner,
+    mean_and_m2,
+    merge_parts,
+    nonzero,
     widen,
 )
-from jaxbn._scope import Groups
-from jaxbn._sync import all_sum, sync_local, vary_like
+from jaxbn._reduction import Reduction
 from jaxbn.remat import INPUT, STATISTICS
 
 
-class Plan(NamedTuple):
-    """What is fixed while tracing."""
+class Spec(NamedTuple):
+    """What is static while tracing."""
 
-    layout: Layout
-    names: tuple[Hashable, ...]  # mapped axes to reduce over
-    groups: Groups
+    reduction: Reduction  # of x on a device
+    devices: Devices  # that share statistics
     epsilon: float
-    dtype: jnp.dtype
+    dtype: jnp.dtype  # of y
 
 
 class Renorm(NamedTuple):
-    """Running statistics that batch renormalization leans on, and how far."""
+    """Running statistics that batch renormalization corrects towards."""
 
     mean: jax.Array  # (C,) or (K, C)
     var: jax.Array  # (C,) or (K, C)
@@ -45,17 +45,23 @@ class Renorm(NamedTuple):
     d_max: jax.Array  # ()
 
 
+class Constants(NamedTuple):
+    """Arrays that receive no derivative."""
+
+    where: jax.Array | None
+    ids: jax.Array | None
+    shift: jax.Array | None
+    renorm: Renorm | None
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def run(
-    plan: Plan,
-    names: tuple[Hashable, ...],
+def train(
+    spec: Spec,
+    everyone: Devices,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    where: jax.Array | None,
-    ids: jax.Array | None,
-    pivot: jax.Array | None,
-    renorm: Renorm | None,
+    constants: Constants,
 ) -> tuple[jax.Array, Moments]:
     """`batch_norm` and `batch_renorm` behind their checks.
 
@@ -63,73 +69,150 @@ def run(
     JAX derives from it.
     """
     x = checkpoint_name(x, INPUT)
-    y, shared = _batch_norm(plan, x, scale, bias, where, ids, pivot, renorm)
-    return y, _of_all(plan, shared, names, pivot).moments
+    y, stats = _batch_norm(spec, x, scale, bias, constants)
+    return y, _of_all_examples(spec, stats, everyone, constants.shift)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _batch_norm(
-    plan: Plan,
+    spec: Spec,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    where: jax.Array | None,
-    ids: jax.Array | None,
-    pivot: jax.Array | None,
-    renorm: Renorm | None,
-) -> tuple[jax.Array, Local]:
-    """Returns y and the moments that made it, a row for each scope."""
-    local = local_moments(x, where, ids, plan.layout)
-    largest = plan.layout.values
-    shared = sync_local(local, plan.names, plan.groups, pivot, largest)
-    y = _apply(plan, shared, x, scale, bias, where, ids, renorm)
-    return y, shared
+    constants: Constants,
+) -> tuple[jax.Array, Centered]:
+    """Returns y and the statistics it was normalized with, in rows."""
+    where, ids, shift, _ = constants
+    stats = batch_moments(
+        x,
+        in_rows(spec, shift),
+        where,
+        ids,
+        reduction=spec.reduction,
+        devices=spec.devices,
+        epsilon=spec.epsilon,
+    )
+    if _is_narrow(x):
+        stats = stats._replace(
+            shift=jnp.zeros_like(stats.shift), offset=stats.mean
+        )
+    return _normalize(spec, x, scale, bias, stats, constants), stats
 
 
-def _apply(
-    plan: Plan,
-    shared: Local,
+def _normalize(
+    spec: Spec,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    where: jax.Array | None,
-    ids: jax.Array | None,
-    renorm: Renorm | None,
+    stats: Centered,
+    constants: Constants,
 ) -> jax.Array:
-    """Returns y, without a reduction."""
-    inv = jax.lax.rsqrt(shared.moments.var + plan.epsilon)
-    centred = _centre(plan, x, apart(shared), where, ids)
-    scale, bias = in_rows(plan, scale), in_rows(plan, bias)
+    """Returns y, elementwise in x; a masked NaN or inf is read as the mean."""
+    where, ids, _, renorm = constants
+    scale, bias = in_rows(spec, scale), in_rows(spec, bias)
     if renorm is not None:
-        r, d = _correction(plan, shared, renorm)
-        bias = _times(d, scale) + (0 if bias is None else bias)
-        scale = _times(r, scale)
-    return affine(plan, centred, inv, scale, bias, ids)
+        r, d = _correction(spec, stats, renorm)
+        bias = times(d, scale) + (0 if bias is None else bias)
+        scale = times(r, scale)
+    slope = times(jax.lax.rsqrt(stats.var + spec.epsilon), scale)
+    level = -stats.offset * slope
+    if bias is not None:
+        level = level + bias
+    shifted = _shifted(spec, x, hide_from_cse(stats.shift), ids)
+    if where is not None:
+        mean = spec.reduction.broadcast(stats.offset, ids)
+        shifted = jnp.where(where | jnp.isfinite(x), shifted, mean)
+    return affine(spec, shifted, slope, level, ids)
 
 
 @functools.partial(_batch_norm.defjvp, symbolic_zeros=True)
 def _batch_norm_jvp(
-    plan: Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    spec: Spec, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    x, scale, bias, where, ids, _, renorm = primals
+    x, scale, bias, constants = primals
     # The statistics come from the function itself, so that a derivative of
-    # this rule goes through them too. As constants they bend Hessians.
-    _, shared = _batch_norm(plan, *primals)
+    # this rule goes through them too. As constants they make Hessians wrong.
+    _, stats = _batch_norm(spec, *primals)
     # A policy for recomputation keeps them, and y follows without another
     # reduction over devices; of the function above it would cost one.
-    shared = checkpoint_name(shared, STATISTICS)
-    y = _apply(plan, shared, x, scale, bias, where, ids, renorm)
-    moving = [
+    stats = checkpoint_name(stats, STATISTICS)
+    y = _normalize(spec, x, scale, bias, stats, constants)
+    dx, dscale, dbias = (
         None if t is None or isinstance(t, SymbolicZero) else t
         for t in tangents[:3]
-    ]
+    )
     # Recomputed in the backward pass from x and one value a feature: the
-    # standardized float32 array is never a residual.
-    linear = jax.checkpoint(functools.partial(_tangent, plan))
-    dy, dmean, dm2 = linear(x, shared, scale, where, ids, renorm, moving)
+    # standardized float32 array is never a residual. No barrier around x and
+    # the cotangent: their sums fuse into the convolution that makes it.
+    linear = jax.checkpoint(
+        functools.partial(_tangent, spec), prevent_cse=False
+    )
+    dy, dmean, dm2 = linear(x, stats, scale, constants, dx, dscale, dbias)
     # Of the two parts of the mean, the shift is a constant.
-    still = jnp.zeros_like(shared.count), jnp.zeros_like(shared.shift)
-    return (y, shared), (dy, Local(*still, dmean, dm2))
+    zero = jnp.zeros_like(stats.count), jnp.zeros_like(stats.shift)
+    return (y, stats), (dy, Centered(*zero, dmean, dm2))
+
+
+def _tangent(
+    spec: Spec,
+    x: jax.Array,
+    stats: Centered,
+    scale: jax.Array | None,
+    constants: Constants,
+    dx: jax.Array | None,
+    dscale: jax.Array | None,
+    dbias: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Derivatives of (y, mean, m2), linear in dx, dscale and dbias."""
+    where, ids, _, renorm = constants
+    reduction = spec.reduction
+    if not _is_narrow(x):
+        stats = hide_from_cse(stats)
+
+    def shifted(shift: jax.Array) -> jax.Array:
+        return _readable(x, where, _shifted(spec, x, shift, ids))
+
+    inv = jax.lax.rsqrt(stats.var + spec.epsilon)
+    gain = times(inv, in_rows(spec, scale))
+    dscale, dbias = in_rows(spec, dscale), in_rows(spec, dbias)
+    if renorm is not None:
+        r, d = _correction(spec, stats, renorm)
+        gain = r * gain
+        if dscale is not None:
+            dbias = d * dscale + (0 if dbias is None else dbias)
+            dscale = r * dscale
+    dmean, dm2 = jnp.zeros_like(stats.offset), jnp.zeros_like(stats.m2)
+    # dy = dx * gain + (x - shift) * slope + level: slope and level hold all
+    # that is one value a feature, so that the transpose reduces twice.
+    slope, level = jnp.zeros_like(inv), jnp.zeros_like(stats.offset)
+    if dx is not None:
+        dx = dx.astype(stats.offset.dtype)
+        kept = dx if where is None else jnp.where(where, dx, 0)
+        sums = all_sum(
+            (
+                reduction.sum(kept, ids),
+                reduction.sum(inner(kept, shifted(stats.shift)), ids),
+            ),
+            spec.devices,
+        )
+        dmean, dm2 = mean_and_m2(stats, sums[0], 2 * sums[1])
+        half_dvar = dm2 / (2 * nonzero(stats.count))
+        first, second = vary_like((dmean, half_dvar), x)
+        level = -gain * first
+        slope = -gain * jnp.square(inv) * second
+    if dscale is not None:
+        slope = slope + inv * dscale
+    level = level - stats.offset * slope
+    if dbias is not None and where is None:
+        level = level + dbias
+    dy = shifted(hide_from_cse(stats.shift)) * reduction.broadcast(slope, ids)
+    dy = dy + _readable(x, where, reduction.broadcast(level, ids))
+    if dx is not None:
+        dy = dy + _readable(x, where, dx * reduction.broadcast(gain, ids))
+    if dbias is not None and where is not None:
+        # Bias alone reaches the output of a value that is not read.
+        dy = dy + reduction.broadcast(dbias, ids)
+    return _nan_for_unknown_ids(spec, dy, ids).astype(spec.dtype), dmean, dm2
 
 
 def without_explicit_axes(fn: Any, x: jax.Array) -> Any:
@@ -146,115 +229,56 @@ def without_explicit_axes(fn: Any, x: jax.Array) -> Any:
     )
 
 
-def _tangent(
-    plan: Plan,
-    x: jax.Array,
-    shared: Local,
-    scale: jax.Array | None,
-    where: jax.Array | None,
-    ids: jax.Array | None,
-    renorm: Renorm | None,
-    moving: list[jax.Array | None],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Derivatives of (y, mean, m2), linear in moving = (dx, dscale, dbias)."""
-    dx, dscale, dbias = moving
-    layout = plan.layout
-    inv = jax.lax.rsqrt(shared.moments.var + plan.epsilon)
-    gain = _times(inv, in_rows(plan, scale))
-    dscale, dbias = in_rows(plan, dscale), in_rows(plan, dbias)
-    if renorm is not None:
-        r, d = _correction(plan, shared, renorm)
-        gain = r * gain
-        if dscale is not None:
-            dbias = d * dscale + (0 if dbias is None else dbias)
-            dscale = r * dscale
-    dmean, dm2 = jnp.zeros_like(shared.offset), jnp.zeros_like(shared.m2)
-    # dy = dx * gain + (x - shift) * slope + level: slope and level hold all
-    # that is one value a feature, so that the transpose reduces twice.
-    slope, level = jnp.zeros_like(inv), jnp.zeros_like(shared.offset)
-    if dx is not None:
-        dx = dx.astype(shared.offset.dtype)
-        seen = dx if where is None else jnp.where(where, dx, 0)
-        shifted = _shift(plan, x, apart(shared.shift), where, ids)
-        sums = all_sum(
-            (
-                layout.reduce(seen, ids),
-                layout.reduce(_inner(seen, shifted), ids),
-            ),
-            plan.names,
-            plan.groups,
-        )
-        per_value = 1 / jnp.maximum(shared.count, 1)
-        first = sums[0] * per_value
-        second = sums[1] * per_value - _inner(first, shared.offset)
-        dmean, dm2 = first, 2 * shared.count * second
-        first, second = vary_like((first, second), x)
-        level = -gain * first
-        slope = -gain * jnp.square(inv) * second
-    if dscale is not None:
-        slope = slope + inv * dscale
-    level = level - shared.offset * slope
-    if dbias is not None and where is None:
-        level = level + dbias
-    shifted = _shift(plan, x, shared.shift, where, ids)
-    dy = shifted * layout.spread(slope, ids)
-    dy = dy + _read(x, where, layout.spread(level, ids))
-    if dx is not None:
-        dy = dy + _read(x, where, dx * layout.spread(gain, ids))
-    if dbias is not None and where is not None:
-        # Bias alone reaches the output of a value that is not read.
-        dy = dy + layout.spread(dbias, ids)
-    return _flag_ids(plan, dy, ids).astype(plan.dtype), dmean, dm2
-
-
-def _of_all(
-    plan: Plan,
-    shared: Local,
-    names: tuple[Hashable, ...],
-    pivot: jax.Array | None,
-) -> Local:
-    """Merges the moments of the scopes into those of all examples."""
-    chunks, num_ids = plan.layout.chunks, plan.layout.num_ids
-    if chunks > 1:
-        shared = merge_stacked(
-            Local(*(a.reshape(chunks, -1, *a.shape[1:]) for a in shared))
-        )
-        if num_ids is None:
-            shared = Local(*(a[0] for a in shared))
-            shared = shared._replace(count=shared.count.reshape(()))
-    if plan.groups is None and plan.names == names:
-        return shared
+def _of_all_examples(
+    spec: Spec,
+    stats: Centered,
+    everyone: Devices,
+    shift: jax.Array | None,
+) -> Moments:
+    """Merges the moments of all groups into those of all examples."""
+    chunks, num_ids = spec.reduction.chunks, spec.reduction.num_ids
+    if chunks == 1 and spec.devices == everyone:
+        return stats.moments
+    if num_ids is not None:
+        parts = Centered(*(a.reshape(chunks, -1, *a.shape[1:]) for a in stats))
+    elif chunks > 1:
+        parts = stats
+    else:
+        parts = Centered(*(a[None] for a in stats))
+    if shift is None:
+        shift = jnp.zeros(parts.shift.shape[1:], parts.shift.dtype)
+    shift = jax.lax.stop_gradient(widen(shift))
+    total = merge_parts(parts, shift, devices=everyone).moments
+    count = total.count
+    if num_ids is None and count.size == 1:
+        count = count.reshape(())
     # The members of a group have the same moments, each counted as often.
-    copies = 1 if plan.groups is None else len(plan.groups[0])
-    largest = plan.layout.values * copies
-    total = sync_local(shared, names, None, pivot, largest)
-    return total._replace(count=total.count / copies, m2=total.m2 / copies)
+    copies = spec.devices.size
+    return Moments(count / copies, total.mean, total.m2 / copies)
 
 
-def _centre(
-    plan: Plan,
-    x: jax.Array,
-    shared: Local,
-    where: jax.Array | None,
-    ids: jax.Array | None,
+def _is_narrow(x: jax.Array) -> bool:
+    """Whether float32 has so many digits more than x that x - mean needs none.
+
+    Then x * slope + level is exact enough, where level holds the mean, and one
+    operation less: on TPUs that decides whether the backward pass fuses into
+    the convolutions that read it.
+    """
+    return jnp.finfo(x.dtype).bits < jnp.finfo(widen(x).dtype).bits
+
+
+def _shifted(
+    spec: Spec, x: jax.Array, shift: jax.Array, ids: jax.Array | None
 ) -> jax.Array:
-    """x - mean in float32 or wider; a masked NaN or inf is read as mean."""
-    offset = plan.layout.spread(shared.offset, ids)
-    # One after the other: near a large mean x - shift is exact.
-    return _read(x, where, _shift(plan, x, shared.shift, None, ids) - offset)
+    """x - shift, which is exact near a large mean."""
+    if _is_narrow(x):  # and the shift is 0
+        return widen(x)
+    return widen(x) - spec.reduction.broadcast(shift, ids)
 
 
-def _shift(
-    plan: Plan,
-    x: jax.Array,
-    shift: jax.Array,
-    where: jax.Array | None,
-    ids: jax.Array | None,
+def _readable(
+    x: jax.Array, where: jax.Array | None, value: jax.Array
 ) -> jax.Array:
-    return _read(x, where, widen(x) - plan.layout.spread(shift, ids))
-
-
-def _read(x: jax.Array, where: jax.Array | None, value: jax.Array) -> jax.Array:
     """Puts 0 in value where x is masked out and NaN or inf."""
     if where is None:
         return value
@@ -262,17 +286,18 @@ def _read(x: jax.Array, where: jax.Array | None, value: jax.Array) -> jax.Array:
 
 
 def _correction(
-    plan: Plan, shared: Local, renorm: Renorm
+    spec: Spec, stats: Centered, renorm: Renorm
 ) -> tuple[jax.Array, jax.Array]:
-    """r and d of batch renormalization, a row for each scope.
+    """r and d of batch renormalization, in rows.
 
     Constants to every derivative: the gradient is that of batch norm.
     """
     mean, var, r_max, d_max = jax.lax.stop_gradient(renorm)
-    batch = jax.lax.stop_gradient(shared.moments)
-    inv = jax.lax.rsqrt(_rows(plan, var) + plan.epsilon)
-    r = jnp.sqrt(batch.var + plan.epsilon) * inv
-    d = (batch.mean - _rows(plan, mean)) * inv
+    stats = jax.lax.stop_gradient(stats)
+    mean, var = in_rows(spec, mean), in_rows(spec, var)
+    inv = jax.lax.rsqrt(var + spec.epsilon)
+    r = jnp.sqrt(stats.var + spec.epsilon) * inv
+    d = (stats.mean - mean) * inv
     r_max, d_max = r_max.astype(inv.dtype), d_max.astype(inv.dtype)
     if jnp.iscomplexobj(d):
         length = jnp.abs(d)
@@ -282,52 +307,45 @@ def _correction(
     return jnp.clip(r, 1 / r_max, r_max), d
 
 
-def _times(a: jax.Array, b: jax.Array | None) -> jax.Array:
+def times(a: jax.Array, b: jax.Array | None) -> jax.Array:
+    """Returns a * b, where None stands for 1."""
     return a if b is None else a * b
 
 
 def affine(
-    plan: Plan,
-    centred: jax.Array,
-    inv: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
+    spec: Spec,
+    x: jax.Array,
+    slope: jax.Array,
+    level: jax.Array | None,
     ids: jax.Array | None,
 ) -> jax.Array:
-    """centred * inv * scale + bias, rounded once; scale and bias in rows."""
-    slope = inv if scale is None else inv * scale
-    y = centred * plan.layout.spread(slope, ids)
-    if bias is not None:
-        y = y + plan.layout.spread(bias, ids)
-    return _flag_ids(plan, y, ids).astype(plan.dtype)
+    """x * slope + level, rounded once; slope and level in rows."""
+    y = x * spec.reduction.broadcast(slope, ids)
+    if level is not None:
+        y = y + spec.reduction.broadcast(level, ids)
+    return _nan_for_unknown_ids(spec, y, ids).astype(spec.dtype)
 
 
-def in_rows(plan: Plan, value: jax.Array | None) -> jax.Array | None:
-    """Repeats a parameter, one a feature or one an id, for every scope."""
-    return None if value is None else _rows(plan, value)
-
-
-def _rows(plan: Plan, value: jax.Array) -> jax.Array:
-    value, layout = widen(value), plan.layout
-    if layout.plain:
+def in_rows(spec: Spec, value: Any) -> Any:
+    """Repeats one value a feature, or one a feature and id, for every row."""
+    if value is None:
+        return None
+    value, reduction = widen(value), spec.reduction
+    if not reduction.has_rows:
         return value
-    if value.ndim + len(layout.axes) == len(layout.shape):
-        rows = layout.chunks * (layout.num_ids or 1)
-        return jnp.broadcast_to(value, (rows, *value.shape))
-    return jnp.concatenate([value] * layout.chunks)
+    if value.ndim == len(reduction.features):
+        return jnp.broadcast_to(value, (*reduction.rows, *value.shape))
+    return jnp.concatenate([value] * reduction.chunks)
 
 
-def _flag_ids(plan: Plan, y: jax.Array, ids: jax.Array | None) -> jax.Array:
+def _nan_for_unknown_ids(
+    spec: Spec, y: jax.Array, ids: jax.Array | None
+) -> jax.Array:
     """Puts NaN where an id is out of range: there are no statistics for it."""
-    num_ids = plan.layout.num_ids
+    num_ids = spec.reduction.num_ids
     if ids is None or num_ids is None:
         return y
     known = (ids >= 0) & (ids < num_ids)
     shape = [1] * y.ndim
-    shape[plan.layout.axes[0]] = -1
+    shape[spec.reduction.axes[0]] = -1
     return jnp.where(known.reshape(shape), y, jnp.nan)
-
-
-def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the real inner product of two numbers."""
-    return (a * b.conj()).real if jnp.iscomplexobj(a) else a * b

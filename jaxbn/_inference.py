@@ -14,8 +14,10 @@ from jaxbn._checks import (
     check_where,
     split_axes,
 )
-from jaxbn._formula import Plan, affine, in_rows
-from jaxbn._moments import Layout, abs2, moments, widen
+from jaxbn._collectives import THIS_DEVICE
+from jaxbn._formula import Spec, affine, in_rows, times
+from jaxbn._moments import abs2, moments, widen
+from jaxbn._reduction import Reduction
 
 
 def normalize(
@@ -62,12 +64,13 @@ def normalize(
     mean = check_features("mean", mean, x, features, num_ids)
     var = check_features("var", var, x, features, num_ids)
     scale, bias = check_affine(scale, bias, x, features, num_ids)
-    layout = Layout(x.shape, axes, num_ids=num_ids)
-    plan = Plan(layout, (), None, float(epsilon), jnp.dtype(dtype or x.dtype))
-    centred = widen(x) - layout.spread(mean, ids)
-    inv = jax.lax.rsqrt(widen(var) + plan.epsilon)
-    scale, bias = in_rows(plan, scale), in_rows(plan, bias)
-    return affine(plan, centred, inv, scale, bias, ids)
+    reduction = Reduction(x.shape, axes, num_ids=num_ids)
+    dtype = jnp.dtype(dtype or x.dtype)
+    spec = Spec(reduction, THIS_DEVICE, float(epsilon), dtype)
+    centered = widen(x) - reduction.broadcast(widen(mean), ids)
+    inv = jax.lax.rsqrt(widen(var) + spec.epsilon)
+    slope = times(inv, in_rows(spec, scale))
+    return affine(spec, centered, slope, in_rows(spec, bias), ids)
 
 
 def normalize_weighted(

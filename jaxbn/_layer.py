@@ -52,7 +52,6 @@ class Layer:
     epsilon: float
     axis_name: AxisName
     scope: Scope
-    pivot: bool
     skip_nonfinite: bool
     ddof: int
     debias: bool
@@ -123,7 +122,7 @@ class Layer:
             where=call.where,
             axis_name=self.axis_name,
             scope=self.scope,
-            pivot=running.mean if self.pivot else None,
+            shift=running.mean,
         )
         if self.renorm is None:
             y, batch = batch_norm(x, scale, bias, **options)

@@ -1,15 +1,35 @@
-"""Count, mean and summed squared deviation of a batch, and their merge."""
+"""Count, mean and summed squared deviation of a batch, on any devices."""
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._checks import Axes, check_input, check_where, split_axes
+from jaxbn._checks import (
+    Axes,
+    AxisName,
+    check_input,
+    check_where,
+    split_axes,
+)
+from jaxbn._collectives import (
+    THIS_DEVICE,
+    Devices,
+    all_sum,
+    devices_along,
+)
+from jaxbn._compat import varying_axes
+from jaxbn._reduction import Reduction
+
+# Squared distance of the mean from the shift, in variances, beyond which sums
+# about the shift are taken again. With u = 2^-24 they have cost the variance
+# up to about (1 + 3 * 16) u = 3e-6 until there, plus what the sums round.
+_LARGEST_SHIFT = 16.0
 
 
 class Moments(NamedTuple):
@@ -30,24 +50,204 @@ class Moments(NamedTuple):
     @property
     def var(self) -> jax.Array:
         """Biased variance m2 / count, (C,); 0 where nothing is kept."""
-        return self.m2 / jnp.maximum(self.count, 1)
+        var: jax.Array = self.m2 / nonzero(self.count)
+        return var
+
+
+class Centered(NamedTuple):
+    """Moments with the mean in two parts, shift + offset.
+
+    One float cannot hold the mean of a batch whose standard deviation is
+    thousands of times smaller. Two can: (x - shift) - offset is then exact.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    shift: jax.Array
+    offset: jax.Array
+    m2: jax.Array
+
+    @property
+    def mean(self) -> jax.Array:
+        return self.shift + self.offset
+
+    @property
+    def var(self) -> jax.Array:
+        var: jax.Array = self.m2 / nonzero(self.count)
+        return var
+
+    @property
+    def moments(self) -> Moments:
+        return Moments(jnp.asarray(self.count), self.mean, self.m2)
+
+
+class Passes(NamedTuple):
+    """How `centered_moments` sums; static while tracing."""
+
+    # (values, constants, shift) -> local count, sum of d and sum of |d|^2, with
+    # d = values - shift. The count is a numpy array where it is static.
+    sums: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
+    devices: Devices = THIS_DEVICE  # to sum over
+    epsilon: float = 0.0  # digits of the variance far below it do not matter
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def centered_moments(
+    passes: Passes, values: Any, constants: Any, shift: jax.Array
+) -> Any:
+    """Moments from one pass of sums about a shift that all devices know.
+
+    mean = shift + s1 / n and m2 = s2 - |s1|^2 / n. The difference cancels where
+    the mean lies many standard deviations from the shift. Whether it does is
+    read off the sums, which are those of all devices, so that all agree; only
+    then the sums are taken again, about the mean just found. Thus the ordinary
+    case costs what E[x^2] - E[x]^2 costs, and no case is less exact than two
+    passes. Where vmap maps the statistics, both passes run.
+
+    Source: Chan, Golub, LeVeque (1983), Algorithms for Computing the Sample
+    Variance: shifted data, and the corrected two-pass algorithm.
+    """
+    sums, devices, epsilon = passes
+    if varying_axes(shift) & set(devices.names):
+        # Each device has its own, as running statistics that never were pooled.
+        shift = jnp.zeros(shift.shape, shift.dtype)
+    shift = jnp.where(jnp.isfinite(shift), shift, 0)
+    found = all_sum(sums(values, constants, shift), devices)
+    count = jnp.asarray(found[0])
+    # Both branches below return one type, that of the sums.
+    shift = jnp.where(found[2] == found[2], shift, shift)
+    first = _from_sums(found[0], shift, *found[1:])._replace(count=count)
+
+    def again(first: Centered) -> Centered:
+        local = sums(values, constants, first.mean)[1:]
+        s1, s2 = all_sum(local, devices)
+        return _from_sums(first.count, first.mean, s1, s2)
+
+    cancels = _cancels(first, epsilon)
+    if devices.groups is not None:
+        # Collectives in a branch want all devices to take it.
+        flag = cancels.astype(found[2].dtype)
+        cancels = all_sum(flag, devices._replace(groups=None)) > 0
+    # Not a loop: TPUs would copy the values before it, run or not, and GPUs
+    # would keep it out of a CUDA graph.
+    return jax.lax.cond(cancels, again, lambda first: first, first)
+
+
+@centered_moments.defjvp
+def _centered_moments_jvp(
+    passes: Passes, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    values, constants, shift = primals
+    found = centered_moments(passes, values, constants, shift)
+
+    def tangent(values: Any, found: Centered, tangents: Any) -> Any:
+        def sums(values: Any) -> Any:
+            return passes.sums(values, constants, found.shift)[1:]
+
+        local = jax.jvp(sums, (values,), (tangents,))[1]
+        return mean_and_m2(found, *all_sum(local, passes.devices))
+
+    # Nothing wider than the values is kept for the backward pass.
+    linear = jax.checkpoint(tangent, prevent_cse=False)
+    moved = linear(values, found, tangents[0])
+    zero = jnp.zeros_like(found.count), jnp.zeros_like(found.shift)
+    return found, Centered(*zero, *moved)
+
+
+def mean_and_m2(
+    found: Centered, ds1: jax.Array, ds2: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Derivatives of mean and m2 from those of the sums about found.shift."""
+    return ds1 / nonzero(found.count), ds2 - 2 * inner(found.offset, ds1)
+
+
+def _from_sums(
+    count: Any, shift: jax.Array, s1: jax.Array, s2: jax.Array
+) -> Centered:
+    # Where the sum overflows, so do the squares, and any mean will do.
+    offset = jnp.where(jnp.isinf(s1), 0, s1 / nonzero(count))
+    # inf where s2 is, never inf - inf.
+    between = count * abs2(offset)
+    m2 = jnp.where(jnp.isinf(s2), s2, jnp.maximum(s2 - between, 0))
+    return Centered(count, shift, offset, m2)
+
+
+def _cancels(found: Centered, epsilon: float) -> jax.Array:
+    """Whether a variance may have lost digits; False where it is NaN."""
+    # x itself is not known better than this.
+    rounding = abs2(jnp.finfo(found.m2.dtype).eps * found.shift)
+    far = abs2(found.offset) > _LARGEST_SHIFT * (found.var + epsilon + rounding)
+    return (far | (jnp.isinf(found.m2) & (found.offset != 0))).any()
+
+
+@functools.partial(jax.jit, static_argnames=("reduction", "devices", "epsilon"))
+def batch_moments(
+    x: jax.Array,
+    shift: jax.Array | None,
+    where: jax.Array | None,
+    ids: jax.Array | None,
+    *,
+    reduction: Reduction,
+    devices: Devices = THIS_DEVICE,
+    epsilon: float = 0.0,
+) -> Centered:
+    """Moments of x behind its checks; shift has rows where they have."""
+    dtype = widen(x).dtype
+    if shift is None:
+        shift = jnp.zeros((*reduction.rows, *reduction.features), dtype)
+    if jnp.iscomplexobj(shift) and not jnp.iscomplexobj(x):
+        shift = shift.real
+    shift = shift.astype(dtype)
+
+    def sums(x: jax.Array, constants: Any, shift: jax.Array) -> Any:
+        where, ids = constants
+
+        def centered(shift: jax.Array) -> jax.Array:
+            d = widen(x) - reduction.broadcast(shift, ids)
+            return d if where is None else jnp.where(where, d, 0)
+
+        count = reduction.counts(where, ids, shift.real.dtype)
+        s1 = reduction.sum(centered(shift), ids)
+        s2 = reduction.sum(abs2(centered(hide_from_cse(shift))), ids)
+        return count, s1, s2
+
+    passes = Passes(sums, devices, epsilon)
+    found: Centered = centered_moments(passes, x, (where, ids), shift)
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="devices")
+def merge_parts(
+    parts: Centered, shift: jax.Array, *, devices: Devices = THIS_DEVICE
+) -> Centered:
+    """Merges along the first axis and over devices, in one collective."""
+
+    def sums(parts: Centered, _: None, shift: jax.Array) -> Any:
+        count, start, offset, m2 = parts
+        weight = count.reshape(count.shape + (1,) * (start.ndim - count.ndim))
+        d = jnp.where(weight > 0, (start - shift) + offset, 0)
+        s2 = m2 + weight * abs2(d)
+        return count.sum(0), (weight * d).sum(0), s2.sum(0)
+
+    passes = Passes(sums, devices)
+    found: Centered = centered_moments(passes, parts, None, shift)
+    return found
 
 
 def moments(
     x: jax.Array, *, where: jax.Array | None = None, feature_axis: Axes = -1
 ) -> Moments:
-    """Reduces every axis of x but the features, in two passes.
+    """Reduces every axis of x but the features.
 
-    The first pass finds a shift k near the mean, the second sums about it:
-    mean = k + sum(x - k) / n and m2 = sum((x - k)^2) - sum(x - k)^2 / n. The
-    second terms remove what rounding left in k. One pass, E[x^2] - E[x]^2,
-    loses all digits once the mean is some thousand standard deviations.
+    m2 is the sum of squared deviations. Sums are taken about zero, and about
+    the mean where those would cancel: where mean^2 is above 16 variances.
+    E[x^2] - E[x]^2 alone loses all digits once the mean is some thousand
+    standard deviations.
 
     Args:
       x: (..., C), floating or complex, any unit.
       where: bool, broadcastable to x; False drops a value, even NaN or inf.
         None keeps all.
-      feature_axis: the axis, or axes, that keep their statistics apart.
+      feature_axis: the axis, or axes, that are not reduced.
 
     Returns:
       Moments in float32, or wider where x is; m2 is real.
@@ -57,203 +257,53 @@ def moments(
         not an axis of x.
 
     Source: Chan, Golub, LeVeque (1983), Algorithms for Computing the Sample
-    Variance, the corrected two-pass algorithm.
+    Variance.
     """
     x = check_input(x)
     _, axes = split_axes(x, feature_axis)
     where = check_where(where, x)
-    return local_moments(x, where, None, Layout(x.shape, axes)).moments
+    reduction = Reduction(x.shape, axes)
+    found: Centered = batch_moments(x, None, where, None, reduction=reduction)
+    return found.moments
 
 
-class Layout(NamedTuple):
-    """Which values of x share a statistic; fixed while tracing.
+def sync(
+    local: Moments,
+    *,
+    axis_name: AxisName,
+    shift: jax.Array | None = None,
+) -> Moments:
+    """Merges the moments of all devices along named axes.
 
-    Plain, all values of a feature do, and a statistic has the shape of the
-    features, F. With chunks or ids it is (rows, *F), rows = chunks * ids, chunk
-    by chunk.
+    With d_i = mean_i - shift and n = sum n_i, one all-reduce of 2C+1 floats
+    gives mean = shift + sum n_i d_i / n and
+    m2 = sum (m2_i + n_i |d_i|^2) - |sum n_i d_i|^2 / n. Where that difference
+    would cancel, it is taken again about the mean just found, in a second
+    all-reduce. So the shift never changes the result beyond rounding.
+
+    Args:
+      local: moments of this device's part; its count may be 0.
+      axis_name: name, or tuple of names, of the mapped axes to reduce over.
+        Not bound and no named axis in scope: local is already global.
+      shift: (C,), the same on all devices: a value near the mean, such as the
+        running mean. None is 0.
+
+    Returns:
+      Moments of all parts together, equal on all devices.
+
+    Raises:
+      ValueError: axis_name is not bound though another named axis is.
+
+    Source: Chan, Golub, LeVeque (1979), Updating Formulae.
     """
-
-    shape: tuple[int, ...]  # of x
-    axes: tuple[int, ...]  # reduced ones, sorted; the first holds the examples
-    chunks: int = 1  # equally long runs of neighbouring examples
-    num_ids: int | None = None  # None: no ids
-
-    @property
-    def plain(self) -> bool:
-        return self.chunks == 1 and self.num_ids is None
-
-    @property
-    def examples(self) -> int:
-        return self.shape[self.axes[0]]
-
-    @property
-    def values(self) -> int:
-        """Values of a feature."""
-        return math.prod(self.shape[axis] for axis in self.axes)
-
-    @property
-    def sample(self) -> tuple[slice, ...]:
-        """Index of a share of the values, of every example.
-
-        A mean over a share f of the values lies within std / sqrt(f) of the
-        whole mean, whatever the values: as a shift it costs 1 / f roundings of
-        the variance. Examples are the axis that may be split over devices.
-        """
-        stride = [slice(None)] * len(self.shape)
-        if len(self.axes) > 1:
-            stride[self.axes[1]] = slice(None, None, 8)
-        return tuple(stride)
-
-    def reduce(self, x: jax.Array, ids: jax.Array | None) -> jax.Array:
-        """Sums over the values that share a statistic."""
-        if self.plain:
-            return x.sum(self.axes)
-        # Every axis before the first reduced one holds features.
-        x = jnp.moveaxis(x.sum(self.axes[1:]), self.axes[0], 0)
-        x = x.reshape(self.chunks, -1, *x.shape[1:])
-        if ids is None:
-            return x.sum(1)
-        # A select, not a product: NaN of one id must not reach another.
-        x = jnp.where(self._member(ids, x.ndim + 1), x[:, None], 0).sum(2)
-        return x.reshape(-1, *x.shape[2:])
-
-    def spread(self, statistic: jax.Array, ids: jax.Array | None) -> jax.Array:
-        """Gives the reduced axes back, so that a statistic broadcasts to x."""
-        if not np.ndim(statistic):
-            return statistic
-        if self.plain:
-            return jnp.expand_dims(statistic, self.axes)
-        features = statistic.shape[1:]
-        rows = statistic.reshape(self.chunks, -1, 1, *features)
-        if ids is not None:
-            rows = jnp.where(self._member(ids, rows.ndim), rows, 0)
-        rows = rows.sum(1)
-        length = self.examples // self.chunks
-        rows = jnp.broadcast_to(rows, (self.chunks, length, *features))
-        rows = rows.reshape(self.examples, *features)
-        return jnp.expand_dims(
-            jnp.moveaxis(rows, 0, self.axes[0]), self.axes[1:]
-        )
-
-    def counts(
-        self,
-        where: jax.Array | None,
-        ids: jax.Array | None,
-        dtype: jnp.dtype,
-    ) -> Any:
-        """Kept values a statistic: (), or with axes of length 1 or as F.
-
-        An array of numpy where they are known while tracing.
-        """
-        if where is None and self.num_ids is None:
-            known = np.asarray(self.values // self.chunks, dtype)
-            features = len(self.shape) - len(self.axes)
-            rows = (self.chunks, *(1,) * features)
-            return known if self.plain else np.broadcast_to(known, rows)
-        if where is None:
-            where = jnp.ones((1,) * len(self.shape), bool)
-        shape = list(where.shape)
-        if not self.plain:
-            shape[self.axes[0]] = self.examples
-        where = jnp.broadcast_to(where, shape)
-        seen = math.prod(shape[axis] for axis in self.axes)
-        repeats = self.values // max(seen, 1)
-        # Integers: a float32 sum of ones stops counting at 2^24.
-        count = self.reduce(where.astype(jnp.int32), ids).astype(dtype)
-        if self.plain and count.size == 1:
-            count = count.reshape(())
-        return count * repeats
-
-    def _member(self, ids: jax.Array, ndim: int) -> jax.Array:
-        """Whether an example has an id: (chunks, ids, examples, 1, ...)."""
-        ids = ids.reshape(self.chunks, 1, -1)
-        member = ids == jnp.arange(self.num_ids)[:, None]
-        return member.reshape(member.shape + (1,) * (ndim - 3))
-
-
-class Local(NamedTuple):
-    """Moments with the mean in two parts, shift + offset.
-
-    One float cannot hold the mean of a batch whose standard deviation is
-    thousands of times smaller. Two can, and the differences of such means
-    between devices come out right.
-    """
-
-    count: jax.Array  # type: ignore[assignment]
-    shift: jax.Array
-    offset: jax.Array
-    m2: jax.Array
-
-    @property
-    def moments(self) -> Moments:
-        count = jnp.asarray(self.count)
-        return Moments(count, self.shift + self.offset, self.m2)
-
-
-def local_moments(
-    x: jax.Array,
-    where: jax.Array | None,
-    ids: jax.Array | None,
-    layout: Layout,
-) -> Local:
-    """`moments` behind its checks, for any layout."""
-    x = widen(x)
-    count = layout.counts(where, ids, x.real.dtype)
-    total = _at_least_one(count)
-    if where is not None:
-        x = jnp.where(where, x, 0)
-    sampled, sample = layout, x
-    if where is None and x.size:
-        sample = x[layout.sample]
-        sampled = layout._replace(shape=sample.shape)
-    share = sampled.values / max(layout.values, 1)
-    # Divided before they are summed: near the largest float a sum overflows.
-    weight = sampled.spread(1 / (total * (share or 1)), ids)
-    shift = jax.lax.stop_gradient(sampled.reduce(sample * weight, ids))
-
-    def centred(shift: jax.Array) -> jax.Array:
-        d = x - layout.spread(shift, ids)
-        return d if where is None else jnp.where(where, d, 0)
-
-    s1 = layout.reduce(centred(shift), ids)
-    s2 = layout.reduce(abs2(centred(apart(shift))), ids)
-    # Where squares overflow the variance is inf, and any mean will do.
-    offset = jnp.where(jnp.isinf(s2), 0, s1 / total)
-    m2 = jnp.maximum(s2 - total * abs2(offset), 0)
-    return Local(count, shift, offset, m2)
-
-
-def _at_least_one(count: Any) -> Any:
-    """max(count, 1), at once where the count is known while tracing."""
-    if isinstance(count, np.ndarray):
-        return np.maximum(count, 1)
-    return jnp.maximum(count, 1)
-
-
-def apart(statistics: Any) -> Any:
-    """Returns the same values, so that the compiler does not know it.
-
-    What is computed of x and a statistic in two places is then not computed
-    once, stored and read again: arithmetic is cheap and traffic is not.
-    """
-    return jax.lax.optimization_barrier(statistics)
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """Returns x in float32 or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def abs2(x: jax.Array) -> jax.Array:
-    """Returns |x|^2, which is real."""
-    if jnp.iscomplexobj(x):
-        return jnp.square(x.real) + jnp.square(x.imag)
-    return jnp.square(x)
-
-
-def difference(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a - b for a >= b in exact arithmetic; inf where a is, never inf - inf."""
-    return jnp.where(jnp.isinf(a), a, jnp.maximum(a - b, 0))
+    devices = devices_along(axis_name)
+    if not devices.names:
+        return local
+    parts = stack_parts(local)
+    if shift is None:
+        shift = jnp.zeros(local.mean.shape, local.mean.dtype)
+    found: Centered = merge_parts(parts, shift, devices=devices)
+    return found.moments
 
 
 def merge(*parts: Moments) -> Moments:
@@ -283,28 +333,60 @@ def merge(*parts: Moments) -> Moments:
     """
     if not parts:
         raise ValueError("merge needs at least one Moments; got none.")
+    return merge_stacked(stack_parts(*parts)).moments
+
+
+def stack_parts(*parts: Moments) -> Centered:
+    """Stacks Moments along a new first axis."""
     stacked = [jnp.stack(jnp.broadcast_arrays(*field)) for field in zip(*parts)]
     count, mean, m2 = stacked
-    return merge_stacked(Local(count, mean, jnp.zeros_like(mean), m2)).moments
+    return Centered(count.astype(m2.dtype), mean, jnp.zeros_like(mean), m2)
 
 
-def merge_stacked(parts: Local) -> Local:
-    """Merges along the first axis."""
-    count, shift, offset, m2 = parts
-    if shift.ndim > count.ndim:
-        count = count.reshape(-1, *(1,) * (shift.ndim - 1))
-    total = count.sum(0)
-    weight = count / jnp.maximum(total, 1)
-    # Any value near the means serves. Equal means stay equal to the last bit.
-    largest = jnp.arange(len(shift)) == jnp.argmax(count, 0)[..., None]
-    chosen = jnp.moveaxis(largest, -1, 0)
-    start = jnp.where(chosen, shift, 0).sum(0, keepdims=True)
-    d = jnp.where(count > 0, shift - start + offset, 0)
-    mean = (weight * d).sum(0)
-    m2 = (m2 + count * abs2(d - mean)).sum(0)
-    return Local(
-        total.reshape(parts.count.shape[1:]),
-        jnp.where(total > 0, start[0], 0),
-        mean,
-        m2,
+def merge_stacked(parts: Centered) -> Centered:
+    """Merges along the first axis, about the mean of the largest part.
+
+    So equal means stay equal to the last bit.
+    """
+    count = parts.count
+    largest = jnp.arange(len(count)) == jnp.argmax(count, 0)[..., None]
+    largest = jnp.moveaxis(largest, -1, 0)
+    largest = largest.reshape(
+        largest.shape + (1,) * (parts.shift.ndim - count.ndim)
     )
+    shift = jnp.where(largest, parts.shift, 0).sum(0)
+    found: Centered = merge_parts(parts, shift)
+    return found
+
+
+def hide_from_cse(statistics: Any) -> Any:
+    """Returns the same values, which compilers take for others.
+
+    What x and a statistic make in two places is then computed in both, and not
+    once, stored and read again: arithmetic is cheap and memory traffic is not.
+    """
+    return jax.lax.optimization_barrier(statistics)
+
+
+def nonzero(count: Any) -> Any:
+    """Returns count with 1 for 0, to divide by; static where count is."""
+    if isinstance(count, np.ndarray):
+        return np.where(count > 0, count, count.dtype.type(1))
+    return jnp.where(count > 0, count, 1)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """Returns x in float32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def abs2(x: jax.Array) -> jax.Array:
+    """Returns |x|^2, which is real."""
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+def inner(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the real inner product of two numbers."""
+    return (a * b.conj()).real if jnp.iscomplexobj(a) else a * b

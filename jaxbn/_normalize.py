@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxbn._checks import (
     Axes,
     AxisName,
-    bound_axes,
     check_affine,
     check_features,
     check_ids,
@@ -18,10 +17,12 @@ from jaxbn._checks import (
     check_where,
     split_axes,
 )
+from jaxbn._collectives import devices_along
 from jaxbn._formula import (
-    Plan,
+    Constants,
     Renorm,
-    run,
+    Spec,
+    train,
     without_explicit_axes,
 )
 from jaxbn._moments import Moments, widen
@@ -38,7 +39,7 @@ def standardize(
     where: jax.Array | None = None,
     axis_name: AxisName = None,
     scope: Scope = _EVERYTHING,
-    pivot: jax.Array | None = None,
+    shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
     dtype: jax.typing.DTypeLike | None = None,
@@ -47,7 +48,7 @@ def standardize(
 
     Args:
       x: (N, ..., C), floating or complex: this device's part of the batch.
-      ids, where, axis_name, scope, pivot: as in `batch_norm`.
+      ids, where, axis_name, scope, shift: as in `batch_norm`.
       epsilon, feature_axis, dtype: likewise.
 
     Returns:
@@ -62,7 +63,7 @@ def standardize(
         where=where,
         axis_name=axis_name,
         scope=scope,
-        pivot=pivot,
+        shift=shift,
         epsilon=epsilon,
         feature_axis=feature_axis,
         dtype=dtype,
@@ -78,7 +79,7 @@ def batch_norm(
     where: jax.Array | None = None,
     axis_name: AxisName = None,
     scope: Scope = _EVERYTHING,
-    pivot: jax.Array | None = None,
+    shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
     dtype: jax.typing.DTypeLike | None = None,
@@ -95,9 +96,14 @@ def batch_norm(
     normalized, with the derivative that follows; a NaN or inf there is read as
     the mean, so that it reaches neither output nor gradient.
 
-    Over devices this is one all-reduce forward and one backward, of 2C+1 and
-    2C floats with a pivot, of 4C+2 and 2C without one. Groups gather in place
-    of reducing, and take one more all-reduce for the moments of all.
+    Sums are taken about `shift` in one pass over x. Where they would cancel,
+    because the mean lies more than four standard deviations from it, they are
+    taken again about the mean: float32 then holds the variance to 1e-5 for a
+    mean of up to 1e3 standard deviations, whatever the shift.
+
+    Over devices this is one all-reduce forward and one backward, each of 2C
+    floats, and one more forward with where or ids. Groups gather in place of
+    reducing, and take one more all-reduce for the moments of all.
 
     Args:
       x: (N, ..., C), floating or complex: this device's part of the batch.
@@ -111,8 +117,9 @@ def batch_norm(
         on. Outside any mapped axis x is already the whole batch. None takes
         the statistics of x alone.
       scope: which examples on these axes share statistics.
-      pivot: see `sync`; a module passes its running mean. (C,), with ids
-        (K, C).
+      shift: (C,), with ids also (K, C): a value near the mean that is the same
+        on all devices; modules pass their running mean. It saves passes, and
+        changes the result by rounding alone. None is 0.
       epsilon: added to the variance, unit of x squared.
       feature_axis: the axis, or axes, that hold the features.
       dtype: of y; None takes that of x.
@@ -143,7 +150,7 @@ def batch_norm(
         where=where,
         axis_name=axis_name,
         scope=scope,
-        pivot=pivot,
+        shift=shift,
         epsilon=epsilon,
         feature_axis=feature_axis,
         dtype=dtype,
@@ -162,7 +169,7 @@ def batch_renorm(
     where: jax.Array | None = None,
     axis_name: AxisName = None,
     scope: Scope = _EVERYTHING,
-    pivot: jax.Array | None = None,
+    shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
     dtype: jax.typing.DTypeLike | None = None,
@@ -184,7 +191,7 @@ def batch_renorm(
       r_max: (), at least 1; see `renorm_limits` for the schedule.
       d_max: (), at least 0; in standard deviations. A complex d is shortened
         to this length.
-      ids, where, axis_name, scope, pivot: as in `batch_norm`.
+      ids, where, axis_name, scope, shift: as in `batch_norm`.
       epsilon, feature_axis, dtype: likewise.
 
     Returns:
@@ -213,7 +220,7 @@ def batch_renorm(
         where=where,
         axis_name=axis_name,
         scope=scope,
-        pivot=pivot,
+        shift=shift,
         epsilon=epsilon,
         feature_axis=feature_axis,
         dtype=dtype,
@@ -265,7 +272,7 @@ def _train(
     where: jax.Array | None,
     axis_name: AxisName,
     scope: Scope,
-    pivot: jax.Array | None,
+    shift: jax.Array | None,
     epsilon: float,
     feature_axis: Axes,
     dtype: jax.typing.DTypeLike | None,
@@ -275,8 +282,8 @@ def _train(
     where = check_where(where, x)
     ids = check_ids(ids, scope.num_ids, x, axes)
     scale, bias = check_affine(scale, bias, x, features, scope.num_ids)
-    if pivot is not None:
-        pivot = check_features("pivot", pivot, x, features, scope.num_ids)
+    if shift is not None:
+        shift = check_features("shift", shift, x, features, scope.num_ids)
     if renorm is not None:
         mean, var, *limits = renorm
         renorm = Renorm(
@@ -284,13 +291,12 @@ def _train(
             check_features("running.var", var, x, features, scope.num_ids),
             *map(widen, limits),
         )
-    layout, names, groups = scope.resolve(x, axes, axis_name)
+    reduction, devices = scope.resolve(x, axes, axis_name)
     dtype = jnp.dtype(dtype or x.dtype)
-    plan = Plan(layout, names, groups, float(epsilon), dtype)
-    train = functools.partial(run, plan, bound_axes(axis_name))
-    if not layout.plain:
-        train = without_explicit_axes(train, x)
-    found: tuple[jax.Array, Moments] = train(
-        x, scale, bias, where, ids, pivot, renorm
-    )
+    spec = Spec(reduction, devices, float(epsilon), dtype)
+    run = functools.partial(train, spec, devices_along(axis_name))
+    if reduction.has_rows:
+        run = without_explicit_axes(run, x)
+    constants = Constants(where, ids, shift, renorm)
+    found: tuple[jax.Array, Moments] = run(x, scale, bias, constants)
     return found

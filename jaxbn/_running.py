@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._checks import AxisName, bound_axes, describe
-from jaxbn._moments import Local, Moments, merge_stacked
-from jaxbn._sync import sync_local
+from jaxbn._moments import Centered, Moments, merge_stacked, sync
 
 
 class RunningStats(NamedTuple):
@@ -244,16 +243,14 @@ def pool(
         _check_replicas(batch_stats, counts)
 
     def merged(mean: jax.Array, var: jax.Array) -> Moments:
-        zero = jnp.zeros_like(mean)
         if axis_name is not None:
-            count, most = jnp.ones(()), 1
-            if counts is not None:
-                count, most = counts, jax.lax.pmax(counts, names)
-            parts = Local(count, mean, zero, var * count)
-            return sync_local(parts, names, None, None, most).moments
+            count = jnp.asarray(1.0 if counts is None else counts, var.dtype)
+            return sync(Moments(count, mean, count * var), axis_name=axis_name)
         count = jnp.ones(len(mean)) if counts is None else jnp.asarray(counts)
+        count = count.astype(var.dtype)
         m2 = var * count.reshape(-1, *(1,) * (var.ndim - 1))
-        return merge_stacked(Local(count, mean, zero, m2)).moments
+        parts = Centered(count, mean, jnp.zeros_like(mean), m2)
+        return merge_stacked(parts).moments
 
     def largest(leaf: jax.Array) -> jax.Array:
         if axis_name is not None:

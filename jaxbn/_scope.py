@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import jax
 
-from jaxbn._checks import AxisName, bound_axes
-from jaxbn._moments import Layout
-
-Partition = tuple[tuple[int, ...], ...]
-Groups = Partition | None
+from jaxbn._checks import AxisName
+from jaxbn._collectives import (
+    THIS_DEVICE,
+    Devices,
+    Partition,
+    devices_along,
+)
+from jaxbn._reduction import Reduction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,14 +67,13 @@ class Scope:
 
     def resolve(
         self, x: jax.Array, axes: tuple[int, ...], axis_name: AxisName
-    ) -> tuple[Layout, tuple[Hashable, ...], Groups]:
-        """Returns layout, named axes to reduce over, and groups on them."""
-        names = bound_axes(axis_name)
+    ) -> tuple[Reduction, Devices]:
+        """Returns what to reduce over on a device, and which devices."""
+        devices = devices_along(axis_name)
         examples = x.shape[axes[0]]
-        devices = jax.lax.axis_size(names) if names else 1
-        layout = Layout(x.shape, axes, num_ids=self.num_ids)
+        reduction = Reduction(x.shape, axes, num_ids=self.num_ids)
         if self.axis_index_groups is not None:
-            if not names:
+            if not devices.names:
                 raise ValueError(
                     f"axis_index_groups={self.axis_index_groups} numbers the "
                     f"devices along axis_name={axis_name!r}, which is not "
@@ -79,28 +81,28 @@ class Scope:
                     "normalize_over."
                 )
             groups = tuple(tuple(group) for group in self.axis_index_groups)
-            _check_groups(groups, devices, axis_name)
-            return layout, names, groups
+            _check_groups(groups, devices.size, axis_name)
+            return reduction, devices._replace(groups=groups)
         size, over = self.group_size, self.normalize_over
-        if size is not None and not names:
+        if size is not None and not devices.names:
             # x is global: a group is the share of its devices.
-            devices = _devices_of_mesh(axis_name, size)
-            if devices % size:
-                raise ValueError(_uneven(size, devices, axis_name))
-            over = examples * size // devices
+            on_mesh = _devices_of_mesh(axis_name, size)
+            if on_mesh % size:
+                raise ValueError(_uneven(size, on_mesh, axis_name))
+            over = examples * size // on_mesh
             size = None
         if over is not None:
-            chunks, size = _split_or_join(over, examples, devices)
-            layout = layout._replace(chunks=chunks)
+            chunks, size = _split_or_join(over, examples, devices.size)
+            reduction = reduction._replace(chunks=chunks)
             if size == 1:
-                return layout, (), None
-        if size is None or size == devices:
-            return layout, names, None
-        if devices % size:
-            raise ValueError(_uneven(size, devices, axis_name))
-        neighbours = range(0, devices, size)
+                return reduction, THIS_DEVICE
+        if size is None or size == devices.size:
+            return reduction, devices
+        if devices.size % size:
+            raise ValueError(_uneven(size, devices.size, axis_name))
+        neighbours = range(0, devices.size, size)
         groups = tuple(tuple(range(i, i + size)) for i in neighbours)
-        return layout, names, groups
+        return reduction, devices._replace(groups=groups)
 
 
 def _split_or_join(over: int, examples: int, devices: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxbn._checks import AxisName, bound_axes
+from jaxbn._compat import varying_axes
 from jaxbn._words import from_reals, from_words, to_reals, to_words
 
 Names = tuple[Hashable, ...]
@@ -240,10 +241,7 @@ def _check_key(key: jax.Array) -> jax.Array:
 
 
 def _check_same(key: jax.Array, names: Names) -> None:
-    kind = jax.typeof(key)
-    kind = getattr(kind, "manual_axis_type", kind)
-    varying = getattr(kind, "varying", getattr(kind, "vma", ()))
-    differing = [name for name in names if name in varying]
+    differing = [name for name in names if name in varying_axes(key)]
     if differing:
         raise ValueError(
             f"key varies over the mesh axes {differing}, and must be the same "

@@ -57,9 +57,6 @@ class BatchNorm(nn.Module):
       num_ids: K; the call takes ids, each has statistics of its own, and
         running statistics are (K, C).
       affine_per_id: scale and bias are (K, C), one row an id.
-      pivot: False is exact from the first step and sends 4C+2 floats. True
-        sends 2C+1, as sums about the running mean, and is exact once that has
-        settled; until then it overestimates the variance (see `jaxbn.sync`).
       skip_nonfinite: a batch with a NaN or inf on any device changes no
         running statistic; the variable `skipped` in batch_stats, () int32,
         counts them.
@@ -104,7 +101,6 @@ class BatchNorm(nn.Module):
     normalize_over: int | None = None
     num_ids: int | None = None
     affine_per_id: bool = False
-    pivot: bool = False
     skip_nonfinite: bool = False
     ddof: int = 0
     debias: bool = False

@@ -55,9 +55,6 @@ class BatchNorm(nnx.BatchNorm):
         running statistics are (K, C).
       affine_per_id: scale and bias are (K, C), one row an id; the rows start
         equal.
-      pivot: False is exact from the first step and sends 4C+2 floats. True
-        sends 2C+1, as sums about the running mean, and is exact once that has
-        settled; until then it overestimates the variance (see `jaxbn.sync`).
       skip_nonfinite: a batch with a NaN or inf on any device changes no
         running statistic; the Variable `skipped`, () int32, counts them.
       ddof: 0 stores the biased variance in the running statistics, 1 the
@@ -106,7 +103,6 @@ class BatchNorm(nnx.BatchNorm):
         normalize_over: int | None = None,
         num_ids: int | None = None,
         affine_per_id: bool = False,
-        pivot: bool = False,
         skip_nonfinite: bool = False,
         ddof: int = 0,
         debias: bool = False,
@@ -126,7 +122,6 @@ class BatchNorm(nnx.BatchNorm):
             normalize_over=normalize_over,
             num_ids=num_ids,
         )
-        self.pivot = pivot
         self.skip_nonfinite = skip_nonfinite
         self.ddof = ddof
         self.debias = debias

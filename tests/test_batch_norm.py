@@ -39,7 +39,7 @@ def problem(*, offset=3.0, dtype=np.float32, empty=0):
     return x, scale, bias, keep, cotangent
 
 
-def value_and_grads(x, scale, bias, keep, cotangent, *, axis_name, pivot=None):
+def value_and_grads(x, scale, bias, keep, cotangent, *, axis_name, shift=None):
     def loss(x, scale, bias):
         y, batch = jaxbn.batch_norm(
             x,
@@ -47,7 +47,7 @@ def value_and_grads(x, scale, bias, keep, cotangent, *, axis_name, pivot=None):
             bias,
             where=keep,
             axis_name=axis_name,
-            pivot=pivot,
+            shift=shift,
             epsilon=EPSILON,
         )
         return (y.astype(jnp.float32) * cotangent).sum(), (y, batch)
@@ -57,13 +57,13 @@ def value_and_grads(x, scale, bias, keep, cotangent, *, axis_name, pivot=None):
 
 
 @functools.cache
-def sharded(devices, with_pivot=False, check_vma=True):
+def sharded(devices, with_shift=False, check_vma=True):
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
 
     def step(x, scale, bias, keep, cotangent):
-        pivot = jnp.full(CHANNELS, 2.5) if with_pivot else None
+        shift = jnp.full(CHANNELS, 2.5) if with_shift else None
         out, (dx, *affine) = value_and_grads(
-            x, scale, bias, keep, cotangent, axis_name="data", pivot=pivot
+            x, scale, bias, keep, cotangent, axis_name="data", shift=shift
         )
         if not check_vma:  # then JAX does not know that these are shared
             affine = jax.lax.psum(affine, "data")
@@ -85,8 +85,8 @@ def sharded(devices, with_pivot=False, check_vma=True):
 def normalized_over_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
-    def step(x, keep, pivot=None):
-        return jaxbn.batch_norm(x, where=keep, axis_name="data", pivot=pivot)
+    def step(x, keep, shift=None):
+        return jaxbn.batch_norm(x, where=keep, axis_name="data", shift=shift)
 
     return lambda *arguments: jax.jit(
         jax.shard_map(
@@ -117,10 +117,10 @@ def assert_matches_float64(got, arguments, *, rtol, y_rtol=None):
 
 
 class ExactnessTest(parameterized.TestCase):
-    @parameterized.product(devices=(1, 2, 4, 8), with_pivot=(False, True))
-    def test_uneven_shards_equal_float64(self, devices, with_pivot):
+    @parameterized.product(devices=(1, 2, 4, 8), with_shift=(False, True))
+    def test_uneven_shards_equal_float64(self, devices, with_shift):
         arguments = problem(empty=4)  # of 8 devices the first two are empty
-        got = sharded(devices, with_pivot)(*arguments)
+        got = sharded(devices, with_shift)(*arguments)
         assert_matches_float64(got, arguments, rtol=1e-5)
 
     def test_without_vma_tracking(self):
@@ -137,13 +137,13 @@ class ExactnessTest(parameterized.TestCase):
         assert_matches_float64(got, arguments, rtol=1e-5, y_rtol=y_rtol)
 
     @parameterized.parameters(False, True)
-    def test_float64(self, with_pivot):
+    def test_float64(self, with_shift):
         with jax.enable_x64(True):
             arguments = [
                 jnp.asarray(a, None if a.dtype == bool else np.float64)
                 for a in problem(empty=2)
             ]
-            got = sharded(8, with_pivot)(*arguments)
+            got = sharded(8, with_shift)(*arguments)
             chex.assert_type(jax.tree.leaves(got), np.float64)
             assert_matches_float64(got, arguments, rtol=1e-10)
 
@@ -172,8 +172,8 @@ class ExactnessTest(parameterized.TestCase):
     def test_settled_pivot_is_as_good(self, offset):
         rng = np.random.default_rng(0)
         x = rng.normal(offset, 1, (64, CHANNELS)).astype(np.float32)
-        pivot = jnp.full(CHANNELS, offset + 0.5, jnp.float32)
-        _, batch = normalized_over_devices()(x, np.ones((64, 1), bool), pivot)
+        shift = jnp.full(CHANNELS, offset + 0.5, jnp.float32)
+        _, batch = normalized_over_devices()(x, np.ones((64, 1), bool), shift)
         want = x.astype(np.float64).var(0)
         np.testing.assert_allclose(batch.var, want, rtol=1e-6)
         assert (batch.var >= want * (1 - 3e-7)).all()
@@ -194,13 +194,13 @@ class ExactnessTest(parameterized.TestCase):
         m2 = (n + n * (m - mean) ** 2).sum()
         np.testing.assert_allclose(total.m2, m2, rtol=1e-6)
 
-    @parameterized.product(large=(1e19, 1e30, 1e38), with_pivot=(False, True))
-    def test_finite_input_never_gives_nan(self, large, with_pivot):
+    @parameterized.product(large=(1e19, 1e30, 1e38), with_shift=(False, True))
+    def test_finite_input_never_gives_nan(self, large, with_shift):
         x = np.float32(large) * np.linspace(0.5, 1, 32, dtype=np.float32)
         x = np.stack([x, -x, np.zeros_like(x)], 1)
-        pivot = jnp.zeros(3) if with_pivot else None
+        shift = jnp.zeros(3) if with_shift else None
         run = normalized_over_devices()
-        y, batch = run(x, np.ones((32, 1), bool), pivot)
+        y, batch = run(x, np.ones((32, 1), bool), shift)
         assert np.isfinite(y).all() and not np.isnan(batch.var).any()
         y, _ = jaxbn.batch_norm(x)
         assert np.isfinite(y).all()
@@ -208,7 +208,7 @@ class ExactnessTest(parameterized.TestCase):
     def test_bad_pivot_never_underestimates_the_variance(self):
         arguments = problem(offset=1e3)
         want = reference.batch_norm(*arguments).var
-        (_, batch), _ = sharded(8, with_pivot=True)(*arguments)
+        (_, batch), _ = sharded(8, with_shift=True)(*arguments)
         assert (np.asarray(batch.var) >= want).all()
         # 1e-7 (mean / std)^2 of the variance, and some for its sums.
         assert (np.asarray(batch.var) <= want * (1 + 1e-6 * 500**2)).all()
@@ -220,7 +220,7 @@ class ExactnessTest(parameterized.TestCase):
         run = jax.vmap(norm, axis_name="i", out_axes=(0, None))
         want, _ = run(x.reshape(4, 4, 3, CHANNELS))
         norm = functools.partial(
-            norm, pivot=jnp.array([jnp.nan, jnp.inf, 0, 0, 0])
+            norm, shift=jnp.array([jnp.nan, jnp.inf, 0, 0, 0])
         )
         run = jax.vmap(norm, axis_name="i", out_axes=(0, None))
         got, _ = run(x.reshape(4, 4, 3, CHANNELS))
@@ -392,9 +392,9 @@ class ComplexTest(parameterized.TestCase):
         self.keep = rng.random((16, 1)) < 0.7
 
     @parameterized.parameters(False, True)
-    def test_statistics_over_devices(self, with_pivot):
-        pivot = jnp.full(3, 1 + 1j, np.complex64) if with_pivot else None
-        y, batch = normalized_over_devices()(self.x, self.keep, pivot)
+    def test_statistics_over_devices(self, with_shift):
+        shift = jnp.full(3, 1 + 1j, np.complex64) if with_shift else None
+        y, batch = normalized_over_devices()(self.x, self.keep, shift)
         wide = self.x.astype(np.complex128)
         mean = wide.mean(0, where=self.keep)
         var = (np.abs(wide - mean) ** 2).mean(0, where=self.keep)

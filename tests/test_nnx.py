@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn.linen
 from jaxbn.nnx import BatchNorm
+from jaxbn.testing import collectives
 from tests import reference
 
 NOISE = nnx.initializers.normal(1.0)
@@ -111,7 +112,7 @@ class DropInTest(parameterized.TestCase):
         assert module.skipped[...] == 1
         module(x, ids=ids)
         assert module.skipped[...] == 1
-        ghost = BatchNorm(3, rngs=nnx.Rngs(0), normalize_over=4, pivot=False)
+        ghost = BatchNorm(3, rngs=nnx.Rngs(0), normalize_over=4)
         y = np.asarray(ghost(x)).reshape(2, 4, 3)
         np.testing.assert_allclose(y.mean(1), 0, atol=1e-6)
 
@@ -412,7 +413,8 @@ class TransformsTest(parameterized.TestCase):
         assert isinstance(other, BatchNorm)
         for inference in (True, False):
             got, want = (m(draw(8, 3), inference) for m in (other, module))
-            chex.assert_trees_all_equal(got, want)
+            # They share variables, and so the second one has a new shift.
+            chex.assert_trees_all_close(got, want, rtol=1e-5)
         chex.assert_trees_all_equal(stats(other), stats(module))
 
     def test_variables_that_are_references(self):
@@ -471,17 +473,15 @@ class SynchronizedTest(parameterized.TestCase):
         self.check(y, nnx.merge(graph, state), steps=steps)
 
     def test_one_reduction_about_the_running_mean(self):
-        module = make(axis_name="data", pivot=True)
-        graph, state = nnx.split(module)
+        graph, state = nnx.split(self.module)
         step = jax.shard_map(
             lambda state, x: nnx.merge(graph, state)(x),
             mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
             in_specs=(P(), P("data")),
             out_specs=P("data"),
         )
-        program = jax.jit(step).lower(state, self.x).compile().as_text()
-        sizes = re.findall(r"f32\[(\d+)\]\S* all-reduce\(", program)
-        assert sizes == [str(2 * 3 + 1)]
+        found = collectives(step, state, self.x)
+        assert found == {"all-reduce": (1, 2 * 3 * 4)}
 
     def test_gradients_in_shard_map(self):
         graph, state = nnx.split(self.module)

@@ -146,8 +146,9 @@ def test_a_block_keeps_convolutions_its_input_and_vectors(dtype, inputs):
         want = {(SHAPE, name): 2, (narrow, name): 2}
     small = {(), (WIDTH,), (WIDE,)}
     assert {k: n for k, n in got.items() if k[0] not in small} == want
-    # mean in two parts and m2, of two layers
-    assert got[(WIDTH,), "float32"] == 2 * 3
+    # The mean, of float32 in two parts, and m2, of two layers.
+    parts = 3 if dtype == jnp.float32 else 2
+    assert got[(WIDTH,), "float32"] == 2 * parts
 
 
 def test_more_names_are_kept():
@@ -167,11 +168,13 @@ def test_more_names_are_kept():
 
 
 @pytest.mark.parametrize("inputs", (True, False))
-def test_on_devices_the_same_bits_and_nothing_sent_twice(inputs):
+def test_on_devices_the_same_numbers_and_nothing_sent_twice(inputs):
     without = on_devices(None)
     again = on_devices(jaxbn.remat.policy(inputs=inputs))
     want, got = (run.compiled(*arguments()) for run in (without, again))
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    # Not the same bits: other fusions round other products.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
+    jax.tree.map(close, got, want)
     assert again.sent == without.sent
     # The backward pass has two convolutions for one of the forward pass.
     assert without.convolutions == 3 * 3

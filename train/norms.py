@@ -40,7 +40,6 @@ VARIANTS = {
     "renorm": {"renorm": jaxbn.renorm_limits},
     "ghost": {"normalize_over": 32},
     "debiased": {"debias": True},
-    "pivot": {"pivot": True},
 }
 
 

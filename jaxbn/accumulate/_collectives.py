@@ -100,15 +100,14 @@ def add_collective(
             f"{program.axis_name!r} does not run in lockstep; psum, pmean, "
             "pmax, pmin, all_gather, psum_scatter and axis_index do."
         )
-    (number,) = inputs
     return program.add_collective(
         name,
         run,
-        number,
+        inputs,
         kinds,
         collective=collective,
         floor=floor,
-        stacked=grouped or name == "reduce_scatter",
+        stacked=[grouped or name == "reduce_scatter"],
     )
 
 

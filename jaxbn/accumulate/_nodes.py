@@ -29,7 +29,8 @@ class Node:
     stacked: bool
     level: int
     cheap: bool  # rather run again than keep what it returns
-    # "sum": run takes the sum over all microbatches; "stack": all of them.
+    # "sum": run takes the sum over all microbatches; "stack": all of them, along
+    # a new first axis; "branches": several values, stacked ones as a Stack.
     collective: str | None = None
 
 
@@ -114,21 +115,27 @@ class Program:
         self,
         name: str,
         run: Run,
-        number: int,
+        inputs: Sequence[int],
         kinds: Sequence[Any],
         *,
         collective: str,
         floor: int = 0,
-        stacked: bool = False,
+        stacked: Sequence[bool] | None = None,
     ) -> list[int]:
-        """Appends a node over all microbatches; returns its outputs."""
-        level = max(floor, self.levels[number])
-        outputs = [self.value(kind, stacked, level + 1) for kind in kinds]
+        """Appends a node over all microbatches; returns its outputs.
+
+        stacked says which of them differ between microbatches; None: no one.
+        """
+        level = max([floor, *(self.levels[i] for i in inputs)])
+        outputs = [
+            self.value(kind, own, level + 1)
+            for kind, own in zip(kinds, stacked or [False] * len(kinds))
+        ]
         return self._append(
             Node(
                 name,
                 run,
-                (number,),
+                tuple(inputs),
                 tuple(outputs),
                 True,
                 level,
@@ -144,7 +151,7 @@ class Program:
         (mean,) = self.add_collective(
             "mean",
             lambda total: [total / self.size],
-            number,
+            [number],
             [self.kinds[number]],
             collective="sum",
         )

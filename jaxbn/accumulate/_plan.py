@@ -53,10 +53,11 @@ def plan(program: Program) -> list[Segment]:
             {
                 i
                 for node in ends
-                if node.collective == way and program.stacked[node.inputs[0]]
+                if (node.collective == "sum") == is_sum
                 for i in node.inputs
+                if program.stacked[i]
             }
-            for way in ("sum", "stack")
+            for is_sum in (True, False)
         )
         reads = loads & summed.union(*(node.inputs for node in work))
         writes = (keep | stacked) - loads - inputs

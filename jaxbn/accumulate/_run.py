@@ -33,13 +33,27 @@ def run(
     """
     if unroll is None:
         unroll = loops_are_slow(node.name for node in program.nodes)
+    values = [
+        leaf if axis is None else Stack(leaf, axis)
+        for leaf, axis in zip(leaves, axes)
+    ]
+    return evaluate(program, values, unroll=unroll)
+
+
+def evaluate(
+    program: Program,
+    values: Sequence[jax.Array | Stack],
+    *,
+    unroll: bool,
+) -> list[jax.Array]:
+    """`run` of arguments of which stacked ones are a Stack."""
     shared = dict(program.constants)
     stacks: dict[int, Stack] = {}
-    for value, leaf, axis in zip(program.inputs, leaves, axes):
-        if axis is None:
-            shared[value] = leaf
+    for number, value in zip(program.inputs, values):
+        if isinstance(value, Stack):
+            stacks[number] = value
         else:
-            stacks[value] = Stack(leaf, axis)
+            shared[number] = value
     token = jnp.int32(0)
     for segment in plan(program):
         for node in segment.shared:
@@ -48,12 +62,15 @@ def run(
             program, segment, shared, stacks, token, unroll
         )
         for node in segment.ends:
-            (value,) = node.inputs
-            if node.collective == "sum":
-                operand = totals[value]
-            else:
-                operand = _together(program, value, shared, stacks)
-            for out, result in zip(node.outputs, node.run(operand)):
+            operands: list[Any] = [
+                totals[i]
+                if node.collective == "sum"
+                else _together(program, i, shared, stacks)
+                if node.collective == "stack"
+                else _stack_or_one(program, i, shared, stacks)
+                for i in node.inputs
+            ]
+            for out, result in zip(node.outputs, node.run(*operands)):
                 if program.stacked[out]:
                     stacks[out] = Stack(result)
                 else:
@@ -95,6 +112,17 @@ def _together(
         return stacks[value].together()
     one = jnp.asarray(shared[value])
     return jnp.broadcast_to(one, (program.size, *one.shape))
+
+
+def _stack_or_one(
+    program: Program,
+    value: int,
+    shared: dict[int, Any],
+    stacks: dict[int, Stack],
+) -> jax.Array | Stack:
+    if value == program.index:
+        return Stack(_together(program, value, shared, stacks))
+    return stacks[value] if program.stacked[value] else shared[value]
 
 
 def _run_segment(

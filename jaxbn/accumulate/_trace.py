@@ -10,6 +10,7 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
+from jaxbn.accumulate._branches import add_branches, communicates
 from jaxbn.accumulate._collectives import (
     add_collective,
     bind,
@@ -164,7 +165,7 @@ def _equation(
     name, params = eqn.primitive.name, eqn.params
     kinds = [var.aval for var in eqn.outvars]
     if name in _CALLS:
-        if params.get("differentiated") and np.any(params["prevent_cse"]):
+        if params.get("differentiated"):
             # jax.checkpoint: to be recomputed once the cotangent is there,
             # not kept since the first time.
             floor = max([floor, *(program.levels[i] for i in inputs)])
@@ -185,6 +186,8 @@ def _equation(
         return program.add(name, run, inputs, kinds, cheap=True, floor=floor)
     if program.axis_name in named_axes(eqn):
         return add_collective(program, eqn, inputs, floor)
+    if communicates(program, eqn) and not program.stacked[inputs[0]]:
+        return add_branches(program, eqn, inputs, floor, _inline)
     _check_inside(program, eqn)
     if name in REBUILD and is_typed():
         # Types inside of it name the axis; see _trace_typed.

@@ -22,6 +22,14 @@ KINDS = (
 _OPERATION = re.compile(
     rf"^\s*(?:ROOT )?\S+ = ([^=\n]*?) ({'|'.join(KINDS)})(-start)?\(", re.M
 )
+_COMPUTATION = re.compile(
+    r"^(ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", re.M | re.S
+)
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.-]+)")
+_BRANCHES = re.compile(
+    r"\b(?:branch_computations=\{([^}]*)\}"
+    r"|(?:true|false)_computation=(%?[\w.-]+))"
+)
 _ELEMENT = re.compile(r"\([^()]*\)|\w+\[[\d,]*\]")
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 
@@ -41,9 +49,14 @@ class Traffic(NamedTuple):
 class Collectives(dict[str, Traffic]):
     """kind -> Traffic of what occurs; the rest of KINDS reads as (0, 0).
 
+    Attributes:
+      conditional: Collectives in branches of conditionals, which may not run.
+
     Raises:
       KeyError: it is asked for a kind that does not exist.
     """
+
+    conditional: Collectives
 
     def __missing__(self, kind: str) -> Traffic:
         if kind not in KINDS:
@@ -60,6 +73,9 @@ def collectives(
     What counts is the optimized HLO, in which XLA has merged and removed what
     it could; backends may differ. An operation counts once however often it
     runs, in the body of a loop too; the -start and -done of one are one.
+    Branches of a conditional are counted in `.conditional`: there batch norm
+    keeps the second reduction of a batch whose mean lies far from the running
+    mean, which a step does not ordinarily take.
 
     Args:
       fn: a function, or the result of `jax.jit`.
@@ -82,10 +98,58 @@ def collectives(
       Traffic(count=0, bytes=0)
     """
     jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    return parse(jitted.lower(*args, **kwargs).compile().as_text())
+    return read_program(jitted.lower(*args, **kwargs).compile().as_text())
+
+
+def read_program(hlo: str) -> Collectives:
+    """Reads the text of a module; branches of conditionals stand apart."""
+    always, seldom = split_conditional(hlo)
+    found = parse(always)
+    found.conditional = parse(seldom)
+    return found
+
+
+def split_conditional(hlo: str) -> tuple[str, str]:
+    """Returns the computations that always run, and those of branches."""
+    texts, bodies, entry = {}, {}, ""
+    for found in _COMPUTATION.finditer(hlo):
+        is_entry, name, bodies[found[2]] = found.groups()
+        texts[name] = found[0]
+        entry = name if is_entry else entry
+    branches: set[str] = set()
+    always = _reachable(entry, bodies, branches)
+    seldom: set[str] = set()
+    for name in branches:
+        seldom |= _reachable(name, bodies, None)
+
+    def text(names: set[str]) -> str:
+        return "\n".join(texts[name] for name in texts if name in names)
+
+    return text(always), text(seldom - always)
+
+
+def _reachable(
+    start: str, bodies: dict[str, str], branches: set[str] | None
+) -> set[str]:
+    """Computations that start calls; with branches, those are put there."""
+    seen, todo = set(), [start]
+    while todo:
+        name = todo.pop()
+        if name in seen or name not in bodies:
+            continue
+        seen.add(name)
+        todo += _CALLED.findall(bodies[name])
+        for listed, single in _BRANCHES.findall(bodies[name]):
+            found = [n.strip(" %") for n in (listed or single).split(",")]
+            if branches is None:
+                todo += found
+            else:
+                branches.update(found)
+    return seen
 
 
 def parse(hlo: str) -> Collectives:
+    """Reads lines of HLO, whatever computation they stand in."""
     found = Collectives()
     hlo = re.sub(r"/\*.*?\*/", "", hlo).replace("<=", "")
     for shape, kind, start in _OPERATION.findall(hlo):

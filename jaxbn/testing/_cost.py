@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxbn.testing._collectives import parse
+from jaxbn.testing._collectives import parse, split_conditional
 
 #: Published peaks: bytes/s that a device sends on all its links together, half
 #: of what is stated for both directions.
@@ -245,7 +245,8 @@ def _read(
     counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo)
     devices = math.prod(map(int, counts))
     found, in_entry, turned = [], False, False
-    for line in hlo.splitlines():
+    always, _ = split_conditional(hlo)
+    for line in always.splitlines():
         in_entry = in_entry or line.startswith("ENTRY ")
         for kind, (_, size) in parse(line).items():
             transposed = "transpose(" in line

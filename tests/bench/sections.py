@@ -176,7 +176,7 @@ def stability(names: list[str], quick: bool) -> dict:
         name: {f"{o:.0e}": variance_error(name, o) for o in OFFSETS}
         for name in names
     }
-    return {"one": one_device, "eight": _eight(tuple(names), quick)["pivots"]}
+    return {"one": one_device, "eight": _eight(tuple(names), quick)["shifts"]}
 
 
 def variance_error(

@@ -205,9 +205,8 @@ def stability(result: dict) -> str:
                 for name, got in one.items()
             ],
         )
-        + "\nThe first step over eight devices. With pivot=True a module sums "
-        "about its running mean: 0 at first, 0.63 m after 100 steps of "
-        "momentum 0.99.\n\n"
+        + "\nOver eight devices. A module sums about its running mean: 0 at "
+        "first, 0.63 m after 100 steps of momentum 0.99, at last near m.\n\n"
         + table(
             ["eight devices", *(f"m = {o}" for o in offsets)],
             [

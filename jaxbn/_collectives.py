@@ -1,0 +1,116 @@
+"""Sums over mapped axes, or inside groups of devices, in one collective."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._checks import AxisName, bound_axes
+from jaxbn._compat import Names, bind_axes, varying_axes
+
+Partition = tuple[tuple[int, ...], ...]
+
+
+class Devices(NamedTuple):
+    """Mapped axes to sum over; this device alone without names."""
+
+    names: Names = ()
+    sizes: tuple[int, ...] = ()
+    groups: Partition | None = None  # of device indices on the axes
+
+    @property
+    def size(self) -> int:
+        """Devices that share a sum."""
+        if self.groups is not None:
+            return len(self.groups[0])
+        return math.prod(self.sizes)
+
+
+THIS_DEVICE = Devices()
+
+
+def devices_along(axis_name: AxisName) -> Devices:
+    """Returns all devices along named axes; see `bound_axes`."""
+    names = bound_axes(axis_name)
+    return Devices(names, tuple(jax.lax.axis_size(name) for name in names))
+
+
+def all_sum(tree: Any, devices: Devices) -> Any:
+    """Sums every leaf over devices, in one collective.
+
+    Numpy arrays are the same on all of them and take no part in it.
+    """
+    if not devices.names:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    flat, unravel = _ravel([a for a in leaves if not isinstance(a, np.ndarray)])
+    with bind_axes(devices.names, devices.sizes):
+        if devices.groups is None:
+            flat = jax.lax.psum(flat, devices.names)
+        else:
+            flat = _gather(flat, devices.names, devices.groups).sum(0)
+    summed = iter(unravel(flat))
+    return jax.tree.unflatten(
+        treedef,
+        [
+            a * a.dtype.type(devices.size)
+            if isinstance(a, np.ndarray)
+            else next(summed)
+            for a in leaves
+        ],
+    )
+
+
+def _gather(flat: jax.Array, names: Names, groups: Partition) -> jax.Array:
+    """Stacks the vectors of a group's devices."""
+    everyone: jax.Array
+    # psum takes no groups under shard_map, and under vmap nothing does.
+    if set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        everyone = jax.lax.all_gather(flat, names, axis_index_groups=groups)
+        return everyone
+    members = {i: group for group in groups for i in group}
+    own = jnp.array([members[i] for i in range(len(members))])
+    everyone = jax.lax.all_gather(flat, names)
+    return everyone[own[jax.lax.axis_index(names)]]
+
+
+def _ravel(leaves: list[jax.Array]) -> tuple[jax.Array, Any]:
+    """Returns all leaves as one real vector, and its inverse."""
+    parts: list[jax.Array] = []
+    for leaf in leaves:
+        pair = (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
+        parts.extend(part.reshape(-1) for part in pair)
+    ends = list(itertools.accumulate(part.size for part in parts))
+
+    def unravel(flat: jax.Array) -> list[jax.Array]:
+        pieces = iter(jnp.split(flat, ends[:-1]))
+        out = []
+        for leaf in leaves:
+            piece = next(pieces)
+            if jnp.iscomplexobj(leaf):
+                piece = jax.lax.complex(piece, next(pieces))
+            out.append(piece.reshape(leaf.shape))
+        return out
+
+    return jnp.concatenate(parts), unravel
+
+
+def vary_like(tree: Any, x: jax.Array) -> Any:
+    """Marks statistics as varying over the mesh axes that x varies over.
+
+    Under shard_map with check_vma=True the transpose of this mark is the one
+    psum of the backward pass. Left implicit, every use would get its own.
+    Everywhere else it does nothing.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    flat, unravel = _ravel(leaves)
+    axes = varying_axes(x) - varying_axes(flat)
+    if not axes:
+        return tree
+    varying = jax.lax.pcast(flat, tuple(axes), to="varying")
+    return jax.tree.unflatten(treedef, unravel(varying))

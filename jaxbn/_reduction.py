@@ -1,0 +1,117 @@
+"""Which values of an array share a statistic: sums over them, and back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Reduction(NamedTuple):
+    """What to reduce over; static while tracing.
+
+    By default all values of a feature share a statistic, and statistics have
+    the shape of the features, F. With chunks or ids a statistic is (rows, *F),
+    rows = chunks * ids, chunk by chunk.
+    """
+
+    shape: tuple[int, ...]  # of x
+    axes: tuple[int, ...]  # reduced ones, sorted; the first holds the examples
+    chunks: int = 1  # equally long runs of neighbouring examples
+    num_ids: int | None = None  # None: no ids
+
+    @property
+    def has_rows(self) -> bool:
+        return self.chunks != 1 or self.num_ids is not None
+
+    @property
+    def examples(self) -> int:
+        return self.shape[self.axes[0]]
+
+    @property
+    def values(self) -> int:
+        """Values of a feature."""
+        return math.prod(self.shape[axis] for axis in self.axes)
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Shape of the features, F."""
+        kept = range(len(self.shape))
+        return tuple(self.shape[a] for a in kept if a not in self.axes)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """(rows,), or () where all values of a feature share a statistic."""
+        return (self.chunks * (self.num_ids or 1),) if self.has_rows else ()
+
+    def sum(self, x: jax.Array, ids: jax.Array | None) -> jax.Array:
+        """Sums over the values that share a statistic."""
+        if not self.has_rows:
+            return x.sum(self.axes)
+        # Every axis before the first reduced one holds features.
+        x = jnp.moveaxis(x.sum(self.axes[1:]), self.axes[0], 0)
+        x = x.reshape(self.chunks, -1, *x.shape[1:])
+        if ids is None:
+            return x.sum(1)
+        # A select, not a product: NaN of one id must not reach another.
+        x = jnp.where(self._member(ids, x.ndim + 1), x[:, None], 0).sum(2)
+        return x.reshape(-1, *x.shape[2:])
+
+    def broadcast(
+        self, statistic: jax.Array, ids: jax.Array | None
+    ) -> jax.Array:
+        """Inserts the reduced axes, so that a statistic broadcasts to x."""
+        if not np.ndim(statistic):
+            return statistic
+        if not self.has_rows:
+            return jnp.expand_dims(statistic, self.axes)
+        features = statistic.shape[1:]
+        rows = statistic.reshape(self.chunks, -1, 1, *features)
+        if ids is not None:
+            rows = jnp.where(self._member(ids, rows.ndim), rows, 0)
+        rows = rows.sum(1)
+        length = self.examples // self.chunks
+        rows = jnp.broadcast_to(rows, (self.chunks, length, *features))
+        rows = rows.reshape(self.examples, *features)
+        return jnp.expand_dims(
+            jnp.moveaxis(rows, 0, self.axes[0]), self.axes[1:]
+        )
+
+    def counts(
+        self,
+        where: jax.Array | None,
+        ids: jax.Array | None,
+        dtype: jnp.dtype,
+    ) -> Any:
+        """Kept values of a statistic: (), or with axes of length 1, or as F.
+
+        A numpy array where the count is known while tracing.
+        """
+        if where is None and self.num_ids is None:
+            values = self.values // self.chunks
+            if not isinstance(values, int):  # a symbolic shape
+                return jnp.asarray(values).astype(dtype)
+            rows = self.rows and self.rows + (1,) * len(self.features)
+            return np.full(rows, values, dtype)
+        if where is None:
+            where = jnp.ones((1,) * len(self.shape), bool)
+        shape = list(where.shape)
+        if self.has_rows:
+            shape[self.axes[0]] = self.examples
+        where = jnp.broadcast_to(where, shape)
+        seen = math.prod(shape[axis] for axis in self.axes)
+        repeats = self.values // seen if seen else 0
+        # Integers: a float32 sum of ones stops counting at 2^24.
+        count = self.sum(where.astype(jnp.int32), ids).astype(dtype)
+        if not self.has_rows and count.size == 1:
+            count = count.reshape(())
+        return count * repeats
+
+    def _member(self, ids: jax.Array, ndim: int) -> jax.Array:
+        """Whether an example has an id: (chunks, ids, examples, 1, ...)."""
+        ids = ids.reshape(self.chunks, 1, -1)
+        member = ids == jnp.arange(self.num_ids)[:, None]
+        return member.reshape(member.shape + (1,) * (ndim - 3))
