@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxbn._compat import axes_in_scope
+from jaxbn._compat import axes_in_scope, is_bound
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 Axes = int | Sequence[int]
@@ -32,7 +35,10 @@ def check_input(x: jax.Array) -> jax.Array:
 def split_axes(
     x: jax.Array, feature_axis: Axes
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns (feature axes, reduced axes) of x, both positive and sorted."""
+    """Returns (feature axes, reduced axes) of x, both positive and sorted.
+
+    Where x holds features alone there is nothing to reduce: it is one example.
+    """
     given = (
         feature_axis if isinstance(feature_axis, Sequence) else (feature_axis,)
     )
@@ -43,23 +49,23 @@ def split_axes(
         )
     features = tuple(sorted({axis % x.ndim for axis in given}))
     reduced = tuple(axis for axis in range(x.ndim) if axis not in features)
-    if not reduced:
-        raise ValueError(
-            f"feature_axis={feature_axis} names every axis of x, which is "
-            f"{describe(x)}: no axis is left to take statistics over."
-        )
     return features, reduced
 
 
-def check_where(where: jax.Array | None, x: jax.Array) -> jax.Array | None:
-    """Returns where with as many axes as x; None stays None."""
+def check_where(
+    where: jax.Array | None, x: jax.Array, *, name: str = "where"
+) -> jax.Array | None:
+    """Returns where with as many axes as x; None stays None.
+
+    name: what the caller calls it.
+    """
     if where is None:
         return None
     where = jnp.asarray(where)
     if where.dtype != bool:
         raise ValueError(
-            f"where must be bool; got {describe(where)}. Compare first, for "
-            "example where=mask > 0."
+            f"{name} must be bool; got {describe(where)}. Compare first, for "
+            f"example {name}=mask > 0."
         )
     # numpy would spread a mask of shape (N,) over the last axis. It is meant
     # for the first one, and where both lengths agree nobody would notice.
@@ -67,9 +73,9 @@ def check_where(where: jax.Array | None, x: jax.Array) -> jax.Array | None:
     if per_example and x.ndim > 1:
         index = ", ".join([":"] + ["None"] * (x.ndim - 1))
         raise ValueError(
-            f"where is {describe(where)} and x is {describe(x)}: a mask over "
-            f"the first axis is written where[{index}], one over the last "
-            "axis where[None, :]."
+            f"{name} is {describe(where)} and x is {describe(x)}: a mask over "
+            f"the first axis is written {name}[{index}], one over the last "
+            f"axis {name}[None, :]."
         )
     try:
         fits = jnp.broadcast_shapes(where.shape, x.shape) == x.shape
@@ -77,7 +83,7 @@ def check_where(where: jax.Array | None, x: jax.Array) -> jax.Array | None:
         fits = False
     if not fits:
         raise ValueError(
-            f"where must broadcast to x; got where {describe(where)} and x "
+            f"{name} must broadcast to x; got {name} {describe(where)} and x "
             f"{describe(x)}."
         )
     return where.reshape((1,) * (x.ndim - where.ndim) + where.shape)
@@ -138,7 +144,7 @@ def check_ids(
     if ids is None:
         return None
     ids = jnp.asarray(ids)
-    want = (x.shape[axes[0]],)
+    want = tuple(x.shape[axis] for axis in axes[:1])
     if ids.shape != want or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             f"ids must be integers of shape {want}, one for each example of x "
@@ -151,18 +157,82 @@ def bound_axes(axis_name: AxisName) -> tuple[Hashable, ...]:
     """Returns the named axes to reduce over; () when x is already global.
 
     Outside shard_map, pmap and vmap(axis_name=...) there is no named axis, an
-    array is the whole batch, and () is the right answer. Inside, a name that
-    is not in scope is a mistake that would leave statistics unsynchronized.
+    array is the whole batch, and () is the right answer. So it is along a mesh
+    axis that shard_map leaves to the compiler, and in a model under vmap over
+    something else. Any other name that is not bound is a mistake that would
+    leave statistics unsynchronized.
     """
     if axis_name is None:
         return ()
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    in_scope = axes_in_scope()
-    missing = [name for name in names if name not in in_scope]
-    if missing and in_scope:
+    bound = tuple(name for name in names if is_bound(name))
+    for name in names:
+        if name not in bound:
+            _check_global(name, axis_name)
+    return bound
+
+
+def _check_global(name: Hashable, axis_name: AxisName) -> None:
+    """Raises unless x may be global along an axis that is not bound."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if name in mesh.axis_names and name not in mesh.manual_axes:
+        return
+    in_scope = sorted(map(str, axes_in_scope()))
+    # Under vmap alone, a name like one in scope is a typo.
+    alike = difflib.get_close_matches(str(name), in_scope, cutoff=0.7)
+    if mesh.manual_axes or alike:
         raise ValueError(
-            f"axis_name={axis_name!r}: {missing[0]!r} is not bound here; the "
-            f"named axes in scope are {sorted(map(str, in_scope))}. Use one of "
-            "them, or None for statistics of this device alone."
+            f"axis_name={axis_name!r}: {name!r} is not bound here; the "
+            f"named axes in scope are {in_scope}. Use one of them, or None for "
+            "statistics of this device alone."
         )
-    return () if missing else names
+
+
+def is_known(value: float | jax.Array) -> bool:
+    """Whether value can be checked now; a traced one passes every check."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def check_between(
+    name: str, value: float | jax.Array, least: float, most: float
+) -> None:
+    """Raises ValueError unless least <= value <= most."""
+    if not is_known(value):
+        return
+    known = np.asarray(value)
+    if not ((known >= least) & (known <= most)).all():
+        raise ValueError(f"{name} must be in [{least}, {most}]; got {value}.")
+
+
+def check_at_least(
+    name: str, value: float | jax.Array, least: float, *, finite: bool = False
+) -> None:
+    """Raises ValueError unless value >= least, and < inf where finite."""
+    if not is_known(value):
+        return
+    if not value >= least or (finite and math.isinf(value)):
+        also = "finite and " if finite else ""
+        raise ValueError(f"{name} must be {also}at least {least}; got {value}.")
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raises ValueError unless epsilon is finite and at least 0."""
+    check_at_least("epsilon", epsilon, 0, finite=True)
+
+
+def check_ddof(ddof: int) -> None:
+    """Raises ValueError unless ddof is 0 or 1."""
+    if is_known(ddof) and ddof not in (0, 1):
+        raise ValueError(
+            "ddof must be 0, the biased variance, or 1, the unbiased one; got "
+            f"{ddof}."
+        )
+
+
+def check_limits(r_max: float | jax.Array, d_max: float | jax.Array) -> None:
+    """Raises ValueError unless both are numbers, r_max >= 1 and d_max >= 0."""
+    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if jnp.ndim(value) or (is_known(value) and not value >= least):
+            raise ValueError(
+                f"{name} must be a number and at least {least}; got {value}."
+            )

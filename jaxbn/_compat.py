@@ -22,13 +22,38 @@ def varying_axes(x: jax.Array) -> frozenset[Hashable]:
     return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))
 
 
+def match_type(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns x with the type of an array of its shape.
+
+    That is: varying over the same axes of shard_map with check_vma=True, and
+    sharded in the same way over Explicit mesh axes.
+    """
+    more = varying_axes(like) - varying_axes(x)
+    if more:
+        x = jax.lax.pcast(x, tuple(more), to="varying")
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:
+        x = jax.sharding.reshard(x, jax.typeof(like).sharding.spec)
+    return x
+
+
+def is_bound(name: Hashable) -> bool:
+    """Whether a name is that of a mapped axis around the caller."""
+    try:
+        jax.lax.axis_size(name)
+    except NameError:
+        return False
+    return True
+
+
 def axes_in_scope() -> list[Hashable]:
-    """Returns the named axes of shard_map, pmap and vmap that are bound."""
+    """Returns the named axes that are bound, for error messages."""
     # Here, because it takes as long to import as all of the core together.
     import jax.extend.core
 
     core: Any = jax.extend.core  # its types leave this function out
-    names: list[Hashable] = list(core.unsafe_get_axis_names_DO_NOT_USE())
+    ask = getattr(core, "unsafe_get_axis_names_DO_NOT_USE", list)
+    names: list[Hashable] = list(ask())
     return names
 
 
@@ -42,9 +67,7 @@ def bind_axes(
     `scan`, that is after vmap has returned: collectives in the rule are still
     mapped, yet the check of their names fails.
     """
-    try:
-        jax.lax.axis_size(names)
-    except NameError:
+    if not all(map(is_bound, names)):
         from jax._src import core
 
         extend = getattr(core, "extend_axis_env_nd", None)

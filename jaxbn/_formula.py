@@ -170,7 +170,7 @@ def _tangent(
         stats = hide_from_cse(stats)
 
     def shifted(shift: jax.Array) -> jax.Array:
-        return _readable(x, where, _shifted(spec, x, shift, ids))
+        return readable(x, where, _shifted(spec, x, shift, ids))
 
     inv = jax.lax.rsqrt(stats.var + spec.epsilon)
     gain = times(inv, in_rows(spec, scale))
@@ -206,9 +206,9 @@ def _tangent(
     if dbias is not None and where is None:
         level = level + dbias
     dy = shifted(hide_from_cse(stats.shift)) * reduction.broadcast(slope, ids)
-    dy = dy + _readable(x, where, reduction.broadcast(level, ids))
+    dy = dy + readable(x, where, reduction.broadcast(level, ids))
     if dx is not None:
-        dy = dy + _readable(x, where, dx * reduction.broadcast(gain, ids))
+        dy = dy + readable(x, where, dx * reduction.broadcast(gain, ids))
     if dbias is not None and where is not None:
         # Bias alone reaches the output of a value that is not read.
         dy = dy + reduction.broadcast(dbias, ids)
@@ -237,18 +237,20 @@ def _of_all_examples(
 ) -> Moments:
     """Merges the moments of all groups into those of all examples."""
     chunks, num_ids = spec.reduction.chunks, spec.reduction.num_ids
-    if chunks == 1 and spec.devices == everyone:
+    ghost = spec.reduction.chunks != 1
+    if not ghost and spec.devices == everyone:
         return stats.moments
     if num_ids is not None:
         parts = Centered(*(a.reshape(chunks, -1, *a.shape[1:]) for a in stats))
-    elif chunks > 1:
+    elif spec.reduction.has_rows:
         parts = stats
     else:
         parts = Centered(*(a[None] for a in stats))
-    if shift is None:
-        shift = jnp.zeros(parts.shift.shape[1:], parts.shift.dtype)
-    shift = jax.lax.stop_gradient(widen(shift))
-    total = merge_parts(parts, shift, devices=everyone).moments
+    start = jnp.zeros((), parts.shift.dtype) if shift is None else widen(shift)
+    start = jnp.broadcast_to(
+        jax.lax.stop_gradient(start), parts.shift.shape[1:]
+    )
+    total = merge_parts(parts, start, devices=everyone).moments
     count = total.count
     if num_ids is None and count.size == 1:
         count = count.reshape(())
@@ -276,7 +278,7 @@ def _shifted(
     return widen(x) - spec.reduction.broadcast(shift, ids)
 
 
-def _readable(
+def readable(
     x: jax.Array, where: jax.Array | None, value: jax.Array
 ) -> jax.Array:
     """Puts 0 in value where x is masked out and NaN or inf."""

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxbn._checks import (
     Axes,
     check_affine,
+    check_between,
+    check_epsilon,
     check_features,
     check_ids,
     check_input,
@@ -15,7 +17,7 @@ from jaxbn._checks import (
     split_axes,
 )
 from jaxbn._collectives import THIS_DEVICE
-from jaxbn._formula import Spec, affine, in_rows, times
+from jaxbn._formula import Spec, affine, in_rows, readable, times
 from jaxbn._moments import abs2, moments, widen
 from jaxbn._reduction import Reduction
 
@@ -27,6 +29,7 @@ def normalize(
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
     *,
+    where: jax.Array | None = None,
     ids: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
@@ -42,6 +45,8 @@ def normalize(
       var: (C,) in the unit of x squared; (K, C) with ids.
       scale: (C,), with ids also (K, C), or None for 1.
       bias: likewise, or None for 0.
+      where: bool, broadcastable to x; a NaN or inf where it is False is read as
+        the mean, so that it reaches neither the result nor a gradient.
       ids: (N,) integers in [0, K), whose statistics an example takes; an id
         outside gives NaN.
       epsilon: added to the variance, unit of x squared.
@@ -57,8 +62,23 @@ def normalize(
 
     Source: Ioffe and Szegedy (2015), Batch Normalization, Algorithm 2.
     """
+    check_epsilon(epsilon)
     x = check_input(x)
     features, axes = split_axes(x, feature_axis)
+    if not axes and ids is not None:
+        return normalize(
+            x[None],
+            mean,
+            var,
+            scale,
+            bias,
+            where=where,
+            ids=jnp.asarray(ids)[None],
+            epsilon=epsilon,
+            feature_axis=tuple(axis + 1 for axis in features),
+            dtype=dtype,
+        )[0]
+    where = check_where(where, x)
     num_ids = None if ids is None else jnp.shape(mean)[0]
     ids = check_ids(ids, num_ids, x, axes)
     mean = check_features("mean", mean, x, features, num_ids)
@@ -68,6 +88,7 @@ def normalize(
     dtype = jnp.dtype(dtype or x.dtype)
     spec = Spec(reduction, THIS_DEVICE, float(epsilon), dtype)
     centered = widen(x) - reduction.broadcast(widen(mean), ids)
+    centered = readable(x, where, centered)
     inv = jax.lax.rsqrt(widen(var) + spec.epsilon)
     slope = times(inv, in_rows(spec, scale))
     return affine(spec, centered, slope, in_rows(spec, bias), ids)
@@ -114,10 +135,24 @@ def normalize_weighted(
     Source: Summers and Dinneen (2019), Four Things Everyone Should Know to
     Improve Batch Normalization, on inference example weighing.
     """
-    if not isinstance(weight, jax.core.Tracer) and not 0 <= weight <= 1:
-        raise ValueError(f"weight must be in [0, 1]; got {weight}.")
+    check_between("weight", weight, 0, 1)
+    check_epsilon(epsilon)
     x = check_input(x)
     features, axes = split_axes(x, feature_axis)
+    if not axes:
+        return normalize_weighted(
+            x[None],
+            mean,
+            var,
+            scale,
+            bias,
+            weight=weight,
+            where=where,
+            ids=None if ids is None else jnp.asarray(ids)[None],
+            epsilon=epsilon,
+            feature_axis=tuple(axis + 1 for axis in features),
+            dtype=dtype,
+        )[0]
     where = check_where(where, x)
     num_ids = None if ids is None else jnp.shape(mean)[0]
     ids = check_ids(ids, num_ids, x, axes)
@@ -155,6 +190,7 @@ def normalize_weighted(
             var,
             scale,
             bias,
+            where=where,
             epsilon=epsilon,
             feature_axis=inner,
             dtype=dtype,

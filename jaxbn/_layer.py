@@ -8,10 +8,22 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxbn._checks import AxisName, describe, split_axes
+from jaxbn._checks import (
+    AxisName,
+    check_at_least,
+    check_between,
+    check_ddof,
+    check_epsilon,
+    check_limits,
+    check_where,
+    describe,
+    is_known,
+    split_axes,
+)
 from jaxbn._inference import normalize, normalize_weighted
-from jaxbn._moments import Moments, merge
+from jaxbn._moments import Moments, merge, widen
 from jaxbn._normalize import batch_norm, batch_renorm, standardize
 from jaxbn._running import (
     RunningStats,
@@ -36,7 +48,7 @@ class Call(NamedTuple):
     """The arguments of one call, besides x and the variables."""
 
     inference: bool
-    where: jax.Array | None
+    mask: jax.Array | None
     ids: jax.Array | None
     timestep: int | jax.Array | None
     dtype: Any  # of the result
@@ -52,6 +64,7 @@ class Layer:
     epsilon: float
     axis_name: AxisName
     scope: Scope
+    affine_per_id: bool
     skip_nonfinite: bool
     ddof: int
     debias: bool
@@ -64,6 +77,31 @@ class Layer:
     prior: float | None
 
     def __post_init__(self) -> None:
+        check_epsilon(self.epsilon)
+        check_ddof(self.ddof)
+        check_between("example_weight", self.example_weight, 0, 1)
+        if self.momentum is not None:
+            check_between("momentum", self.momentum, 0, 1)
+            if self.debias and is_known(self.momentum) and self.momentum >= 1:
+                raise ValueError(
+                    f"debias=True needs momentum < 1; got {self.momentum}."
+                )
+        if self.prior is not None:
+            check_at_least("prior", self.prior, 0)
+        if self.num_timesteps is not None:
+            check_at_least("num_timesteps", self.num_timesteps, 1)
+        if self.renorm is not None and not callable(self.renorm):
+            if len(self.renorm) != 2:
+                raise ValueError(
+                    "renorm must be (r_max, d_max), or a function that returns "
+                    f"them; got {self.renorm}."
+                )
+            check_limits(*self.renorm)
+        if self.affine_per_id and self.scope.num_ids is None:
+            raise ValueError(
+                "affine_per_id=True gives scale and bias a row for each id and "
+                "needs num_ids; got num_ids=None."
+            )
         if self.num_timesteps is not None and self.scope.num_ids is not None:
             raise ValueError(
                 f"num_timesteps={self.num_timesteps} and "
@@ -101,10 +139,17 @@ class Layer:
         call: Call,
     ) -> tuple[jax.Array, State, Moments | None]:
         """Returns y, the next state, and in training the batch's moments."""
+        mask = check_where(call.mask, x, name="mask")
+        if (call.ids is None) != (self.scope.num_ids is None):
+            ids = None if call.ids is None else describe(jnp.asarray(call.ids))
+            raise ValueError(
+                "num_ids of the layer and ids of the call go together; got "
+                f"num_ids={self.scope.num_ids} and ids={ids}."
+            )
         if not self.train_affine:
             scale, bias = jax.lax.stop_gradient((scale, bias))
         row = self._row(call.timestep)
-        running = _take(state.running, row)
+        running = _widened(_take(state.running, row))
         options = dict(
             ids=call.ids,
             epsilon=self.epsilon,
@@ -113,13 +158,13 @@ class Layer:
         )
         if call.inference or self.frozen:
             plain = not call.inference
-            y = self._infer(x, scale, bias, running, call.where, options, plain)
+            y = self._infer(x, scale, bias, running, mask, options, plain)
             if call.inference or not call.hand_out:
                 return y, state, None
-            batch = self._moments(x, call.where, options)
+            batch = self._moments(x, mask, options)
             return y, state, _in_row(batch, state.running, row)
         options.update(
-            where=call.where,
+            where=mask,
             axis_name=self.axis_name,
             scope=self.scope,
             shift=running.mean,
@@ -148,7 +193,8 @@ class Layer:
         skipped = state.skipped
         if skipped is not None:
             skipped = skipped + jnp.where(is_finite(batch), 0, 1)
-        return y, State(_put(state.running, new, row), skipped), handed
+        stored = _as_stored(_put(state.running, new, row), state.running)
+        return y, State(stored, skipped), handed
 
     def _infer(
         self,
@@ -173,7 +219,13 @@ class Layer:
             )
         if self.prior is None or plain:
             return normalize(
-                x, running.mean, running.var, scale, bias, **options
+                x,
+                running.mean,
+                running.var,
+                scale,
+                bias,
+                where=where,
+                **options,
             )
         batch = self._moments(x, where, options)
         # The prior counts examples, the moments their values.
@@ -182,7 +234,9 @@ class Layer:
         for axis in axes[1:]:
             values *= x.shape[axis]
         adapted = adapt(running, batch, prior=self.prior * values)
-        return normalize(x, adapted.mean, adapted.var, scale, bias, **options)
+        return normalize(
+            x, adapted.mean, adapted.var, scale, bias, where=where, **options
+        )
 
     def _moments(
         self, x: jax.Array, where: jax.Array | None, options: dict[str, Any]
@@ -222,6 +276,26 @@ def _take(running: RunningStats, row: jax.Array | None) -> RunningStats:
     return own
 
 
+def _widened(running: RunningStats) -> RunningStats:
+    return running._replace(mean=widen(running.mean), var=widen(running.var))
+
+
+def _as_stored(new: RunningStats, old: RunningStats) -> RunningStats:
+    """Rounds to the dtype of old where its owner has cast it below float32.
+
+    A loop that carries the state keeps its dtypes. The layer makes no state
+    that narrow itself.
+    """
+
+    def stored(new: jax.Array, old: jax.Array) -> jax.Array:
+        narrow = widen(old).dtype != old.dtype and not jnp.iscomplexobj(new)
+        return new.astype(old.dtype) if narrow else new
+
+    return new._replace(
+        mean=stored(new.mean, old.mean), var=stored(new.var, old.var)
+    )
+
+
 def _put(
     running: RunningStats, new: RunningStats, row: jax.Array | None
 ) -> RunningStats:
@@ -229,7 +303,7 @@ def _put(
         return new
 
     def put(rows: jax.Array, new: jax.Array) -> jax.Array:
-        rows = rows.astype(jnp.promote_types(rows.dtype, new.dtype))
+        rows = rows.astype(np.promote_types(rows.dtype, new.dtype))
         return rows.at[row].set(new)
 
     rows: RunningStats = jax.tree.map(put, running, new)
@@ -254,7 +328,7 @@ def _in_row(
 
 def no_moments(running: RunningStats) -> Moments:
     """Returns the moments of nothing, an entry for each running statistic."""
-    mean, var = jnp.zeros_like(running.mean), jnp.zeros_like(running.var)
+    mean, var, _ = jax.tree.map(jnp.zeros_like, _widened(running))
     return Moments(var, mean, var)
 
 

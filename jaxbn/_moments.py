@@ -23,7 +23,7 @@ from jaxbn._collectives import (
     all_sum,
     devices_along,
 )
-from jaxbn._compat import varying_axes
+from jaxbn._compat import match_type, varying_axes
 from jaxbn._reduction import Reduction
 
 # Squared distance of the mean from the shift, in variances, beyond which sums
@@ -114,7 +114,7 @@ def centered_moments(
     found = all_sum(sums(values, constants, shift), devices)
     count = jnp.asarray(found[0])
     # Both branches below return one type, that of the sums.
-    shift = jnp.where(found[2] == found[2], shift, shift)
+    shift = match_type(shift, found[1])
     first = _from_sums(found[0], shift, *found[1:])._replace(count=count)
 
     def again(first: Centered) -> Centered:
@@ -224,7 +224,7 @@ def merge_parts(
     def sums(parts: Centered, _: None, shift: jax.Array) -> Any:
         count, start, offset, m2 = parts
         weight = count.reshape(count.shape + (1,) * (start.ndim - count.ndim))
-        d = jnp.where(weight > 0, (start - shift) + offset, 0)
+        d = jnp.where(weight > 0, (start - shift[None]) + offset, 0)
         s2 = m2 + weight * abs2(d)
         return count.sum(0), (weight * d).sum(0), s2.sum(0)
 
@@ -349,8 +349,9 @@ def merge_stacked(parts: Centered) -> Centered:
     So equal means stay equal to the last bit.
     """
     count = parts.count
-    largest = jnp.arange(len(count)) == jnp.argmax(count, 0)[..., None]
-    largest = jnp.moveaxis(largest, -1, 0)
+    largest = jax.nn.one_hot(
+        jnp.argmax(count, 0), len(count), axis=0, dtype=bool
+    )
     largest = largest.reshape(
         largest.shape + (1,) * (parts.shift.ndim - count.ndim)
     )
@@ -377,7 +378,7 @@ def nonzero(count: Any) -> Any:
 
 def widen(x: jax.Array) -> jax.Array:
     """Returns x in float32 or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def abs2(x: jax.Array) -> jax.Array:

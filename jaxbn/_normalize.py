@@ -11,9 +11,11 @@ from jaxbn._checks import (
     Axes,
     AxisName,
     check_affine,
+    check_epsilon,
     check_features,
     check_ids,
     check_input,
+    check_limits,
     check_where,
     split_axes,
 )
@@ -203,12 +205,7 @@ def batch_renorm(
 
     Source: Ioffe (2017), Batch Renormalization, Algorithm 1.
     """
-    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        known = not isinstance(value, jax.core.Tracer)
-        if jnp.ndim(value) or (known and not value >= least):
-            raise ValueError(
-                f"{name} must be a number and at least {least}; got {value}."
-            )
+    check_limits(r_max, d_max)
     return _train(
         x,
         scale,
@@ -277,8 +274,25 @@ def _train(
     feature_axis: Axes,
     dtype: jax.typing.DTypeLike | None,
 ) -> tuple[jax.Array, Moments]:
+    check_epsilon(epsilon)
     x = check_input(x)
     features, axes = split_axes(x, feature_axis)
+    if not axes and ids is not None:
+        y, batch = _train(
+            x[None],
+            scale,
+            bias,
+            renorm,
+            ids=jnp.asarray(ids)[None],
+            where=where,
+            axis_name=axis_name,
+            scope=scope,
+            shift=shift,
+            epsilon=epsilon,
+            feature_axis=tuple(axis + 1 for axis in features),
+            dtype=dtype,
+        )
+        return y[0], batch
     where = check_where(where, x)
     ids = check_ids(ids, scope.num_ids, x, axes)
     scale, bias = check_affine(scale, bias, x, features, scope.num_ids)

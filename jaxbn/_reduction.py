@@ -92,10 +92,11 @@ class Reduction(NamedTuple):
         """
         if where is None and self.num_ids is None:
             values = self.values // self.chunks
-            if not isinstance(values, int):  # a symbolic shape
-                return jnp.asarray(values).astype(dtype)
             rows = self.rows and self.rows + (1,) * len(self.features)
-            return np.full(rows, values, dtype)
+            if all(isinstance(n, int) for n in (values, *rows)):
+                return np.full(rows, values, dtype)
+            # Known only at run time: the shape is symbolic.
+            return jnp.broadcast_to(jnp.asarray(values).astype(dtype), rows)
         if where is None:
             where = jnp.ones((1,) * len(self.shape), bool)
         shape = list(where.shape)
@@ -113,5 +114,5 @@ class Reduction(NamedTuple):
     def _member(self, ids: jax.Array, ndim: int) -> jax.Array:
         """Whether an example has an id: (chunks, ids, examples, 1, ...)."""
         ids = ids.reshape(self.chunks, 1, -1)
-        member = ids == jnp.arange(self.num_ids)[:, None]
+        member = ids == jnp.arange(self.num_ids, dtype=ids.dtype)[None, :, None]
         return member.reshape(member.shape + (1,) * (ndim - 3))

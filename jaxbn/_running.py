@@ -8,8 +8,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxbn._checks import AxisName, bound_axes, describe
+from jaxbn._checks import (
+    AxisName,
+    bound_axes,
+    check_at_least,
+    check_between,
+    check_ddof,
+    describe,
+    is_known,
+)
+from jaxbn._compat import match_type
 from jaxbn._moments import Centered, Moments, merge_stacked, sync
 
 
@@ -45,7 +55,7 @@ def init_running(
     Returns:
       RunningStats.
     """
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = np.promote_types(dtype, jnp.float32)
     return RunningStats(
         jnp.zeros(shape, dtype),
         jnp.ones(shape, jnp.finfo(dtype).dtype),
@@ -87,8 +97,9 @@ def update_running(
       RunningStats in the dtype of old, or wider where the batch is.
 
     Raises:
-      ValueError: decay is None or debias is True, and old counts no steps;
-        debias is True and decay is 1.
+      ValueError: decay is outside [0, 1] or ddof is neither 0 nor 1; decay is
+        None or debias is True, and old counts no steps; debias is True and
+        decay is 1.
 
     Example:
       >>> batch = Moments(jnp.array(4), jnp.array([2.0]), jnp.array([12.0]))
@@ -98,6 +109,9 @@ def update_running(
 
     Source: Kingma and Ba (2015), Adam, section 3, for the weights of debias.
     """
+    if decay is not None:
+        check_between("decay", decay, 0, 1)
+    check_ddof(ddof)
     known = batch.count > ddof
     var = batch.m2 / jnp.maximum(batch.count - ddof, 1)
     if skip_nonfinite:
@@ -111,16 +125,18 @@ def update_running(
                 f"{way} needs the number of batches so far, and old.steps is "
                 "None. Start from init_running(shape, count_steps=True)."
             )
-        if debias and decay is not None and _known(decay) and decay >= 1:
+        if debias and decay is not None and is_known(decay) and decay >= 1:
             raise ValueError(f"debias=True needs decay < 1; got {decay}.")
-        new_weight = _weight_of_new(decay, old.steps)
+        new_weight = _weight_of_new(decay, old.steps, var.dtype)
         old_weight = 1 - new_weight
     else:
         old_weight, new_weight = decay, 1 - decay
 
     def step(old: jax.Array, new: jax.Array) -> jax.Array:
-        old = old.astype(jnp.promote_types(old.dtype, new.dtype))
-        return jnp.where(known, old_weight * old + new_weight * new, old)
+        old = old.astype(np.promote_types(old.dtype, new.dtype))
+        mixed = old_weight * old + new_weight * new
+        kept = match_type(known, mixed) if known.ndim else known
+        return jnp.where(kept, mixed, match_type(old, mixed))
 
     steps = old.steps
     if steps is not None:
@@ -130,20 +146,16 @@ def update_running(
 
 
 def _weight_of_new(
-    decay: float | jax.Array | None, steps: jax.Array
+    decay: float | jax.Array | None, steps: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
     """Weight of a batch after `steps` others: the first has 1."""
-    after = steps + 1
+    after = (steps + 1).astype(dtype)
     if decay is None:
         return 1 / after
     # 1 - decay**t loses its digits where decay is near 1; expm1 keeps them.
-    exact = _known(decay) and decay > 0
+    exact = is_known(decay) and decay > 0
     log = math.log(decay) if exact else jnp.log(decay)
     return jnp.where(steps == 0, 1, (1 - decay) / -jnp.expm1(after * log))
-
-
-def _known(value: float | jax.Array) -> bool:
-    return not isinstance(value, jax.core.Tracer)
 
 
 def is_finite(batch: Moments) -> jax.Array:
@@ -184,8 +196,7 @@ def adapt(
     Source: Schneider et al. (2020), Improving robustness against common
     corruptions by covariate shift adaptation, equation 1.
     """
-    if _known(prior) and not prior >= 0:
-        raise ValueError(f"prior must be at least 0; got {prior}.")
+    check_at_least("prior", prior, 0)
     known = batch.count > 0
     # Written so that an infinite prior is not inf / inf.
     new = jnp.where(known, batch.count / (batch.count + prior), 0)

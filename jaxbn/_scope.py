@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxbn._checks import AxisName
+from jaxbn._checks import AxisName, check_at_least
 from jaxbn._collectives import (
     THIS_DEVICE,
     Devices,
@@ -58,8 +58,8 @@ class Scope:
             )
         for name in ("group_size", "normalize_over", "num_ids"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+            if value is not None:
+                check_at_least(name, value, 1)
         if self.axis_index_groups is not None:
             # Hashable, so that a module with a Scope is.
             groups = tuple(tuple(group) for group in self.axis_index_groups)
@@ -70,7 +70,7 @@ class Scope:
     ) -> tuple[Reduction, Devices]:
         """Returns what to reduce over on a device, and which devices."""
         devices = devices_along(axis_name)
-        examples = x.shape[axes[0]]
+        examples = x.shape[axes[0]] if axes else 1
         reduction = Reduction(x.shape, axes, num_ids=self.num_ids)
         if self.axis_index_groups is not None:
             if not devices.names:
@@ -89,6 +89,7 @@ class Scope:
             on_mesh = _devices_of_mesh(axis_name, size)
             if on_mesh % size:
                 raise ValueError(_uneven(size, on_mesh, axis_name))
+            _check_share(size, on_mesh, examples)
             over = examples * size // on_mesh
             size = None
         if over is not None:
@@ -107,10 +108,21 @@ class Scope:
 
 def _split_or_join(over: int, examples: int, devices: int) -> tuple[int, int]:
     """Returns (chunks of a device, devices of a group), one of them 1."""
+    if isinstance(examples, int) and not examples:
+        return 1, 1
     if examples % over == 0:
         return examples // over, 1
-    if over % examples == 0 and devices % (over // examples) == 0:
+    if (
+        isinstance(examples, int)
+        and over % examples == 0
+        and devices % (over // examples) == 0
+    ):
         return 1, over // examples
+    if not isinstance(examples, int):
+        raise ValueError(
+            f"normalize_over={over} must divide the examples of a device, which "
+            f"are {examples}: export with a batch such as {over}*b."
+        )
     possible = {n for n in range(1, examples + 1) if examples % n == 0}
     possible |= {
         n * examples for n in range(1, devices + 1) if devices % n == 0
@@ -136,6 +148,23 @@ def _devices_of_mesh(axis_name: AxisName, size: int) -> int:
     for name in names:
         devices *= mesh.shape[name]
     return devices
+
+
+def _check_share(size: int, devices: int, examples: int) -> None:
+    """Raises unless groups of devices have equally many examples."""
+    if examples % (devices // size) == 0:
+        return
+    fits = [
+        n
+        for n in range(1, devices + 1)
+        if devices % n == 0 and examples % (devices // n) == 0
+    ]
+    nearest = min(fits, key=lambda n: (abs(n - size), n))
+    raise ValueError(
+        f"group_size={size} makes {devices // size} groups of the {devices} "
+        f"devices, which cannot share {examples} examples equally; the nearest "
+        f"that works is {nearest}."
+    )
 
 
 def _uneven(size: int, devices: int, axis_name: AxisName) -> str:

@@ -136,8 +136,8 @@ def _route(
 
     def full(away: jax.Array) -> jax.Array:
         """Slots in use, where block i is `away` devices ahead."""
-        sizes = share + ((away + turn) % devices < more)
-        return (jnp.arange(block) < sizes[:, None]).reshape(-1)
+        sizes = share + ((away + turn) % devices < more).astype(away.dtype)
+        return (jnp.arange(block)[None] < sizes[:, None]).reshape(-1)
 
     used = full(others - me)
     order = jax.random.permutation(jax.random.fold_in(sent, me), length)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -31,8 +31,9 @@ class BatchNorm(nn.Module):
 
     With momentum=None all batches weigh the same. That, debias and a renorm
     that is a function add the variable `steps` to batch_stats, int32 of the
-    shape of mean. Where the collection `batch_moments` is mutable by name, the
-    layer leaves the Moments of the batch there; see `batch_moments`.
+    shape of mean. Where `mutable` names the collection `batch_moments`, the
+    layer leaves the Moments of the batch there, not where True or a DenyList
+    takes the collection in; see `batch_moments`.
 
     Attributes:
       use_running_average: True normalizes with the running statistics.
@@ -47,10 +48,10 @@ class BatchNorm(nn.Module):
       scale_init: initializer of scale.
       axis_name: named axis, or axes, to take statistics over.
       axis_index_groups: see `Scope`.
-      use_fast_variance: accepted for flax's sake; the variance is always
-        taken from squared deviations.
-      force_float32_reductions: accepted for flax's sake; reductions and
-        running statistics are always float32 or wider.
+      use_fast_variance: has no effect; the variance is always taken from
+        squared deviations.
+      force_float32_reductions: has no effect; reductions and the running
+        statistics that the layer makes are always float32 or wider.
       group_size: neighbouring devices that share statistics; see `Scope`.
       normalize_over: examples that share statistics whatever the topology;
         see `Scope`.
@@ -81,6 +82,9 @@ class BatchNorm(nn.Module):
       prior: in inference the running statistics count as that many examples
         beside those of the batch; see `jaxbn.adapt`. None leaves the batch
         out.
+
+    Raises:
+      ValueError: an option is out of its range, or two exclude each other.
     """
 
     use_running_average: bool | None = None
@@ -112,6 +116,10 @@ class BatchNorm(nn.Module):
     example_weight: float = 0.0
     prior: float | None = None
 
+    def __post_init__(self) -> None:
+        self._layer(alone=False)  # raises ValueError for options of no layer
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
@@ -127,7 +135,7 @@ class BatchNorm(nn.Module):
         Args:
           x: the input; features on `axis`. Integers are read as float32.
           use_running_average: see the attribute; give it in one place.
-          mask: broadcastable to x; False leaves a value out of the
+          mask: bool, broadcastable to x; False leaves a value out of the
             statistics.
           ids: (N,) integers in [0, K) where num_ids is K.
           timestep: (), integer, where num_timesteps is set.
@@ -136,7 +144,7 @@ class BatchNorm(nn.Module):
           Array of the shape of x.
 
         Raises:
-          ValueError: two options exclude each other; or see
+          ValueError: an argument does not fit x or the options; or see
             `jaxbn.batch_norm`.
         """
         if self.frozen and self.use_running_average is None:
@@ -144,7 +152,7 @@ class BatchNorm(nn.Module):
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        x = jnp.asarray(x)
+        given_x = x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             x = x.astype(jnp.float32)
         given = self.axis if isinstance(self.axis, Sequence) else (self.axis,)
@@ -165,15 +173,17 @@ class BatchNorm(nn.Module):
         mean, var, steps, skipped = variables
         scale = bias = None
         affine = size
-        if self.affine_per_id and self.num_ids is not None:
-            affine = (self.num_ids, *size)
+        if self.affine_per_id:
+            affine = (cast("int", self.num_ids), *size)
         if self.use_scale:
             scale = self.param(
                 "scale", self.scale_init, affine, self.param_dtype
             )
         if self.use_bias:
             bias = self.param("bias", self.bias_init, affine, self.param_dtype)
-        dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+        dtype = dtypes.canonicalize_dtype(
+            given_x, scale, bias, dtype=self.dtype
+        )
 
         def read(variable: nn.Variable[Any] | None) -> jax.Array | None:
             return None if variable is None else variable.value
@@ -181,8 +191,6 @@ class BatchNorm(nn.Module):
         old = State(
             RunningStats(mean.value, var.value, read(steps)), read(skipped)
         )
-        if mask is not None:
-            mask = jnp.asarray(mask, bool)
         hand_out = self._hands_out_moments()
         call = Call(inference, mask, ids, timestep, dtype, hand_out)
         y, new, batch = layer(x, scale, bias, old, call)
@@ -221,11 +229,27 @@ class BatchNorm(nn.Module):
 
     @nn.nowrap
     def _hands_out_moments(self) -> bool:
-        # Not where everything is mutable: nobody asked for them there, and
-        # variables that are handed back would go on adding up.
-        scope = self.scope
-        everything = scope is not None and scope.root.mutable is True
-        return not everything and self.is_mutable_collection("batch_moments")
+        # Not where True or a DenyList takes them in: nobody asked for them
+        # there, and variables that are handed back would go on adding up.
+        by_name = isinstance(_applied_mutable(self), Collection)
+        return by_name and self.is_mutable_collection("batch_moments")
+
+
+def _applied_mutable(layer: nn.Module) -> Any:
+    """Returns the argument `mutable` of the apply that calls the layer.
+
+    Inside nn.scan and other lifted transforms the root scope is theirs, whose
+    filter may list names although the one outside is a DenyList. Such a root
+    has a path, that of apply has none. nn.jit reuses what it traced wherever
+    its own filter is the same, so nothing outside may count there.
+    """
+    root: Any = layer.scope.root  # type: ignore[union-attr]
+    for module in reversed(nn.module._context.module_stack):
+        if not root.debug_path or "jit(" in root.debug_path[-1]:
+            break
+        if module is not None and module.scope is not None:
+            root = module.scope.root
+    return root.mutable
 
 
 def batch_moments(

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
-from jaxbn._moments import Moments, widen
+from jaxbn._moments import Moments
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
 from jaxbn.precise import with_statistics
@@ -41,10 +41,11 @@ class BatchNorm(nnx.BatchNorm):
     does not cancel, an empty batch leaves the running statistics alone, and
     an `axis_name` that is not bound means that the array is already global.
     Flax rounds input, statistics, scale and bias to `dtype` before it
-    computes; here only the result is rounded. The running statistics are
-    never narrower than float32: where the input is float64 or complex, the
-    first step in training gives them its dtype. Take it before a loop that
-    carries the module and must keep dtypes.
+    computes; here only the result is rounded. The running statistics start in
+    float32; where the input is float64 or complex, the first step in training
+    gives them its dtype. Take it before a loop that carries the module and
+    must keep dtypes. Statistics that were cast to a narrower dtype keep it:
+    they are updated in float32 and rounded once.
 
     Args:
       num_features: C, the length of the feature axis.
@@ -93,6 +94,9 @@ class BatchNorm(nnx.BatchNorm):
       bias: nnx.Param, (C,), or None.
       steps: nnx.BatchStat, int32 of the shape of mean, with momentum=None,
         debias, or a renorm that is a function; else None.
+
+    Raises:
+      ValueError: an option is out of its range, or two exclude each other.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class BatchNorm(nnx.BatchNorm):
             normalize_over=normalize_over,
             num_ids=num_ids,
         )
+        self.affine_per_id = affine_per_id
         self.skip_nonfinite = skip_nonfinite
         self.ddof = ddof
         self.debias = debias
@@ -143,7 +148,7 @@ class BatchNorm(nnx.BatchNorm):
             for value in (state.running.steps, state.skipped)
         )
         for param in (self.scale, self.bias):
-            if affine_per_id and num_ids is not None and param is not None:
+            if affine_per_id and param is not None:
                 param.set_value(jnp.tile(param[...], (num_ids, 1)))
 
     def __call__(
@@ -170,7 +175,8 @@ class BatchNorm(nnx.BatchNorm):
 
         Raises:
           ValueError: use_running_average is None here and in the attribute;
-            two options exclude each other; or see `jaxbn.batch_norm`.
+            an argument does not fit x or the options; or see
+            `jaxbn.batch_norm`.
         """
         inference = use_running_average
         if inference is None:
@@ -184,16 +190,15 @@ class BatchNorm(nnx.BatchNorm):
                 "the model."
             )
         x = jnp.asarray(x)
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            x = x.astype(jnp.float32)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
-        # Wide though somebody cast the whole state to a narrow dtype.
-        mean, var = widen(self.mean[...]), widen(self.var[...])
+        mean, var = self.mean[...], self.var[...]
         # Only for its dtype: a promoted x would be rounded, or kept for the
         # backward pass in a wider copy.
         like = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         dtype = dtypes.canonicalize_dtype(like[0], *like[3:], dtype=self.dtype)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            x = x.astype(jnp.float32)
         counters = (self.steps, self.skipped)
         steps, skipped = (None if c is None else c[...] for c in counters)
         old = State(RunningStats(mean, var, steps), skipped)

@@ -93,6 +93,12 @@ def test_quick_start_from_anywhere(tmp_path):
             "batch_size=126 does not split over 4 devices; the nearest that "
             "does is 124 or 128.",
         ),
+        (
+            ["--config.norm_options.normalize_over=7"],
+            "norm='jaxbn': normalize_over=7 neither divides the 16 examples of "
+            "a device nor is a multiple that divides 4 devices; the nearest "
+            "that works is 8.",
+        ),
         (["again"], "Unexpected argument 'again'; flags begin with --."),
         (["--workdri=x"], "Unknown command line flag 'workdri'"),
     ],

@@ -122,7 +122,7 @@ class DropInTest(parameterized.TestCase):
     def test_wrong_mask_is_explained(self):
         x = draw(4, 2, 2, 3)
         module = BatchNorm(use_running_average=False)
-        with pytest.raises(ValueError, match=re.escape("where[:, None, None")):
+        with pytest.raises(ValueError, match=re.escape("mask[:, None, None")):
             module.init(jax.random.key(0), x, mask=jnp.ones(4, bool))
 
     def test_initialization_leaves_statistics_alone(self):

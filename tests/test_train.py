@@ -15,8 +15,18 @@ from jax.sharding import AxisType
 
 from configs import digits, resnet20_cifar10, resnet20_cifar10_short
 from jaxbn.linen import BatchNorm
-from train import UserError, augment, data, files, loop, report, seeds
+from train import (
+    UserError,
+    augment,
+    data,
+    files,
+    loop,
+    report,
+    seeds,
+    topology,
+)
 from train import recipe as recipes
+from train.norms import norm_of
 from train.resnet import ResNet
 from train.step import (
     Recipe,
@@ -403,6 +413,30 @@ def test_workdir_that_is_a_file(tmp_path):
         ({"mesh": "replica=3,data"}, "does not fit 8 devices"),
         ({"norm_axes": "replica"}, "must be one of all, none, data"),
         ({"norm": "flax", "norm_axes": "none"}, "it must be 'all'"),
+        (
+            {"norm_options": {"normalize_over": 7}},
+            "norm='jaxbn': normalize_over=7 neither divides the 8 examples of "
+            "a device nor is a multiple that divides 8 devices; the nearest "
+            "that works is 8.",
+        ),
+        (
+            {"norm": "ghost", "batch_size": 40},
+            "norm='ghost': normalize_over=32 neither divides the 5 examples",
+        ),
+        (
+            {"norm_options": {"normalize_over": 3}, "microbatches": 4},
+            "normalize_over=3 neither divides the 2 examples of a device nor "
+            "is a multiple that divides 32 devices",
+        ),
+        (
+            {"norm_options": {"normalize_over": 8}, "norm_axes": "none"},
+            "norm_axes='none' and normalize_over=8 each say which examples",
+        ),
+        (
+            {"norm_options": {"ddof": 2}},
+            "norm='jaxbn': ddof must be 0, the biased variance, or 1",
+        ),
+        ({"norm_momentum": 2.0}, "momentum must be in [0, 1]; got 2.0."),
         ({"label_smoothing": 1.0}, "label_smoothing must be in [0, 1)"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is unknown"),
         ({"checkpoint_every": -1}, "checkpoint_every must be at least 0"),
@@ -416,6 +450,15 @@ def test_config_that_cannot_run(changes, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         loop.train(small_config(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("over", [1, 2, 4, 16, 64])
+def test_normalize_over_that_fits_the_microbatches(over):
+    config = small_config(norm_options={"normalize_over": over}, microbatches=4)
+    place = topology.make("data", config.batch_size, config.microbatches)
+    for microbatches in (1, 4):
+        norm = norm_of(config, place, microbatches=microbatches)
+        assert norm().normalize_over == over
 
 
 def test_diverged_run_says_so(tmp_path):

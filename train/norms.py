@@ -54,8 +54,9 @@ def norm_of(
       microbatches: above 1 the layer synchronizes over the axis of these too.
 
     Raises:
-      UserError: norm or norm_axes is unknown, or a field of norm_options is
-        set that the layer does not have.
+      UserError: norm or norm_axes is unknown, a field of norm_options is set
+        that the layer does not have, or the layer refuses its options or the
+        batch of a step.
     """
     known = sorted({*NORMS, *VARIANTS})
     if config.norm not in known:
@@ -80,8 +81,46 @@ def norm_of(
             nn.BatchNorm, **shared, **_of_flax(config, place, microbatches)
         )
     options = {**VARIANTS.get(config.norm, {}), **given}
-    return functools.partial(
+    if "normalize_over" in options and config.norm_axes != "all":
+        raise UserError(
+            f"norm_axes={config.norm_axes!r} and normalize_over="
+            f"{options['normalize_over']} each say which examples share "
+            "statistics; set norm_axes='all' or another norm."
+        )
+    layer = functools.partial(
         BatchNorm, **shared, **_of_jaxbn(config, place, microbatches), **options
+    )
+    try:
+        _try(layer, config, place, microbatches)
+    except ValueError as error:
+        raise UserError(f"norm={config.norm!r}: {error}") from error
+    return layer
+
+
+def _try(
+    layer: Callable[..., nn.Module],
+    config: ConfigDict,
+    place: Topology,
+    microbatches: int,
+) -> None:
+    """Raises what a layer raises for its options, and for a training batch."""
+    # How the devices lie on the axes of the mesh does not matter here.
+    norm = layer(use_running_average=False, axis_name="device")
+    if norm.normalize_over is None:
+        return  # everything else fits any batch
+    if microbatches != config.get("microbatches", 1):
+        return  # no layer of the training step
+
+    def train(x: jax.Array) -> jax.Array:
+        variables = norm.init(jax.random.key(0), x)
+        y, _ = norm.apply(variables, x, mutable=["batch_stats"])
+        return y
+
+    devices = place.mesh.size * microbatches
+    shape = (devices, config.batch_size // devices, 1)
+    jax.eval_shape(
+        jax.vmap(train, axis_name=norm.axis_name),
+        jax.ShapeDtypeStruct(shape, "float32"),
     )
 
 

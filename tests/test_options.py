@@ -1,0 +1,242 @@
+"""Options, masks and ids that the layers and the core take or refuse."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
+
+NAN, INF = float("nan"), float("inf")
+
+
+def draw(*shape, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(1, 2, shape), dtype)
+
+
+def linen_layer(**options):
+    return jaxbn.linen.BatchNorm(use_running_average=False, **options)
+
+
+def nnx_layer(**options):
+    return jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
+
+
+def call_linen(x, options, **arguments):
+    layer = linen_layer(**options)
+    return layer.init_with_output(jax.random.key(0), x, **arguments)[0]
+
+
+def call_nnx(x, options, **arguments):
+    return nnx_layer(**options)(x, **arguments)
+
+
+LAYERS = pytest.mark.parametrize("make", [linen_layer, nnx_layer])
+CALLS = pytest.mark.parametrize("call", [call_linen, call_nnx])
+
+
+# Options out of range
+
+
+OUT_OF_RANGE = [
+    *(
+        (dict(momentum=value), f"momentum must be in [0, 1]; got {value}.")
+        for value in (-0.1, 1.5, NAN)
+    ),
+    *(
+        (
+            dict(epsilon=value),
+            f"epsilon must be finite and at least 0; got {value}.",
+        )
+        for value in (-1e-5, NAN, INF)
+    ),
+    *(
+        (
+            dict(ddof=value),
+            f"ddof must be 0, the biased variance, or 1, the "
+            f"unbiased one; got {value}.",
+        )
+        for value in (-1, 2, 0.5)
+    ),
+    *(
+        (
+            dict(example_weight=value),
+            f"example_weight must be in [0, 1]; got {value}.",
+        )
+        for value in (-0.5, 1.5, NAN)
+    ),
+    *(
+        (dict(prior=value), f"prior must be at least 0; got {value}.")
+        for value in (-1, NAN)
+    ),
+    (dict(num_timesteps=0), "num_timesteps must be at least 1; got 0."),
+    (dict(num_ids=0), "num_ids must be at least 1; got 0."),
+    (dict(renorm=(0.5, 1.0)), "r_max must be a number and at least 1; got 0.5"),
+    (dict(renorm=(1.0, -1.0)), "d_max must be a number and at least 0; got -1"),
+    (dict(renorm=(NAN, 1.0)), "r_max must be a number and at least 1; got nan"),
+    (dict(renorm=(3.0,)), "renorm must be (r_max, d_max), or a function"),
+    (dict(debias=True, momentum=1.0), "debias=True needs momentum < 1"),
+    (dict(affine_per_id=True), "needs num_ids; got num_ids=None."),
+    (dict(affine_per_id=True, num_timesteps=2), "needs num_ids; got num_ids="),
+    (dict(num_ids=2, num_timesteps=2), "give one of them"),
+    (dict(prior=1.0, example_weight=0.5), "give one of them"),
+    (
+        dict(group_size=2, normalize_over=4),
+        "group_size and normalize_over each say which devices share",
+    ),
+    (dict(group_size=0), "group_size must be at least 1; got 0."),
+]
+
+
+@LAYERS
+@pytest.mark.parametrize("options, message", OUT_OF_RANGE, ids=str)
+def test_a_layer_refuses_when_it_is_made(make, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**options)
+
+
+def test_clones_and_submodules_are_checked():
+    with pytest.raises(ValueError, match="ddof must be 0"):
+        linen_layer().clone(ddof=2)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return linen_layer(momentum=2.0)(x)
+
+    with pytest.raises(ValueError, match=re.escape("momentum must be in [0")):
+        Net().init(jax.random.key(0), draw(4, 3))
+
+
+@LAYERS
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(momentum=0.0),
+        dict(momentum=1.0),
+        dict(momentum=None),
+        dict(epsilon=0),
+        dict(epsilon=np.float32(1e-3)),
+        dict(ddof=np.int64(1)),
+        dict(prior=0.0),
+        dict(prior=INF),
+        dict(example_weight=1),
+        dict(renorm=(1, 0)),
+        dict(renorm=(np.float32(3), INF)),
+        dict(renorm=jaxbn.renorm_limits),
+        dict(num_ids=1, affine_per_id=True),
+        dict(num_timesteps=1),
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_the_ends_of_a_range_are_in_it(make, options):
+    make(**options)
+
+
+def test_traced_options_pass():
+    x = draw(4, 3)
+
+    @jax.jit
+    def mean(momentum):
+        layer = linen_layer(momentum=momentum)
+        variables = layer.init(jax.random.key(0), x)
+        _, state = layer.apply(variables, x, mutable=["batch_stats"])
+        return state["batch_stats"]["mean"]
+
+    np.testing.assert_allclose(mean(0.5), x.mean(0) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        *(
+            (dict(decay=value), f"decay must be in [0, 1]; got {value}.")
+            for value in (-0.1, 1.5, NAN)
+        ),
+        (dict(decay=np.float32(2)), "decay must be in [0, 1]; got 2.0."),
+        (dict(decay=0.9, ddof=2), "ddof must be 0, the biased variance, or 1"),
+    ],
+    ids=str,
+)
+def test_update_running_refuses(options, message):
+    batch = jaxbn.moments(draw(4, 3))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jaxbn.update_running(jaxbn.init_running(3), batch, **options)
+
+
+def test_update_running_takes_traced_and_per_feature_decay():
+    batch, old = jaxbn.moments(draw(4, 3)), jaxbn.init_running(3)
+    decay = jnp.array([0.0, 0.5, 1.0])
+    want = (1 - decay) * batch.mean
+    for update in (jaxbn.update_running, jax.jit(jaxbn.update_running)):
+        got = update(old, batch, decay=decay)
+        np.testing.assert_allclose(got.mean, want, rtol=1e-6)
+
+
+# Masks and ids
+
+
+@CALLS
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32])
+def test_a_mask_is_bool(call, dtype):
+    x = draw(4, 3)
+    mask = np.array([[1], [0], [1], [1]])
+    message = f"mask must be bool; got {np.dtype(dtype)}[4, 1]. Compare first"
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        call(x, {}, mask=jnp.asarray(mask, dtype))
+    assert "mask > 0" in str(error.value)
+    where = f"where must be bool; got {np.dtype(dtype)}[4, 1]. Compare first"
+    with pytest.raises(ValueError, match=re.escape(where)):
+        jaxbn.batch_norm(x, where=jnp.asarray(mask, dtype))
+    want, _ = jaxbn.batch_norm(x, where=mask > 0)
+    np.testing.assert_allclose(call(x, {}, mask=mask > 0), want, rtol=1e-5)
+    np.testing.assert_allclose(
+        call(x, {}, mask=(mask > 0).tolist()), want, rtol=1e-5
+    )
+
+
+@CALLS
+@pytest.mark.parametrize(
+    "options, arguments, message",
+    [
+        (
+            {},
+            dict(mask=np.ones(4, bool)),
+            "mask is bool[4] and x is float32[4, 2, 3]: a mask over the first "
+            "axis is written mask[:, None, None], one over the last axis "
+            "mask[None, :].",
+        ),
+        (
+            {},
+            dict(mask=np.ones((5, 1, 1), bool)),
+            "mask must broadcast to x; got mask bool[5, 1, 1]",
+        ),
+        (
+            {},
+            dict(ids=np.zeros(4, int)),
+            "num_ids of the layer and ids of the call go together; got "
+            "num_ids=None and ids=int",
+        ),
+        ({"num_ids": 2}, {}, "got num_ids=2 and ids=None."),
+        (
+            {"num_ids": 2},
+            dict(ids=np.zeros(5, int)),
+            "ids must be integers of shape (4,)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_errors_have_the_words_of_the_layer(
+    call, options, arguments, message, inference
+):
+    options = {**options, "frozen": inference}
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        call(draw(4, 2, 3), options, **arguments)
+    assert not re.search("where|scope", str(error.value).split("---")[0])
