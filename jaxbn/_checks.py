@@ -33,11 +33,12 @@ def check_input(x: jax.Array) -> jax.Array:
 
 
 def split_axes(
-    x: jax.Array, feature_axis: Axes
+    x: jax.Array, feature_axis: Axes, *, needs_batch: bool = False
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns (feature axes, reduced axes) of x, both positive and sorted.
 
-    Where x holds features alone there is nothing to reduce: it is one example.
+    Where x holds features alone there is nothing to reduce: it is one example,
+    or an error with needs_batch.
     """
     given = (
         feature_axis if isinstance(feature_axis, Sequence) else (feature_axis,)
@@ -49,6 +50,11 @@ def split_axes(
         )
     features = tuple(sorted({axis % x.ndim for axis in given}))
     reduced = tuple(axis for axis in range(x.ndim) if axis not in features)
+    if needs_batch and not reduced:
+        raise ValueError(
+            f"feature_axis={feature_axis} names every axis of x, which is "
+            f"{describe(x)}: no axis is left to take statistics over."
+        )
     return features, reduced
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -66,11 +69,45 @@ def all_sum(tree: Any, devices: Devices) -> Any:
     )
 
 
+def all_agree(flag: jax.Array, devices: Devices) -> jax.Array:
+    """Returns a flag that is the same on all devices of a collective.
+
+    Of groups that gather on their own, the members agree already.
+    """
+    if devices.groups is None or _takes_groups(devices.names):
+        return flag
+    everyone = devices._replace(groups=None)
+    agreed: jax.Array = all_sum(flag.astype(jnp.float32), everyone) > 0
+    return agreed
+
+
+def _takes_groups(names: Names) -> bool:
+    """Whether there is a collective inside groups of devices.
+
+    psum takes no groups under shard_map, and under vmap and in lockstep nothing
+    does.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return not _lockstep.get() and set(names) <= set(manual)
+
+
+_lockstep = contextvars.ContextVar("lockstep", default=False)
+
+
+@contextlib.contextmanager
+def lockstep() -> Iterator[None]:
+    """While a function is traced one of whose axes is that of microbatches."""
+    token = _lockstep.set(True)
+    try:
+        yield
+    finally:
+        _lockstep.reset(token)
+
+
 def _gather(flat: jax.Array, names: Names, groups: Partition) -> jax.Array:
     """Stacks the vectors of a group's devices."""
     everyone: jax.Array
-    # psum takes no groups under shard_map, and under vmap nothing does.
-    if set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+    if _takes_groups(names):
         everyone = jax.lax.all_gather(flat, names, axis_index_groups=groups)
         return everyone
     members = {i: group for group in groups for i in group}

@@ -20,6 +20,7 @@ from jaxbn._checks import (
 from jaxbn._collectives import (
     THIS_DEVICE,
     Devices,
+    all_agree,
     all_sum,
     devices_along,
 )
@@ -122,11 +123,7 @@ def centered_moments(
         s1, s2 = all_sum(local, devices)
         return _from_sums(first.count, first.mean, s1, s2)
 
-    cancels = _cancels(first, epsilon)
-    if devices.groups is not None:
-        # Collectives in a branch want all devices to take it.
-        flag = cancels.astype(found[2].dtype)
-        cancels = all_sum(flag, devices._replace(groups=None)) > 0
+    cancels = all_agree(_cancels(first, epsilon), devices)
     # Not a loop: TPUs would copy the values before it, run or not, and GPUs
     # would keep it out of a CUDA graph.
     return jax.lax.cond(cancels, again, lambda first: first, first)

@@ -318,11 +318,14 @@ class ContextTest(parameterized.TestCase):
 
     def test_unbound_name_beside_another_axis(self):
         message = "'data' is not bound here; the named axes in scope are ['i']"
+        run = jax.shard_map(
+            lambda x: jaxbn.batch_norm(x, axis_name="data")[0],
+            mesh=jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,)),
+            in_specs=P("i"),
+            out_specs=P("i"),
+        )
         with pytest.raises(ValueError, match=re.escape(message)):
-            jax.vmap(
-                lambda x: jaxbn.batch_norm(x, axis_name="data")[0],
-                axis_name="i",
-            )(jnp.ones((2, 4, 3)))
+            run(jnp.ones((2, 4, 3)))
 
     def test_forgotten_sync_is_an_error(self):
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

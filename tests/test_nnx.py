@@ -579,7 +579,7 @@ class SynchronizedTest(parameterized.TestCase):
         chex.assert_trees_all_equal(stats(self.module), before)
 
     def test_another_axis_in_scope_is_an_error(self):
-        step = nnx.vmap(self.apply, in_axes=(None, 0, 0), axis_name="batch")
+        step = nnx.vmap(self.apply, in_axes=(None, 0, 0), axis_name="date")
         split = [a.reshape(8, 2, -1) for a in (self.x, self.keep)]
         with pytest.raises(ValueError, match="'data' is not bound"):
             step(self.module, *split)

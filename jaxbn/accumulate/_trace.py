@@ -10,6 +10,7 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
+from jaxbn._collectives import lockstep
 from jaxbn.accumulate._branches import add_branches, communicates
 from jaxbn.accumulate._collectives import (
     add_collective,
@@ -73,10 +74,13 @@ def trace(
     make: Callable[..., Any] = functools.partial(
         jax.make_jaxpr, axis_env=[(axis_name, size)], return_shape=True
     )
-    if is_typed():
-        closed, shapes = _trace_typed(make, fn, examples, axes, axis_name, size)
-    else:
-        closed, shapes = make(fn)(*examples)
+    with lockstep():
+        if is_typed():
+            closed, shapes = _trace_typed(
+                make, fn, examples, axes, axis_name, size
+            )
+        else:
+            closed, shapes = make(fn)(*examples)
     program = Program(axis_name, size)
     program.inputs = [
         program.value(var.aval, axis is not None)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbn._checks import check_input, split_axes
 from jaxbn._moments import moments, widen
 from jaxbn.diagnostics._trees import Path, find_one, names
 
@@ -109,6 +110,7 @@ def activation_stats(
 def _summary(
     x: jax.Array, limit: float | None, feature_axis: int
 ) -> tuple[jax.Array | None, ...]:
+    split_axes(check_input(x), feature_axis, needs_batch=True)
     _, mean, m2 = found = moments(x, feature_axis=feature_axis)
     x = jnp.moveaxis(widen(jnp.asarray(x)), feature_axis, -1)
     alive = (x > 0).any(tuple(range(x.ndim - 1)))

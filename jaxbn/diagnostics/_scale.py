@@ -214,7 +214,7 @@ def lipschitz_identity(
     Optimization?, theorem 4.1, corrected.
     """
     y, cotangent = check_input(y), jnp.asarray(cotangent)
-    features, axes = split_axes(y, -1)
+    features, axes = split_axes(y, -1, needs_batch=True)
     scale = check_features("scale", scale, y, features)
     if cotangent.shape != y.shape:
         raise ValueError(
