@@ -169,14 +169,13 @@ class ExactnessTest(parameterized.TestCase):
         np.testing.assert_allclose(y, want, atol=rtol * np.abs(want).max())
 
     @parameterized.parameters(0.0, 1e4)
-    def test_settled_pivot_is_as_good(self, offset):
+    def test_settled_shift_is_as_good(self, offset):
         rng = np.random.default_rng(0)
         x = rng.normal(offset, 1, (64, CHANNELS)).astype(np.float32)
         shift = jnp.full(CHANNELS, offset + 0.5, jnp.float32)
         _, batch = normalized_over_devices()(x, np.ones((64, 1), bool), shift)
         want = x.astype(np.float64).var(0)
         np.testing.assert_allclose(batch.var, want, rtol=1e-6)
-        assert (batch.var >= want * (1 - 3e-7)).all()
 
     def test_counts_beyond_what_one_float_holds(self):
         # 2^24 + 7 values lose the 7 in float32, and with it the variance.
@@ -205,15 +204,13 @@ class ExactnessTest(parameterized.TestCase):
         y, _ = jaxbn.batch_norm(x)
         assert np.isfinite(y).all()
 
-    def test_bad_pivot_never_underestimates_the_variance(self):
+    def test_bad_shift_changes_nothing(self):
         arguments = problem(offset=1e3)
         want = reference.batch_norm(*arguments).var
         (_, batch), _ = sharded(8, with_shift=True)(*arguments)
-        assert (np.asarray(batch.var) >= want).all()
-        # 1e-7 (mean / std)^2 of the variance, and some for its sums.
-        assert (np.asarray(batch.var) <= want * (1 + 1e-6 * 500**2)).all()
+        np.testing.assert_allclose(batch.var, want, rtol=1e-5)
 
-    def test_pivot_that_is_not_finite_is_ignored(self):
+    def test_shift_that_is_not_finite_is_ignored(self):
         x, *_ = problem()
         x = jnp.nan_to_num(x, posinf=0)
         norm = functools.partial(jaxbn.batch_norm, axis_name="i")
