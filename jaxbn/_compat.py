@@ -17,8 +17,12 @@ def varying_axes(x: jax.Array) -> frozenset[Hashable]:
     Under shard_map with check_vma=True; the empty set elsewhere. jax 0.11 moved
     it from `vma` to `manual_axis_type.varying`.
     """
-    aval = jax.typeof(x)
-    kind = getattr(aval, "manual_axis_type", aval)
+    return varying_axes_of_type(jax.typeof(x))
+
+
+def varying_axes_of_type(kind: Any) -> frozenset[Hashable]:
+    """Returns the mesh axes over which values of a type differ."""
+    kind = getattr(kind, "manual_axis_type", kind)
     return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))
 
 

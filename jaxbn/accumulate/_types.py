@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from jaxbn._compat import varying_axes_of_type
+
 
 def is_typed() -> bool:
     """Returns whether types say over which mesh axes values vary.
@@ -26,8 +28,7 @@ def varies_over(x: jax.Array) -> set[Hashable]:
 
 def varying(kind: Any) -> set[Hashable]:
     """Returns the mesh axes that values of a type vary over."""
-    kind = getattr(kind, "manual_axis_type", kind)
-    return set(getattr(kind, "varying", getattr(kind, "vma", ())))
+    return set(varying_axes_of_type(kind))
 
 
 def vary(x: jax.Array, over: Iterable[Hashable]) -> jax.Array:
