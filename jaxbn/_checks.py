@@ -134,6 +134,31 @@ def check_affine(
     return scale, bias
 
 
+def affine_rows(
+    ids: jax.Array | None,
+    num_ids: int | None,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    features: tuple[int, ...],
+) -> int | None:
+    """Returns K where scale and bias may be (K, C), one row an id.
+
+    num_ids: of the statistics. Without, ids share them, and K is what scale and
+    bias hold.
+    """
+    if ids is None or num_ids is not None:
+        return num_ids
+    shapes = [jnp.shape(a) for a in (scale, bias) if a is not None]
+    for shape in shapes:
+        if len(shape) == len(features) + 1:
+            return shape[0]
+    raise ValueError(
+        "ids choose rows of statistics, with scope.num_ids, or of scale and "
+        "bias, where those are (K, C); got scope.num_ids=None and scale and "
+        f"bias of shapes {shapes}."
+    )
+
+
 def check_ids(
     ids: jax.Array | None,
     num_ids: int | None,

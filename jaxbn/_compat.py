@@ -81,3 +81,57 @@ def bind_axes(
             )
             return found
     return contextlib.nullcontext()
+
+
+def _teach_jet() -> None:
+    """Lets `jax.experimental.jet` go through a training step.
+
+    It lacks rules for checkpoint_name, optimization_barrier and cond; whoever
+    gave one first keeps theirs. And it runs the function of a `custom_jvp`
+    outside of its own trace, where that fails, as `jax.nn.relu` does: seen in
+    JAX 0.10.2 and 0.11.2.
+    """
+    try:
+        from jax._src.ad_checkpoint import name_p
+        from jax._src.core import set_current_trace
+        from jax._src.lax.lax import optimization_barrier_p
+        from jax.experimental import jet
+        from jax.lax import cond_p
+
+        custom_jvp = jet.JetTrace.process_custom_jvp_call
+        # Of series as rules have them; the public ones have factorials.
+        unscaled = getattr(jet, "jet2", jet.jet)
+    except (ImportError, AttributeError):
+        return
+
+    def name(primals: Any, series: Any, **params: Any) -> Any:
+        return name_p.bind(primals[0], **params), series[0]
+
+    def barrier(primals: Any, series: Any) -> Any:
+        return jax.lax.optimization_barrier((list(primals), list(series)))
+
+    def cond(primals: Any, series: Any, *, branches: Any, **_: Any) -> Any:
+        import jax.extend.core
+
+        def along(branch: Any) -> Any:
+            fn = jax.extend.core.jaxpr_as_fun(branch)
+            return lambda primals, series: unscaled(fn, primals, series)
+
+        return jax.lax.switch(
+            primals[0], list(map(along, branches)), primals[1:], series[1:]
+        )
+
+    def in_its_trace(self: Any, *args: Any, **params: Any) -> Any:
+        with set_current_trace(self):
+            return custom_jvp(self, *args, **params)
+
+    for primitive, rule in (
+        (name_p, name),
+        (optimization_barrier_p, barrier),
+        (cond_p, cond),
+    ):
+        jet.jet_rules.setdefault(primitive, rule)
+    jet.JetTrace.process_custom_jvp_call = in_its_trace
+
+
+_teach_jet()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,8 @@ from jaxbn.remat import INPUT, STATISTICS
 class Spec(NamedTuple):
     """What is static while tracing."""
 
-    reduction: Reduction  # of x on a device
+    reduction: Reduction  # of x on a device, for its statistics
+    affine: Reduction  # the same, or with ids too: rows of scale and bias
     devices: Devices  # that share statistics
     epsilon: float
     dtype: jnp.dtype  # of y
@@ -85,7 +86,7 @@ def _batch_norm(
     where, ids, shift, _ = constants
     stats = batch_moments(
         x,
-        in_rows(spec, shift),
+        in_rows(spec.reduction, shift),
         where,
         ids,
         reduction=spec.reduction,
@@ -109,13 +110,15 @@ def _normalize(
 ) -> jax.Array:
     """Returns y, elementwise in x; a masked NaN or inf is read as the mean."""
     where, ids, _, renorm = constants
-    scale, bias = in_rows(spec, scale), in_rows(spec, bias)
+    scale, bias = in_rows(spec.affine, scale), in_rows(spec.affine, bias)
     if renorm is not None:
-        r, d = _correction(spec, stats, renorm)
+        r, d = per_affine_row(spec, _correction(spec, stats, renorm))
         bias = times(d, scale) + (0 if bias is None else bias)
         scale = times(r, scale)
-    slope = times(jax.lax.rsqrt(stats.var + spec.epsilon), scale)
-    level = -stats.offset * slope
+    inv = jax.lax.rsqrt(stats.var + spec.epsilon)
+    inv, offset = per_affine_row(spec, (inv, stats.offset))
+    slope = times(inv, scale)
+    level = -offset * slope
     if bias is not None:
         level = level + bias
     shifted = _shifted(spec, x, hide_from_cse(stats.shift), ids)
@@ -173,10 +176,11 @@ def _tangent(
         return readable(x, where, _shifted(spec, x, shift, ids))
 
     inv = jax.lax.rsqrt(stats.var + spec.epsilon)
-    gain = times(inv, in_rows(spec, scale))
-    dscale, dbias = in_rows(spec, dscale), in_rows(spec, dbias)
+    inv, offset = per_affine_row(spec, (inv, stats.offset))
+    gain = times(inv, in_rows(spec.affine, scale))
+    dscale, dbias = (in_rows(spec.affine, t) for t in (dscale, dbias))
     if renorm is not None:
-        r, d = _correction(spec, stats, renorm)
+        r, d = per_affine_row(spec, _correction(spec, stats, renorm))
         gain = r * gain
         if dscale is not None:
             dbias = d * dscale + (0 if dbias is None else dbias)
@@ -184,7 +188,7 @@ def _tangent(
     dmean, dm2 = jnp.zeros_like(stats.offset), jnp.zeros_like(stats.m2)
     # dy = dx * gain + (x - shift) * slope + level: slope and level hold all
     # that is one value a feature, so that the transpose reduces twice.
-    slope, level = jnp.zeros_like(inv), jnp.zeros_like(stats.offset)
+    slope, level = jnp.zeros_like(inv), jnp.zeros_like(offset)
     if dx is not None:
         dx = dx.astype(stats.offset.dtype)
         kept = dx if where is None else jnp.where(where, dx, 0)
@@ -197,21 +201,22 @@ def _tangent(
         )
         dmean, dm2 = mean_and_m2(stats, sums[0], 2 * sums[1])
         half_dvar = dm2 / (2 * nonzero(stats.count))
-        first, second = vary_like((dmean, half_dvar), x)
+        first, second = per_affine_row(spec, vary_like((dmean, half_dvar), x))
         level = -gain * first
         slope = -gain * jnp.square(inv) * second
     if dscale is not None:
         slope = slope + inv * dscale
-    level = level - stats.offset * slope
+    level = level - offset * slope
     if dbias is not None and where is None:
         level = level + dbias
-    dy = shifted(hide_from_cse(stats.shift)) * reduction.broadcast(slope, ids)
-    dy = dy + readable(x, where, reduction.broadcast(level, ids))
+    spread = functools.partial(spec.affine.broadcast, ids=ids)
+    dy = shifted(hide_from_cse(stats.shift)) * spread(slope)
+    dy = dy + readable(x, where, spread(level))
     if dx is not None:
-        dy = dy + readable(x, where, dx * reduction.broadcast(gain, ids))
+        dy = dy + readable(x, where, dx * spread(gain))
     if dbias is not None and where is not None:
         # Bias alone reaches the output of a value that is not read.
-        dy = dy + reduction.broadcast(dbias, ids)
+        dy = dy + spread(dbias)
     return _nan_for_unknown_ids(spec, dy, ids).astype(spec.dtype), dmean, dm2
 
 
@@ -296,7 +301,7 @@ def _correction(
     """
     mean, var, r_max, d_max = jax.lax.stop_gradient(renorm)
     stats = jax.lax.stop_gradient(stats)
-    mean, var = in_rows(spec, mean), in_rows(spec, var)
+    mean, var = (in_rows(spec.reduction, a) for a in (mean, var))
     inv = jax.lax.rsqrt(var + spec.epsilon)
     r = jnp.sqrt(stats.var + spec.epsilon) * inv
     d = (stats.mean - mean) * inv
@@ -321,18 +326,18 @@ def affine(
     level: jax.Array | None,
     ids: jax.Array | None,
 ) -> jax.Array:
-    """x * slope + level, rounded once; slope and level in rows."""
-    y = x * spec.reduction.broadcast(slope, ids)
+    """x * slope + level, rounded once; slope and level in rows of affine."""
+    y = x * spec.affine.broadcast(slope, ids)
     if level is not None:
-        y = y + spec.reduction.broadcast(level, ids)
+        y = y + spec.affine.broadcast(level, ids)
     return _nan_for_unknown_ids(spec, y, ids).astype(spec.dtype)
 
 
-def in_rows(spec: Spec, value: Any) -> Any:
+def in_rows(reduction: Reduction, value: Any) -> Any:
     """Repeats one value a feature, or one a feature and id, for every row."""
     if value is None:
         return None
-    value, reduction = widen(value), spec.reduction
+    value = widen(value)
     if not reduction.has_rows:
         return value
     if value.ndim == len(reduction.features):
@@ -340,14 +345,28 @@ def in_rows(spec: Spec, value: Any) -> Any:
     return jnp.concatenate([value] * reduction.chunks)
 
 
+def per_affine_row(spec: Spec, statistics: Any) -> Any:
+    """Repeats what every row of statistics has for the ids that share it."""
+    if spec.affine == spec.reduction:
+        return statistics
+    ids = cast("int", spec.affine.num_ids)
+
+    def repeated(value: jax.Array) -> jax.Array:
+        if not spec.reduction.has_rows:
+            return jnp.broadcast_to(value, (ids, *value.shape))
+        return jnp.repeat(value, ids, axis=0)
+
+    return jax.tree.map(repeated, statistics)
+
+
 def _nan_for_unknown_ids(
     spec: Spec, y: jax.Array, ids: jax.Array | None
 ) -> jax.Array:
     """Puts NaN where an id is out of range: there are no statistics for it."""
-    num_ids = spec.reduction.num_ids
+    num_ids = spec.affine.num_ids
     if ids is None or num_ids is None:
         return y
     known = (ids >= 0) & (ids < num_ids)
     shape = [1] * y.ndim
-    shape[spec.reduction.axes[0]] = -1
+    shape[spec.affine.axes[0]] = -1
     return jnp.where(known.reshape(shape), y, jnp.nan)

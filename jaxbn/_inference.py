@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxbn._checks import (
     Axes,
+    affine_rows,
     check_affine,
     check_between,
     check_epsilon,
@@ -17,7 +18,14 @@ from jaxbn._checks import (
     split_axes,
 )
 from jaxbn._collectives import THIS_DEVICE
-from jaxbn._formula import Spec, affine, in_rows, readable, times
+from jaxbn._formula import (
+    Spec,
+    affine,
+    in_rows,
+    per_affine_row,
+    readable,
+    times,
+)
 from jaxbn._moments import abs2, moments, widen
 from jaxbn._reduction import Reduction
 
@@ -41,14 +49,14 @@ def normalize(
 
     Args:
       x: (N, ..., C), floating or complex.
-      mean: (C,) in the unit of x; (K, C) with ids.
-      var: (C,) in the unit of x squared; (K, C) with ids.
+      mean: (C,) in the unit of x; with ids also (K, C).
+      var: (C,) in the unit of x squared; with ids also (K, C).
       scale: (C,), with ids also (K, C), or None for 1.
       bias: likewise, or None for 0.
       where: bool, broadcastable to x; a NaN or inf where it is False is read as
         the mean, so that it reaches neither the result nor a gradient.
-      ids: (N,) integers in [0, K), whose statistics an example takes; an id
-        outside gives NaN.
+      ids: (N,) integers in [0, K), whose row of mean and var, or of scale and
+        bias, or of all of them an example takes; an id outside gives NaN.
       epsilon: added to the variance, unit of x squared.
       feature_axis: the axis, or axes, that hold the features.
       dtype: of the result; None takes that of x.
@@ -79,19 +87,35 @@ def normalize(
             dtype=dtype,
         )[0]
     where = check_where(where, x)
-    num_ids = None if ids is None else jnp.shape(mean)[0]
-    ids = check_ids(ids, num_ids, x, axes)
+    num_ids = _statistics_rows(ids, mean, features)
+    rows = affine_rows(ids, num_ids, scale, bias, features)
+    ids = check_ids(ids, rows, x, axes)
     mean = check_features("mean", mean, x, features, num_ids)
     var = check_features("var", var, x, features, num_ids)
-    scale, bias = check_affine(scale, bias, x, features, num_ids)
+    scale, bias = check_affine(scale, bias, x, features, rows)
     reduction = Reduction(x.shape, axes, num_ids=num_ids)
     dtype = jnp.dtype(dtype or x.dtype)
-    spec = Spec(reduction, THIS_DEVICE, float(epsilon), dtype)
+    spec = Spec(
+        reduction,
+        reduction._replace(num_ids=rows),
+        THIS_DEVICE,
+        float(epsilon),
+        dtype,
+    )
     centered = widen(x) - reduction.broadcast(widen(mean), ids)
     centered = readable(x, where, centered)
-    inv = jax.lax.rsqrt(widen(var) + spec.epsilon)
-    slope = times(inv, in_rows(spec, scale))
-    return affine(spec, centered, slope, in_rows(spec, bias), ids)
+    inv = per_affine_row(spec, jax.lax.rsqrt(widen(var) + spec.epsilon))
+    slope = times(inv, in_rows(spec.affine, scale))
+    return affine(spec, centered, slope, in_rows(spec.affine, bias), ids)
+
+
+def _statistics_rows(
+    ids: jax.Array | None, mean: jax.Array, features: tuple[int, ...]
+) -> int | None:
+    """Returns K where mean is (K, C), one row an id."""
+    shape = jnp.shape(mean)
+    has_rows = ids is not None and len(shape) > len(features)
+    return shape[0] if has_rows else None
 
 
 def normalize_weighted(
@@ -154,11 +178,12 @@ def normalize_weighted(
             dtype=dtype,
         )[0]
     where = check_where(where, x)
-    num_ids = None if ids is None else jnp.shape(mean)[0]
-    ids = check_ids(ids, num_ids, x, axes)
+    num_ids = _statistics_rows(ids, mean, features)
+    rows = affine_rows(ids, num_ids, scale, bias, features)
+    ids = check_ids(ids, rows, x, axes)
     mean = check_features("mean", mean, x, features, num_ids)
     var = check_features("var", var, x, features, num_ids)
-    scale, bias = check_affine(scale, bias, x, features, num_ids)
+    scale, bias = check_affine(scale, bias, x, features, rows)
     examples = axes[0]
     # Each example becomes a batch of one, with its own axis first.
     inner = tuple(f + 1 if f < examples else f for f in features)

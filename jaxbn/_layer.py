@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jaxbn._checks import (
 )
 from jaxbn._inference import normalize, normalize_weighted
 from jaxbn._moments import Moments, merge, widen
-from jaxbn._normalize import batch_norm, batch_renorm, standardize
+from jaxbn._normalize import batch_renorm, normalize_batch
 from jaxbn._running import (
     RunningStats,
     adapt,
@@ -34,6 +34,7 @@ from jaxbn._running import (
 )
 from jaxbn._scope import Scope
 
+PerId = Literal["statistics", "affine", "both"]
 Limits = tuple[float | jax.Array, float | jax.Array]
 
 
@@ -53,6 +54,7 @@ class Call(NamedTuple):
     timestep: int | jax.Array | None
     dtype: Any  # of the result
     hand_out: bool  # moments also where normalization does not need them
+    initializing: bool = False  # outside mapped axes, on as little as one value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +65,11 @@ class Layer:
     momentum: float | None
     epsilon: float
     axis_name: AxisName
-    scope: Scope
-    affine_per_id: bool
+    axis_index_groups: Sequence[Sequence[int]] | None
+    group_size: int | None
+    normalize_over: int | None
+    num_ids: int | None
+    per_id: PerId
     skip_nonfinite: bool
     ddof: int
     debias: bool
@@ -97,22 +102,61 @@ class Layer:
                     f"them; got {self.renorm}."
                 )
             check_limits(*self.renorm)
-        if self.affine_per_id and self.scope.num_ids is None:
+        if self.per_id not in get_args(PerId):
             raise ValueError(
-                "affine_per_id=True gives scale and bias a row for each id and "
-                "needs num_ids; got num_ids=None."
+                f"per_id must be one of {get_args(PerId)}; got {self.per_id!r}."
             )
-        if self.num_timesteps is not None and self.scope.num_ids is not None:
+        if self.per_id != "statistics" and self.num_ids is None:
+            raise ValueError(
+                f"per_id={self.per_id!r} gives scale and bias a row for each "
+                "id and needs num_ids; got num_ids=None."
+            )
+        scope = self.scope  # raises ValueError where its options are wrong
+        if self.num_timesteps is not None and scope.num_ids is not None:
             raise ValueError(
                 f"num_timesteps={self.num_timesteps} and "
-                f"num_ids={self.scope.num_ids} each give the running "
-                "statistics rows; give one of them."
+                f"num_ids={self.num_ids} each give the running statistics "
+                "rows; give one of them, or per_id='affine'."
             )
         if self.example_weight and self.prior is not None:
             raise ValueError(
                 f"example_weight={self.example_weight} and prior={self.prior} "
                 "are two ways to normalize in inference; give one of them."
             )
+
+    @classmethod
+    def of(cls, owner: Any) -> Layer:
+        """Returns the layer whose options are attributes of owner."""
+        fields = dataclasses.fields(cls)
+        return cls(
+            **{field.name: getattr(owner, field.name) for field in fields}
+        )
+
+    def alone(self) -> Layer:
+        """Returns the layer for a batch that lies on this device."""
+        return dataclasses.replace(
+            self,
+            axis_name=None,
+            axis_index_groups=None,
+            group_size=None,
+            normalize_over=None,
+        )
+
+    @property
+    def scope(self) -> Scope:
+        """Which examples share statistics."""
+        return Scope(
+            group_size=self.group_size,
+            axis_index_groups=self.axis_index_groups,
+            normalize_over=self.normalize_over,
+            num_ids=None if self.per_id == "affine" else self.num_ids,
+        )
+
+    def affine_shape(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of scale and bias, for features of size."""
+        if self.num_ids is None or self.per_id == "statistics":
+            return size
+        return (self.num_ids, *size)
 
     @property
     def counts_steps(self) -> bool:
@@ -139,12 +183,23 @@ class Layer:
         call: Call,
     ) -> tuple[jax.Array, State, Moments | None]:
         """Returns y, the next state, and in training the batch's moments."""
+        layer = self.alone() if call.initializing else self
+        return layer._call(x, scale, bias, state, call)
+
+    def _call(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        state: State,
+        call: Call,
+    ) -> tuple[jax.Array, State, Moments | None]:
         mask = check_where(call.mask, x, name="mask")
-        if (call.ids is None) != (self.scope.num_ids is None):
+        if (call.ids is None) != (self.num_ids is None):
             ids = None if call.ids is None else describe(jnp.asarray(call.ids))
             raise ValueError(
                 "num_ids of the layer and ids of the call go together; got "
-                f"num_ids={self.scope.num_ids} and ids={ids}."
+                f"num_ids={self.num_ids} and ids={ids}."
             )
         if not self.train_affine:
             scale, bias = jax.lax.stop_gradient((scale, bias))
@@ -161,7 +216,7 @@ class Layer:
             y = self._infer(x, scale, bias, running, mask, options, plain)
             if call.inference or not call.hand_out:
                 return y, state, None
-            batch = self._moments(x, mask, options)
+            batch = self._moments(x, mask, call.ids)
             return y, state, _in_row(batch, state.running, row)
         options.update(
             where=mask,
@@ -170,7 +225,9 @@ class Layer:
             shift=running.mean,
         )
         if self.renorm is None:
-            y, batch = batch_norm(x, scale, bias, **options)
+            y, batch = normalize_batch(
+                x, scale, bias, one_value=call.initializing, **options
+            )
         else:
             limits = self.renorm
             if callable(limits):
@@ -227,7 +284,7 @@ class Layer:
                 where=where,
                 **options,
             )
-        batch = self._moments(x, where, options)
+        batch = self._moments(x, where, options["ids"])
         # The prior counts examples, the moments their values.
         _, axes = split_axes(x, self.axis)
         values = 1
@@ -239,14 +296,20 @@ class Layer:
         )
 
     def _moments(
-        self, x: jax.Array, where: jax.Array | None, options: dict[str, Any]
+        self,
+        x: jax.Array,
+        where: jax.Array | None,
+        ids: jax.Array | None,
     ) -> Moments:
-        _, batch = standardize(
+        _, batch = normalize_batch(
             x,
+            ids=None if self.scope.num_ids is None else ids,
             where=where,
             axis_name=self.axis_name,
             scope=self.scope,
-            **options,
+            epsilon=self.epsilon,
+            feature_axis=self.axis,
+            one_value=True,
         )
         return batch
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxbn._checks import (
     Axes,
     AxisName,
+    affine_rows,
     check_affine,
     check_epsilon,
     check_features,
@@ -17,9 +18,10 @@ from jaxbn._checks import (
     check_input,
     check_limits,
     check_where,
+    describe,
     split_axes,
 )
-from jaxbn._collectives import devices_along
+from jaxbn._collectives import Devices, devices_along
 from jaxbn._formula import (
     Constants,
     Renorm,
@@ -28,6 +30,7 @@ from jaxbn._formula import (
     without_explicit_axes,
 )
 from jaxbn._moments import Moments, widen
+from jaxbn._reduction import Reduction
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
 
@@ -111,8 +114,10 @@ def batch_norm(
       x: (N, ..., C), floating or complex: this device's part of the batch.
       scale: (C,), with ids also (K, C), or None for 1.
       bias: likewise, or None for 0.
-      ids: (N,) integers in [0, K) with K = scope.num_ids; an example with
-        another id enters no statistic, and its output is NaN.
+      ids: (N,) integers in [0, K). With scope.num_ids = K each id has its own
+        statistics, and may have its own scale and bias; without, ids share
+        statistics, and scale or bias is (K, C). An example with another id
+        has the output NaN, and enters the statistics of no id.
       where: bool, broadcastable to x; False leaves a value out. None keeps
         all.
       axis_name: name, or tuple of names, of the mapped axes the batch lies
@@ -143,7 +148,7 @@ def batch_norm(
 
     Source: Ioffe and Szegedy (2015), Batch Normalization, Algorithm 1.
     """
-    return _train(
+    return normalize_batch(
         x,
         scale,
         bias,
@@ -156,6 +161,7 @@ def batch_norm(
         epsilon=epsilon,
         feature_axis=feature_axis,
         dtype=dtype,
+        one_value=False,
     )
 
 
@@ -206,7 +212,7 @@ def batch_renorm(
     Source: Ioffe (2017), Batch Renormalization, Algorithm 1.
     """
     check_limits(r_max, d_max)
-    return _train(
+    return normalize_batch(
         x,
         scale,
         bias,
@@ -221,6 +227,7 @@ def batch_renorm(
         epsilon=epsilon,
         feature_axis=feature_axis,
         dtype=dtype,
+        one_value=True,
     )
 
 
@@ -259,26 +266,31 @@ def renorm_limits(
     return 1 + (r_max - 1) * ramp(r_end), d_max * ramp(d_end)
 
 
-def _train(
+def normalize_batch(
     x: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    renorm: Renorm | None,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    renorm: Renorm | None = None,
     *,
     ids: jax.Array | None,
     where: jax.Array | None,
     axis_name: AxisName,
     scope: Scope,
-    shift: jax.Array | None,
+    shift: jax.Array | None = None,
     epsilon: float,
     feature_axis: Axes,
-    dtype: jax.typing.DTypeLike | None,
+    dtype: jax.typing.DTypeLike | None = None,
+    one_value: bool,
 ) -> tuple[jax.Array, Moments]:
+    """`batch_norm`, or `batch_renorm` with renorm.
+
+    one_value: whether statistics of a single value are of use.
+    """
     check_epsilon(epsilon)
     x = check_input(x)
     features, axes = split_axes(x, feature_axis)
     if not axes and ids is not None:
-        y, batch = _train(
+        y, batch = normalize_batch(
             x[None],
             scale,
             bias,
@@ -291,11 +303,13 @@ def _train(
             epsilon=epsilon,
             feature_axis=tuple(axis + 1 for axis in features),
             dtype=dtype,
+            one_value=one_value,
         )
         return y[0], batch
     where = check_where(where, x)
-    ids = check_ids(ids, scope.num_ids, x, axes)
-    scale, bias = check_affine(scale, bias, x, features, scope.num_ids)
+    rows = affine_rows(ids, scope.num_ids, scale, bias, features)
+    ids = check_ids(ids, rows, x, axes)
+    scale, bias = check_affine(scale, bias, x, features, rows)
     if shift is not None:
         shift = check_features("shift", shift, x, features, scope.num_ids)
     if renorm is not None:
@@ -306,11 +320,32 @@ def _train(
             *map(widen, limits),
         )
     reduction, devices = scope.resolve(x, axes, axis_name)
+    if not one_value:
+        _check_several(x, reduction, devices)
     dtype = jnp.dtype(dtype or x.dtype)
-    spec = Spec(reduction, devices, float(epsilon), dtype)
+    affine = reduction._replace(num_ids=rows)
+    spec = Spec(reduction, affine, devices, float(epsilon), dtype)
     run = functools.partial(train, spec, devices_along(axis_name))
-    if reduction.has_rows:
+    if affine.has_rows:
         run = without_explicit_axes(run, x)
     constants = Constants(where, ids, shift, renorm)
     found: tuple[jax.Array, Moments] = run(x, scale, bias, constants)
     return found
+
+
+def _check_several(
+    x: jax.Array, reduction: Reduction, devices: Devices
+) -> None:
+    """Raises where it is known that statistics are those of a single value.
+
+    Features alone have no axis to reduce: they are one example on purpose.
+    """
+    values = reduction.values // reduction.chunks * devices.size
+    if reduction.axes and isinstance(values, int) and values == 1:
+        raise ValueError(
+            f"x is {describe(x)}, so each statistic is of one value, whose "
+            "variance is 0: y would be bias, and the gradient of x 0. Give "
+            "more examples, or axis_name to synchronize, or normalize with the "
+            "running statistics; features without an axis of examples are "
+            "taken as one."
+        )

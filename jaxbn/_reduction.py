@@ -54,7 +54,7 @@ class Reduction(NamedTuple):
         # Every axis before the first reduced one holds features.
         x = jnp.moveaxis(x.sum(self.axes[1:]), self.axes[0], 0)
         x = x.reshape(self.chunks, -1, *x.shape[1:])
-        if ids is None:
+        if ids is None or self.num_ids is None:
             return x.sum(1)
         # A select, not a product: NaN of one id must not reach another.
         x = jnp.where(self._member(ids, x.ndim + 1), x[:, None], 0).sum(2)
@@ -70,7 +70,7 @@ class Reduction(NamedTuple):
             return jnp.expand_dims(statistic, self.axes)
         features = statistic.shape[1:]
         rows = statistic.reshape(self.chunks, -1, 1, *features)
-        if ids is not None:
+        if ids is not None and self.num_ids is not None:
             rows = jnp.where(self._member(ids, rows.ndim), rows, 0)
         rows = rows.sum(1)
         length = self.examples // self.chunks

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
+from jaxbn._layer import (
+    Call,
+    Layer,
+    Limits,
+    PerId,
+    State,
+    no_moments,
+    record,
+)
 from jaxbn._running import RunningStats
-from jaxbn._scope import Scope
 
 __all__ = ["BatchNorm", "batch_moments"]
 
@@ -44,8 +50,9 @@ class BatchNorm(nn.Module):
       param_dtype: of scale and bias.
       use_bias: adds bias, (C,).
       use_scale: multiplies by scale, (C,).
-      bias_init: initializer of bias.
-      scale_init: initializer of scale.
+      bias_init: initializer of bias; of each of its rows, (C,), where it has
+        one an id. Partition names are those of a row.
+      scale_init: likewise of scale.
       axis_name: named axis, or axes, to take statistics over.
       axis_index_groups: see `Scope`.
       use_fast_variance: has no effect; the variance is always taken from
@@ -55,9 +62,11 @@ class BatchNorm(nn.Module):
       group_size: neighbouring devices that share statistics; see `Scope`.
       normalize_over: examples that share statistics whatever the topology;
         see `Scope`.
-      num_ids: K; the call takes ids, each has statistics of its own, and
-        running statistics are (K, C).
-      affine_per_id: scale and bias are (K, C), one row an id.
+      num_ids: K; the call takes ids, integers in [0, K), and each id has
+        running and batch statistics of its own, (K, C); see per_id.
+      per_id: what ids choose a row of, where num_ids is K: "statistics";
+        "affine", scale and bias, (K, C), while all examples share statistics
+        (class-conditional batch norm); or "both".
       skip_nonfinite: a batch with a NaN or inf on any device changes no
         running statistic; the variable `skipped` in batch_stats, () int32,
         counts them.
@@ -104,7 +113,7 @@ class BatchNorm(nn.Module):
     group_size: int | None = None
     normalize_over: int | None = None
     num_ids: int | None = None
-    affine_per_id: bool = False
+    per_id: PerId = "statistics"
     skip_nonfinite: bool = False
     ddof: int = 0
     debias: bool = False
@@ -117,7 +126,7 @@ class BatchNorm(nn.Module):
     prior: float | None = None
 
     def __post_init__(self) -> None:
-        self._layer(alone=False)  # raises ValueError for options of no layer
+        Layer.of(self)  # raises ValueError for options of no layer
         super().__post_init__()
 
     @nn.compact
@@ -158,8 +167,7 @@ class BatchNorm(nn.Module):
         given = self.axis if isinstance(self.axis, Sequence) else (self.axis,)
         axes = tuple(sorted({axis % x.ndim for axis in given}))
         size = tuple(x.shape[axis] for axis in axes)
-        # Initialization runs outside the mapped axes and leaves no trace.
-        layer = self._layer(alone=self.is_initializing())
+        layer = Layer.of(self)
         initial = layer.init(size, x.dtype)
         variables: list[Any] = [
             None
@@ -172,15 +180,14 @@ class BatchNorm(nn.Module):
         ]
         mean, var, steps, skipped = variables
         scale = bias = None
-        affine = size
-        if self.affine_per_id:
-            affine = (cast("int", self.num_ids), *size)
+        affine = layer.affine_shape(size)
+        per_id = affine != size
         if self.use_scale:
-            scale = self.param(
-                "scale", self.scale_init, affine, self.param_dtype
-            )
+            init = _rows_of(self.scale_init) if per_id else self.scale_init
+            scale = self.param("scale", init, affine, self.param_dtype)
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, affine, self.param_dtype)
+            init = _rows_of(self.bias_init) if per_id else self.bias_init
+            bias = self.param("bias", init, affine, self.param_dtype)
         dtype = dtypes.canonicalize_dtype(
             given_x, scale, bias, dtype=self.dtype
         )
@@ -192,9 +199,12 @@ class BatchNorm(nn.Module):
             RunningStats(mean.value, var.value, read(steps)), read(skipped)
         )
         hand_out = self._hands_out_moments()
-        call = Call(inference, mask, ids, timestep, dtype, hand_out)
+        initializing = self.is_initializing()
+        call = Call(
+            inference, mask, ids, timestep, dtype, hand_out, initializing
+        )
         y, new, batch = layer(x, scale, bias, old, call)
-        if batch is None or self.is_initializing():
+        if batch is None or initializing:
             return y
         if self.update_stats and not self.frozen:
             values = (*new.running, new.skipped)
@@ -209,30 +219,26 @@ class BatchNorm(nn.Module):
         return y
 
     @nn.nowrap
-    def _layer(self, *, alone: bool) -> Layer:
-        scope = Scope(num_ids=self.num_ids)
-        if not alone:
-            scope = dataclasses.replace(
-                scope,
-                group_size=self.group_size,
-                axis_index_groups=self.axis_index_groups,
-                normalize_over=self.normalize_over,
-            )
-        given = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(Layer)
-            if field.name != "scope"
-        }
-        if alone:
-            given["axis_name"] = None
-        return Layer(scope=scope, **given)
-
-    @nn.nowrap
     def _hands_out_moments(self) -> bool:
         # Not where True or a DenyList takes them in: nobody asked for them
         # there, and variables that are handed back would go on adding up.
         by_name = isinstance(_applied_mutable(self), Collection)
         return by_name and self.is_mutable_collection("batch_moments")
+
+
+def _rows_of(
+    init: nn.initializers.Initializer,
+) -> nn.initializers.Initializer:
+    """An initializer of (K, C), whose rows are independent."""
+
+    def init_rows(
+        key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> Any:
+        keys = jax.random.split(key, shape[0])
+        rows = jax.vmap(lambda key: init(key, shape[1:], dtype))(keys)
+        return nn.meta.add_axis(rows, 0, {nn.PARTITION_NAME: None})
+
+    return init_rows
 
 
 def _applied_mutable(layer: nn.Module) -> Any:

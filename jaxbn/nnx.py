@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
+from jaxbn._layer import (
+    Call,
+    Layer,
+    Limits,
+    PerId,
+    State,
+    no_moments,
+    record,
+)
 from jaxbn._moments import Moments
 from jaxbn._running import RunningStats
-from jaxbn._scope import Scope
 from jaxbn.precise import with_statistics
 
 __all__ = [
@@ -52,10 +58,11 @@ class BatchNorm(nnx.BatchNorm):
       group_size: neighbouring devices that share statistics; see `Scope`.
       normalize_over: examples that share statistics whatever the topology;
         see `Scope`.
-      num_ids: K; the call takes ids, each has statistics of its own, and
-        running statistics are (K, C).
-      affine_per_id: scale and bias are (K, C), one row an id; the rows start
-        equal.
+      num_ids: K; the call takes ids, integers in [0, K), and each id has
+        running and batch statistics of its own, (K, C); see per_id.
+      per_id: what ids choose a row of, where num_ids is K: "statistics";
+        "affine", scale and bias, (K, C), while all examples share statistics
+        (class-conditional batch norm); or "both". The rows start equal.
       skip_nonfinite: a batch with a NaN or inf on any device changes no
         running statistic; the Variable `skipped`, () int32, counts them.
       ddof: 0 stores the biased variance in the running statistics, 1 the
@@ -106,7 +113,7 @@ class BatchNorm(nnx.BatchNorm):
         group_size: int | None = None,
         normalize_over: int | None = None,
         num_ids: int | None = None,
-        affine_per_id: bool = False,
+        per_id: PerId = "statistics",
         skip_nonfinite: bool = False,
         ddof: int = 0,
         debias: bool = False,
@@ -120,13 +127,10 @@ class BatchNorm(nnx.BatchNorm):
         **options: Any,
     ):
         super().__init__(num_features, **options)
-        self.scope = Scope(
-            group_size=group_size,
-            axis_index_groups=self.axis_index_groups,
-            normalize_over=normalize_over,
-            num_ids=num_ids,
-        )
-        self.affine_per_id = affine_per_id
+        self.group_size = group_size
+        self.normalize_over = normalize_over
+        self.num_ids = num_ids
+        self.per_id = per_id
         self.skip_nonfinite = skip_nonfinite
         self.ddof = ddof
         self.debias = debias
@@ -139,7 +143,8 @@ class BatchNorm(nnx.BatchNorm):
         self.prior = prior
         # BatchMoments, where `batch_moments` asks for them.
         self.moments: Any = nnx.data(None)
-        state = self._layer().init((num_features,), jnp.float32)
+        layer = Layer.of(self)
+        state = layer.init((num_features,), jnp.float32)
         if state.running.mean.ndim > 1:
             self.mean.set_value(state.running.mean)
             self.var.set_value(state.running.var)
@@ -147,9 +152,12 @@ class BatchNorm(nnx.BatchNorm):
             nnx.data(None) if value is None else nnx.BatchStat(value)
             for value in (state.running.steps, state.skipped)
         )
+        shape = layer.affine_shape((num_features,))
         for param in (self.scale, self.bias):
-            if affine_per_id and param is not None:
-                param.set_value(jnp.tile(param[...], (num_ids, 1)))
+            if param is not None and len(shape) > 1:
+                rows = jnp.tile(param[...], (shape[0], 1))
+                nnx.spmd.add_axis(param, 0, {nnx.PARTITION_NAME: None})
+                param.set_value(rows)
 
     def __call__(
         self,
@@ -204,7 +212,7 @@ class BatchNorm(nnx.BatchNorm):
         old = State(RunningStats(mean, var, steps), skipped)
         hand_out = self.moments is not None
         call = Call(inference, mask, ids, timestep, dtype, hand_out)
-        y, new, batch = self._layer()(x, scale, bias, old, call)
+        y, new, batch = Layer.of(self)(x, scale, bias, old, call)
         if batch is None:
             return y
         if self.update_stats and not self.frozen:
@@ -216,12 +224,6 @@ class BatchNorm(nnx.BatchNorm):
         if hand_out:
             self.moments.set_value(record(self.moments.get_value(), batch))
         return y
-
-    def _layer(self) -> Layer:
-        fields = dataclasses.fields(Layer)
-        return Layer(
-            **{field.name: getattr(self, field.name) for field in fields}
-        )
 
 
 def batch_moments(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:

@@ -14,21 +14,9 @@ from flax.core import DenyList
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+from tests.helpers.layers import draw, linen_layer, nnx_layer
 
 NAMED = ["batch_stats", "batch_moments"]
-
-
-def draw(*shape, dtype=jnp.float32):
-    rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(1, 2, shape), dtype)
-
-
-def linen_layer(**options):
-    return jaxbn.linen.BatchNorm(use_running_average=False, **options)
-
-
-def nnx_layer(**options):
-    return jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
 
 
 # Moments are handed out where somebody asks for them by name

@@ -234,7 +234,7 @@ class SynchronizedTest(parameterized.TestCase):
             axis_name="data",
             use_running_average=False,
             num_ids=2,
-            affine_per_id=True,
+            per_id="both",
             momentum=0.0,
         )
         ids = np.arange(16) % 2

@@ -93,7 +93,7 @@ class DropInTest(parameterized.TestCase):
             3,
             rngs=nnx.Rngs(0),
             num_ids=2,
-            affine_per_id=True,
+            per_id="both",
             skip_nonfinite=True,
             momentum=0.0,
         )

@@ -7,35 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import jaxbn
 import jaxbn.linen
-import jaxbn.nnx
+from tests.helpers.layers import (
+    call_linen,
+    call_nnx,
+    draw,
+    linen_layer,
+    nnx_layer,
+)
 
 NAN, INF = float("nan"), float("inf")
-
-
-def draw(*shape, dtype=jnp.float32):
-    rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(1, 2, shape), dtype)
-
-
-def linen_layer(**options):
-    return jaxbn.linen.BatchNorm(use_running_average=False, **options)
-
-
-def nnx_layer(**options):
-    return jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
-
-
-def call_linen(x, options, **arguments):
-    layer = linen_layer(**options)
-    return layer.init_with_output(jax.random.key(0), x, **arguments)[0]
-
-
-def call_nnx(x, options, **arguments):
-    return nnx_layer(**options)(x, **arguments)
 
 
 LAYERS = pytest.mark.parametrize("make", [linen_layer, nnx_layer])
@@ -83,8 +66,10 @@ OUT_OF_RANGE = [
     (dict(renorm=(NAN, 1.0)), "r_max must be a number and at least 1; got nan"),
     (dict(renorm=(3.0,)), "renorm must be (r_max, d_max), or a function"),
     (dict(debias=True, momentum=1.0), "debias=True needs momentum < 1"),
-    (dict(affine_per_id=True), "needs num_ids; got num_ids=None."),
-    (dict(affine_per_id=True, num_timesteps=2), "needs num_ids; got num_ids="),
+    (dict(per_id="both"), "needs num_ids; got num_ids=None."),
+    (dict(per_id="both", num_timesteps=2), "needs num_ids; got num_ids="),
+    (dict(per_id="affine"), "needs num_ids; got num_ids=None."),
+    (dict(per_id="scale", num_ids=2), "per_id must be one of ('statistics', "),
     (dict(num_ids=2, num_timesteps=2), "give one of them"),
     (dict(prior=1.0, example_weight=0.5), "give one of them"),
     (
@@ -131,7 +116,8 @@ def test_clones_and_submodules_are_checked():
         dict(renorm=(1, 0)),
         dict(renorm=(np.float32(3), INF)),
         dict(renorm=jaxbn.renorm_limits),
-        dict(num_ids=1, affine_per_id=True),
+        dict(num_ids=1, per_id="both"),
+        dict(num_ids=2, per_id="affine", num_timesteps=2),
         dict(num_timesteps=1),
     ],
     ids=lambda options: " ".join(options),
@@ -240,3 +226,53 @@ def test_errors_have_the_words_of_the_layer(
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         call(draw(4, 2, 3), options, **arguments)
     assert not re.search("where|scope", str(error.value).split("---")[0])
+
+
+# One value a feature
+
+
+class TestOneValue:
+    """Its variance is 0, so that y is bias and x receives no gradient."""
+
+    X = draw(1, 3)
+    MESSAGE = re.escape("x is float32[1, 3], so each statistic is of one value")
+
+    def test_in_training_it_is_an_error(self):
+        with pytest.raises(ValueError, match=self.MESSAGE):
+            nnx_layer()(self.X)
+        layer = linen_layer()
+        variables = layer.init(jax.random.key(0), self.X)
+        with pytest.raises(ValueError, match=self.MESSAGE):
+            layer.apply(variables, self.X, mutable=["batch_stats"])
+
+    @pytest.mark.parametrize("shape", ((1, 3), (1, 1, 1, 3)))
+    def test_in_the_core(self, shape):
+        with pytest.raises(ValueError, match="each statistic is of one value"):
+            jaxbn.batch_norm(self.X.reshape(shape))
+        jaxbn.batch_norm(jnp.zeros((1, 2, 3)))
+        assert jaxbn.moments(self.X).count == 1
+
+    def test_in_ghost_batches_of_one(self):
+        with pytest.raises(ValueError, match="each statistic is of one value"):
+            jaxbn.batch_norm(draw(4, 3), scope=jaxbn.Scope(normalize_over=1))
+
+    def test_where_it_is_defined(self):
+        frozen = linen_layer(frozen=True)
+        variables = frozen.init(jax.random.key(0), self.X)
+        names = ["batch_stats", "batch_moments"]
+        frozen.apply(variables, self.X, mutable=names)
+        infer = jaxbn.linen.BatchNorm(True, prior=4.0)
+        assert infer.apply(variables, self.X).any()
+        renorm = linen_layer(renorm=(1.5, 0.5))
+        assert renorm.apply(variables, self.X, mutable=names)[0].any()
+        y, _ = jaxbn.batch_norm(self.X[0])  # one example on purpose
+        assert y.shape == (3,)
+
+    def test_synchronized_it_is_one_of_many(self):
+        x = draw(8, 1, 3)
+        y = jax.vmap(
+            lambda x: jaxbn.batch_norm(x, axis_name="data")[0],
+            axis_name="data",
+        )(x)
+        want, _ = jaxbn.batch_norm(x)
+        np.testing.assert_allclose(y, want, atol=1e-6)
