@@ -21,6 +21,8 @@ from jaxbn._moments import (
     mean_and_m2,
     merge_parts,
     nonzero,
+    plus,
+    times,
     widen,
 )
 from jaxbn._reduction import Reduction
@@ -113,14 +115,12 @@ def _normalize(
     scale, bias = in_rows(spec.affine, scale), in_rows(spec.affine, bias)
     if renorm is not None:
         r, d = per_affine_row(spec, _correction(spec, stats, renorm))
-        bias = times(d, scale) + (0 if bias is None else bias)
+        bias = plus(times(d, scale), bias)
         scale = times(r, scale)
     inv = jax.lax.rsqrt(stats.var + spec.epsilon)
     inv, offset = per_affine_row(spec, (inv, stats.offset))
     slope = times(inv, scale)
-    level = -offset * slope
-    if bias is not None:
-        level = level + bias
+    level = plus(times(-offset, slope), bias)
     shifted = _shifted(spec, x, hide_from_cse(stats.shift), ids)
     if where is not None:
         mean = spec.reduction.broadcast(stats.offset, ids)
@@ -181,10 +181,10 @@ def _tangent(
     dscale, dbias = (in_rows(spec.affine, t) for t in (dscale, dbias))
     if renorm is not None:
         r, d = per_affine_row(spec, _correction(spec, stats, renorm))
-        gain = r * gain
+        gain = times(r, gain)
         if dscale is not None:
-            dbias = d * dscale + (0 if dbias is None else dbias)
-            dscale = r * dscale
+            dbias = plus(times(d, dscale), dbias)
+            dscale = times(r, dscale)
     dmean, dm2 = jnp.zeros_like(stats.offset), jnp.zeros_like(stats.m2)
     # dy = dx * gain + (x - shift) * slope + level: slope and level hold all
     # that is one value a feature, so that the transpose reduces twice.
@@ -202,21 +202,21 @@ def _tangent(
         dmean, dm2 = mean_and_m2(stats, sums[0], 2 * sums[1])
         half_dvar = dm2 / (2 * nonzero(stats.count))
         first, second = per_affine_row(spec, vary_like((dmean, half_dvar), x))
-        level = -gain * first
-        slope = -gain * jnp.square(inv) * second
+        level = times(-gain, first)
+        slope = times(times(-gain, jnp.square(inv)), second)
     if dscale is not None:
-        slope = slope + inv * dscale
-    level = level - offset * slope
-    if dbias is not None and where is None:
-        level = level + dbias
+        slope = plus(slope, times(inv, dscale))
+    level = plus(level, times(-offset, slope))
+    if where is None:
+        level = plus(level, dbias)
     spread = functools.partial(spec.affine.broadcast, ids=ids)
-    dy = shifted(hide_from_cse(stats.shift)) * spread(slope)
-    dy = dy + readable(x, where, spread(level))
+    dy = times(shifted(hide_from_cse(stats.shift)), spread(slope))
+    dy = plus(dy, readable(x, where, spread(level)))
     if dx is not None:
-        dy = dy + readable(x, where, dx * spread(gain))
+        dy = plus(dy, readable(x, where, times(dx, spread(gain))))
     if dbias is not None and where is not None:
         # Bias alone reaches the output of a value that is not read.
-        dy = dy + spread(dbias)
+        dy = plus(dy, spread(dbias))
     return _nan_for_unknown_ids(spec, dy, ids).astype(spec.dtype), dmean, dm2
 
 
@@ -304,19 +304,15 @@ def _correction(
     mean, var = (in_rows(spec.reduction, a) for a in (mean, var))
     inv = jax.lax.rsqrt(var + spec.epsilon)
     r = jnp.sqrt(stats.var + spec.epsilon) * inv
-    d = (stats.mean - mean) * inv
+    d = times(plus(stats.mean, -mean), inv)
     r_max, d_max = r_max.astype(inv.dtype), d_max.astype(inv.dtype)
     if jnp.iscomplexobj(d):
         length = jnp.abs(d)
-        d = jnp.where(length > d_max, d / length * d_max, d)
+        short = times(d, d_max / nonzero(length))
+        d = jnp.where(length > d_max, short, d)
     else:
         d = jnp.clip(d, -d_max, d_max)
     return jnp.clip(r, 1 / r_max, r_max), d
-
-
-def times(a: jax.Array, b: jax.Array | None) -> jax.Array:
-    """Returns a * b, where None stands for 1."""
-    return a if b is None else a * b
 
 
 def affine(
@@ -327,9 +323,9 @@ def affine(
     ids: jax.Array | None,
 ) -> jax.Array:
     """x * slope + level, rounded once; slope and level in rows of affine."""
-    y = x * spec.affine.broadcast(slope, ids)
+    y = times(x, spec.affine.broadcast(slope, ids))
     if level is not None:
-        y = y + spec.affine.broadcast(level, ids)
+        y = plus(y, spec.affine.broadcast(level, ids))
     return _nan_for_unknown_ids(spec, y, ids).astype(spec.dtype)
 
 

@@ -24,9 +24,8 @@ from jaxbn._formula import (
     in_rows,
     per_affine_row,
     readable,
-    times,
 )
-from jaxbn._moments import abs2, moments, widen
+from jaxbn._moments import abs2, moments, times, widen
 from jaxbn._reduction import Reduction
 
 

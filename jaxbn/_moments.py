@@ -154,14 +154,16 @@ def mean_and_m2(
     found: Centered, ds1: jax.Array, ds2: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Derivatives of mean and m2 from those of the sums about found.shift."""
-    return ds1 / nonzero(found.count), ds2 - 2 * inner(found.offset, ds1)
+    ds1, count = promoted(ds1, nonzero(found.count))
+    return ds1 / count, ds2 - 2 * inner(found.offset, ds1)
 
 
 def _from_sums(
     count: Any, shift: jax.Array, s1: jax.Array, s2: jax.Array
 ) -> Centered:
     # Where the sum overflows, so do the squares, and any mean will do.
-    offset = jnp.where(jnp.isinf(s1), 0, s1 / nonzero(count))
+    total, n = promoted(s1, nonzero(count))
+    offset = jnp.where(jnp.isinf(s1), 0, total / n)
     # inf where s2 is, never inf - inf.
     between = count * abs2(offset)
     m2 = jnp.where(jnp.isinf(s2), s2, jnp.maximum(s2 - between, 0))
@@ -171,7 +173,8 @@ def _from_sums(
 def _cancels(found: Centered, epsilon: float) -> jax.Array:
     """Whether a variance may have lost digits; False where it is NaN."""
     # x itself is not known better than this.
-    rounding = abs2(jnp.finfo(found.m2.dtype).eps * found.shift)
+    eps = float(jnp.finfo(found.m2.dtype).eps)
+    rounding = abs2(found.shift * eps)
     far = abs2(found.offset) > _LARGEST_SHIFT * (found.var + epsilon + rounding)
     return (far | (jnp.isinf(found.m2) & (found.offset != 0))).any()
 
@@ -223,7 +226,7 @@ def merge_parts(
         weight = count.reshape(count.shape + (1,) * (start.ndim - count.ndim))
         d = jnp.where(weight > 0, (start - shift[None]) + offset, 0)
         s2 = m2 + weight * abs2(d)
-        return count.sum(0), (weight * d).sum(0), s2.sum(0)
+        return count.sum(0), times(d, weight).sum(0), s2.sum(0)
 
     passes = Passes(sums, devices)
     found: Centered = centered_moments(passes, parts, None, shift)
@@ -371,6 +374,32 @@ def nonzero(count: Any) -> Any:
     if isinstance(count, np.ndarray):
         return np.where(count > 0, count, count.dtype.type(1))
     return jnp.where(count > 0, count, 1)
+
+
+def promoted(*values: Any) -> Any:
+    """Returns values in one dtype, that of their product; all are wide.
+
+    Said, because some forbid JAX to promote dtypes on its own.
+    """
+    dtypes = [value.dtype for value in values]
+    dtype = functools.reduce(np.promote_types, dtypes)
+    return [value.astype(dtype) for value in values]
+
+
+def times(a: jax.Array, b: jax.Array | None) -> jax.Array:
+    """Returns a * b, where None stands for 1."""
+    if b is None:
+        return a
+    a, b = promoted(a, b)
+    return a * b
+
+
+def plus(a: jax.Array, b: jax.Array | None) -> jax.Array:
+    """Returns a + b, where None stands for 0."""
+    if b is None:
+        return a
+    a, b = promoted(a, b)
+    return a + b
 
 
 def widen(x: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ from tests.test_scope import (
 )
 
 IDS = np.arange(8) % 2
+SHIFT = np.float32(1 + IDS[:, None])  # with a bias of 1 and 2
 
 
 def want(arguments, labels):
@@ -153,7 +154,7 @@ class TestLayers:
             mutable=["batch_stats"],
         )
         y, state = module.apply(v, x, ids=IDS, mutable=["batch_stats"])
-        chex.assert_trees_all_close(y, xhat + 1 + IDS[:, None], atol=1e-6)
+        chex.assert_trees_all_close(y, xhat + SHIFT, atol=1e-6)
         chex.assert_trees_all_equal(state, want)
         for fields in ({}, dict(example_weight=0.1), dict(prior=3.0)):
             evaluate = module.clone(use_running_average=True, **fields)
@@ -164,7 +165,7 @@ class TestLayers:
                 ids=IDS,
             )
             chex.assert_trees_all_close(
-                shifted - plain, np.tile(1 + IDS[:, None], 3), atol=1e-5
+                shifted - plain, np.tile(SHIFT, 3), atol=1e-5
             )
         with pytest.raises(ValueError, match="num_ids of the layer and ids"):
             module.apply(v, x, mutable=["batch_stats"])
@@ -175,7 +176,7 @@ class TestLayers:
         layer.bias[...] = jnp.array([[1.0] * 3, [2.0] * 3])
         xhat = nnx_layer()(x)
         chex.assert_trees_all_close(
-            layer(x, ids=IDS), xhat + 1 + IDS[:, None], atol=1e-6
+            layer(x, ids=IDS), xhat + SHIFT, atol=1e-6
         )
         found = jaxbn.nnx.batch_moments(layer, x, ids=IDS)
         chex.assert_trees_all_close(found[""].mean, x.mean(0), rtol=1e-6)
