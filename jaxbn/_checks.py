@@ -33,26 +33,30 @@ def check_input(x: jax.Array) -> jax.Array:
 
 
 def split_axes(
-    x: jax.Array, feature_axis: Axes, *, needs_batch: bool = False
+    x: jax.Array,
+    feature_axis: Axes,
+    *,
+    needs_batch: bool = False,
+    name: str = "feature_axis",
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns (feature axes, reduced axes) of x, both positive and sorted.
 
     Where x holds features alone there is nothing to reduce: it is one example,
-    or an error with needs_batch.
+    or an error with needs_batch. name: what the caller calls feature_axis.
     """
     given = (
         feature_axis if isinstance(feature_axis, Sequence) else (feature_axis,)
     )
     if any(not -x.ndim <= axis < x.ndim for axis in given):
         raise ValueError(
-            f"feature_axis={feature_axis} is not an axis of x, which is "
+            f"{name}={feature_axis} is not an axis of x, which is "
             f"{describe(x)}."
         )
     features = tuple(sorted({axis % x.ndim for axis in given}))
     reduced = tuple(axis for axis in range(x.ndim) if axis not in features)
     if needs_batch and not reduced:
         raise ValueError(
-            f"feature_axis={feature_axis} names every axis of x, which is "
+            f"{name}={feature_axis} names every axis of x, which is "
             f"{describe(x)}: no axis is left to take statistics over."
         )
     return features, reduced

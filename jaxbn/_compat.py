@@ -1,4 +1,4 @@
-"""Calls into JAX that are private, or that differ between its versions."""
+"""Calls into JAX and flax that are private, or differ between versions."""
 
 from __future__ import annotations
 
@@ -83,6 +83,25 @@ def bind_axes(
     return contextlib.nullcontext()
 
 
+def applied_mutable(layer: Any) -> Any:
+    """Returns the argument `mutable` of the apply that calls a linen module.
+
+    Inside nn.scan and other lifted transforms the root scope is theirs, whose
+    filter may list names although the one outside is a DenyList. Such a root
+    has a path, that of apply has none. nn.jit reuses what it traced wherever
+    its own filter is the same, so nothing outside may count there.
+    """
+    import flax.linen as nn  # the core does without
+
+    root = layer.scope.root
+    for module in reversed(nn.module._context.module_stack):
+        if not root.debug_path or "jit(" in root.debug_path[-1]:
+            break
+        if module is not None and module.scope is not None:
+            root = module.scope.root
+    return root.mutable
+
+
 def _teach_jet() -> None:
     """Lets `jax.experimental.jet` go through a training step.
 
@@ -98,7 +117,9 @@ def _teach_jet() -> None:
         from jax.experimental import jet
         from jax.lax import cond_p
 
-        custom_jvp = jet.JetTrace.process_custom_jvp_call
+        rules: Any = jet.jet_rules
+        trace: Any = jet.JetTrace
+        custom_jvp = trace.process_custom_jvp_call
         # Of series as rules have them; the public ones have factorials.
         unscaled = getattr(jet, "jet2", jet.jet)
     except (ImportError, AttributeError):
@@ -113,8 +134,10 @@ def _teach_jet() -> None:
     def cond(primals: Any, series: Any, *, branches: Any, **_: Any) -> Any:
         import jax.extend.core
 
+        core: Any = jax.extend.core
+
         def along(branch: Any) -> Any:
-            fn = jax.extend.core.jaxpr_as_fun(branch)
+            fn = core.jaxpr_as_fun(branch)
             return lambda primals, series: unscaled(fn, primals, series)
 
         return jax.lax.switch(
@@ -130,8 +153,8 @@ def _teach_jet() -> None:
         (optimization_barrier_p, barrier),
         (cond_p, cond),
     ):
-        jet.jet_rules.setdefault(primitive, rule)
-    jet.JetTrace.process_custom_jvp_call = in_its_trace
+        rules.setdefault(primitive, rule)
+    trace.process_custom_jvp_call = in_its_trace
 
 
 _teach_jet()

@@ -25,7 +25,7 @@ from jaxbn._formula import (
     per_affine_row,
     readable,
 )
-from jaxbn._moments import abs2, moments, times, widen
+from jaxbn._moments import abs2, moments, plus, times, widen
 from jaxbn._reduction import Reduction
 
 
@@ -205,9 +205,11 @@ def normalize_weighted(
         x, where = x[None], None if where is None else where[None]
         own = moments(x, where=where, feature_axis=inner)
         a = jnp.where(own.count > 0, weight, 0).astype(own.m2.dtype)
-        gap = own.mean - mean
-        mean = mean + a * gap
-        var = (1 - a) * var + a * own.var + a * (1 - a) * abs2(gap)
+        mean, var = widen(mean), widen(var)
+        gap = plus(own.mean, -mean)
+        mean = plus(mean, times(gap, a))
+        between = times(abs2(gap), a * (1 - a))
+        var = plus(times(var, 1 - a), plus(times(own.var, a), between))
         return normalize(
             x,
             mean,

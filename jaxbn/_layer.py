@@ -152,6 +152,12 @@ class Layer:
             num_ids=None if self.per_id == "affine" else self.num_ids,
         )
 
+    def split_axes(
+        self, x: jax.Array
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns (feature axes, reduced axes) of x."""
+        return split_axes(x, self.axis, name="axis")
+
     def affine_shape(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of scale and bias, for features of size."""
         if self.num_ids is None or self.per_id == "statistics":
@@ -194,6 +200,7 @@ class Layer:
         state: State,
         call: Call,
     ) -> tuple[jax.Array, State, Moments | None]:
+        self.split_axes(x)
         mask = check_where(call.mask, x, name="mask")
         if (call.ids is None) != (self.num_ids is None):
             ids = None if call.ids is None else describe(jnp.asarray(call.ids))
@@ -203,10 +210,12 @@ class Layer:
             )
         if not self.train_affine:
             scale, bias = jax.lax.stop_gradient((scale, bias))
+        # Without scale and bias nothing is left to choose per id.
+        chooses = self.scope.num_ids or scale is not None or bias is not None
         row = self._row(call.timestep)
         running = _widened(_take(state.running, row))
         options = dict(
-            ids=call.ids,
+            ids=call.ids if chooses else None,
             epsilon=self.epsilon,
             feature_axis=self.axis,
             dtype=call.dtype,
@@ -286,7 +295,7 @@ class Layer:
             )
         batch = self._moments(x, where, options["ids"])
         # The prior counts examples, the moments their values.
-        _, axes = split_axes(x, self.axis)
+        _, axes = self.split_axes(x)
         values = 1
         for axis in axes[1:]:
             values *= x.shape[axis]

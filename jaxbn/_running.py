@@ -20,7 +20,15 @@ from jaxbn._checks import (
     is_known,
 )
 from jaxbn._compat import match_type
-from jaxbn._moments import Centered, Moments, merge_stacked, sync
+from jaxbn._moments import (
+    Centered,
+    Moments,
+    merge_stacked,
+    plus,
+    promoted,
+    sync,
+    times,
+)
 
 
 class RunningStats(NamedTuple):
@@ -133,8 +141,10 @@ def update_running(
         old_weight, new_weight = decay, 1 - decay
 
     def step(old: jax.Array, new: jax.Array) -> jax.Array:
-        old = old.astype(np.promote_types(old.dtype, new.dtype))
-        mixed = old_weight * old + new_weight * new
+        old, new = promoted(old, new)
+        weights = (old_weight, new_weight)
+        first, second = (jnp.asarray(w).astype(old.dtype) for w in weights)
+        mixed = first * old + second * new
         kept = match_type(known, mixed) if known.ndim else known
         return jnp.where(kept, mixed, match_type(old, mixed))
 
@@ -199,10 +209,14 @@ def adapt(
     check_at_least("prior", prior, 0)
     known = batch.count > 0
     # Written so that an infinite prior is not inf / inf.
-    new = jnp.where(known, batch.count / (batch.count + prior), 0)
+    total = batch.count + jnp.asarray(prior).astype(batch.count.dtype)
+    weight = jnp.where(known, batch.count / total, 0)
+
+    def blend(old: jax.Array, new: jax.Array) -> jax.Array:
+        return plus(old, times(plus(new, -old), weight))
+
     return running._replace(
-        mean=running.mean + new * (batch.mean - running.mean),
-        var=running.var + new * (batch.var - running.var),
+        mean=blend(running.mean, batch.mean), var=blend(running.var, batch.var)
     )
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
+from jaxbn._compat import applied_mutable
 from jaxbn._layer import (
     Call,
     Layer,
@@ -164,10 +165,9 @@ class BatchNorm(nn.Module):
         given_x = x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             x = x.astype(jnp.float32)
-        given = self.axis if isinstance(self.axis, Sequence) else (self.axis,)
-        axes = tuple(sorted({axis % x.ndim for axis in given}))
-        size = tuple(x.shape[axis] for axis in axes)
         layer = Layer.of(self)
+        features, _ = layer.split_axes(x)
+        size = tuple(x.shape[axis] for axis in features)
         initial = layer.init(size, x.dtype)
         variables: list[Any] = [
             None
@@ -222,7 +222,7 @@ class BatchNorm(nn.Module):
     def _hands_out_moments(self) -> bool:
         # Not where True or a DenyList takes them in: nobody asked for them
         # there, and variables that are handed back would go on adding up.
-        by_name = isinstance(_applied_mutable(self), Collection)
+        by_name = isinstance(applied_mutable(self), Collection)
         return by_name and self.is_mutable_collection("batch_moments")
 
 
@@ -239,23 +239,6 @@ def _rows_of(
         return nn.meta.add_axis(rows, 0, {nn.PARTITION_NAME: None})
 
     return init_rows
-
-
-def _applied_mutable(layer: nn.Module) -> Any:
-    """Returns the argument `mutable` of the apply that calls the layer.
-
-    Inside nn.scan and other lifted transforms the root scope is theirs, whose
-    filter may list names although the one outside is a DenyList. Such a root
-    has a path, that of apply has none. nn.jit reuses what it traced wherever
-    its own filter is the same, so nothing outside may count there.
-    """
-    root: Any = layer.scope.root  # type: ignore[union-attr]
-    for module in reversed(nn.module._context.module_stack):
-        if not root.debug_path or "jit(" in root.debug_path[-1]:
-            break
-        if module is not None and module.scope is not None:
-            root = module.scope.root
-    return root.mutable
 
 
 def batch_moments(

@@ -276,3 +276,13 @@ class TestOneValue:
         )(x)
         want, _ = jaxbn.batch_norm(x)
         np.testing.assert_allclose(y, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", (2, -3, (0, 5)))
+def test_an_axis_that_x_lacks(axis):
+    message = re.escape(f"axis={axis} is not an axis of x, which is float32[4")
+    with pytest.raises(ValueError, match="^" + message):
+        linen_layer(axis=axis).init(jax.random.key(0), draw(4, 3))
+    if isinstance(axis, int):
+        with pytest.raises(ValueError, match="^" + message):
+            nnx_layer(axis=axis)(draw(4, 3))

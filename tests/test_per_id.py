@@ -175,9 +175,7 @@ class TestLayers:
         assert layer.scale.shape == (2, 3) and layer.mean.shape == (3,)
         layer.bias[...] = jnp.array([[1.0] * 3, [2.0] * 3])
         xhat = nnx_layer()(x)
-        chex.assert_trees_all_close(
-            layer(x, ids=IDS), xhat + SHIFT, atol=1e-6
-        )
+        chex.assert_trees_all_close(layer(x, ids=IDS), xhat + SHIFT, atol=1e-6)
         found = jaxbn.nnx.batch_moments(layer, x, ids=IDS)
         chex.assert_trees_all_close(found[""].mean, x.mean(0), rtol=1e-6)
 
