@@ -26,15 +26,19 @@ def varying_axes_of_type(kind: Any) -> frozenset[Hashable]:
     return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))
 
 
+def vary_over(x: jax.Array, axes: frozenset[Hashable]) -> jax.Array:
+    """Returns x marked as differing over mesh axes too."""
+    more = axes - varying_axes(x)
+    return jax.lax.pcast(x, tuple(more), to="varying") if more else x
+
+
 def match_type(x: jax.Array, like: jax.Array) -> jax.Array:
     """Returns x with the type of an array of its shape.
 
     That is: varying over the same axes of shard_map with check_vma=True, and
     sharded in the same way over Explicit mesh axes.
     """
-    more = varying_axes(like) - varying_axes(x)
-    if more:
-        x = jax.lax.pcast(x, tuple(more), to="varying")
+    x = vary_over(x, varying_axes(like))
     mesh = jax.sharding.get_abstract_mesh()
     if jax.sharding.AxisType.Explicit in mesh.axis_types:
         x = jax.sharding.reshard(x, jax.typeof(like).sharding.spec)

@@ -24,7 +24,7 @@ from jaxbn._collectives import (
     all_sum,
     devices_along,
 )
-from jaxbn._compat import match_type, varying_axes
+from jaxbn._compat import match_type, vary_over, varying_axes
 from jaxbn._reduction import Reduction
 
 # Squared distance of the mean from the shift, in variances, beyond which sums
@@ -113,20 +113,30 @@ def centered_moments(
         shift = jnp.zeros(shift.shape, shift.dtype)
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
     found = all_sum(sums(values, constants, shift), devices)
-    count = jnp.asarray(found[0])
-    # Both branches below return one type, that of the sums.
+    # Both branches below return one type, that of the sums. What they read
+    # varies over the same axes: where vmap makes a select of the conditional,
+    # JAX leaves no other type right.
+    count = found[0]
+    if varying := varying_axes(found[1]):
+        count, values, constants = jax.tree.map(
+            lambda a: vary_over(jnp.asarray(a), varying),
+            (count, values, constants),
+        )
     shift = match_type(shift, found[1])
-    first = _from_sums(found[0], shift, *found[1:])._replace(count=count)
+    first = _from_sums(count, shift, *found[1:])
 
     def again(first: Centered) -> Centered:
         local = sums(values, constants, first.mean)[1:]
         s1, s2 = all_sum(local, devices)
-        return _from_sums(first.count, first.mean, s1, s2)
+        return _from_sums(count, first.mean, s1, s2)._replace(count=())
 
     cancels = all_agree(_cancels(first, epsilon), devices)
     # Not a loop: TPUs would copy the values before it, run or not, and GPUs
     # would keep it out of a CUDA graph.
-    return jax.lax.cond(cancels, again, lambda first: first, first)
+    best = jax.lax.cond(
+        cancels, again, lambda first: first, first._replace(count=())
+    )
+    return best._replace(count=jnp.asarray(found[0]))
 
 
 @centered_moments.defjvp

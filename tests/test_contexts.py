@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxbn
 from jaxbn.linen import BatchNorm
 
 N, CHANNELS, STEPS = 16, 3, 2
@@ -193,3 +195,41 @@ def test_flax_fails_where_this_runs():
     with pytest.raises(NameError, match="unbound axis name"):
         flax.apply(variables, x, mutable=["batch_stats"])
     MODULE.apply(variables, x, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("axis_name", (None, "data"))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {},
+        dict(where=np.arange(4)[:, None] < 3),
+        dict(ids=np.arange(4) % 2, scope=jaxbn.Scope(num_ids=2)),
+        dict(scope=jaxbn.Scope(normalize_over=2)),
+    ),
+    ids=("plain", "mask", "ids", "ghost"),
+)
+def test_vmap_inside_of_shard_map(axis_name, options):
+    """Both passes run, as a select, whose types JAX checks."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    x = np.random.default_rng(0).normal(30, 1, (3, 16, 5)).astype(np.float32)
+
+    def norm(x):
+        y, _ = jaxbn.batch_norm(x, axis_name=axis_name, **options)
+        return y
+
+    def run(check_vma):
+        sharded = jax.shard_map(
+            jax.vmap(norm),
+            mesh=mesh,
+            in_specs=P(None, "data"),
+            out_specs=P(None, "data"),
+            check_vma=check_vma,
+        )
+        grad = jax.grad(lambda x: jnp.sin(3 * sharded(x)).sum())
+        return jax.jit(lambda x: (sharded(x), grad(x)))(x)
+
+    y, dx = run(True)
+    chex.assert_trees_all_close((y, dx), run(False), rtol=1e-4, atol=1e-4)
+    if axis_name is None:
+        want = jax.vmap(jax.vmap(norm))(x.reshape(3, 4, 4, 5))
+        chex.assert_trees_all_close(y, want.reshape(x.shape), atol=1e-4)
