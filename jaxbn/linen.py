@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence, Set
 from typing import Any, cast
 
 import flax.linen as nn
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
+from jaxbn._call import Caller, infers, linen_options
+from jaxbn._collect import Log, collected, nested, refusal, with_empty
 from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
@@ -191,17 +193,25 @@ class BatchNorm(nn.Module):
         old = State(
             RunningStats(mean.value, var.value, read(steps)), read(skipped)
         )
-        hand_out = self._hands_out_moments()
+        collected = None
+        if self.has_variable("batch_stats", "moments"):  # of batch_moments
+            collected = self.variable("batch_stats", "moments")
+        by_name = self._hands_out_moments()
+        hand_out = by_name or collected is not None
         call = Call(inference, mask, ids, timestep, dtype, hand_out)
         y, new, batch = layer(x, scale, bias, old, call)
         if batch is None or self.is_initializing():
+            if collected is not None:
+                collected.value.note_inference()
             return y
         if self.update_stats and not self.frozen:
             values = (*new.running, new.skipped)
             for variable, value in zip(variables, values):
                 if variable is not None:
                     variable.value = value
-        if hand_out:
+        if collected is not None:
+            collected.value = collected.value.add(batch, epsilon=self.epsilon)
+        if by_name:
             handed = self.variable(
                 "batch_moments", "moments", no_moments, old.running
             )
@@ -241,62 +251,79 @@ def _applied_mutable(layer: nn.Module) -> Any:
     Inside nn.scan and other lifted transforms the root scope is theirs, whose
     filter may list names although the one outside is a DenyList. Such a root
     has a path, that of apply has none. nn.jit reuses what it traced wherever
-    its own filter is the same, so nothing outside may count there.
+    its own filter is the same, so nothing outside may count there. Where
+    nothing outside is left, because a lifted class itself is applied, a set is
+    what the transform has made of a filter that nobody knows: True.
     """
     root: Any = layer.scope.root  # type: ignore[union-attr]
     for module in reversed(nn.module._context.module_stack):
         if not root.debug_path or "jit(" in root.debug_path[-1]:
-            break
+            return root.mutable
         if module is not None and module.scope is not None:
             root = module.scope.root
-    return root.mutable
+    lifted = root.debug_path and isinstance(root.mutable, Set)
+    return True if lifted else root.mutable
 
 
 def batch_moments(
-    model: nn.Module, variables: Any, *args: Any, **kwargs: Any
+    model: nn.Module,
+    variables: Any,
+    *args: Any,
+    call: Caller | None = None,
+    rngs: Any = None,
+    mutable: Collection[str] = (),
+    **kwargs: Any,
 ) -> Any:
     """Returns the Moments of the batch of every layer, in training mode.
 
     A pure function, which changes no running statistic. A layer that is called
-    several times has the moments of all its calls together.
+    several times has the moments of all its calls together. Layers inside of
+    nn.scan or nn.vmap have theirs on the axis of their running statistics.
 
     Args:
       model: whose batch norm layers are jaxbn's; `jaxbn.convert.to_jaxbn`
         makes them so.
       variables: of the model.
-      *args, **kwargs: of the call, with what puts it into training mode, such
-        as train=True.
+      *args: of the call; with `call` the batch alone.
+      call: (model, batch, train) -> output, where model is bound, as it is for
+        `method` of flax, and train is True. None calls the model with the
+        arguments given.
+      rngs: a key, or a dict of them. None makes one for every stream.
+      mutable: names of collections that the call creates. Those of variables
+        may be written already, but for params.
+      **kwargs: of the call, with what puts it into training mode, such as
+        train=True.
 
     Returns:
       The tree of batch_stats with `jaxbn.Moments` in place of the dict of a
-      layer; counts have the shape of mean.
+      layer; counts have the shape of mean. A layer that the call does not
+      train is not in it: one in inference mode, one in a branch not taken. In
+      a branch of nn.cond its counts are zero. Nor is anything else that lies in
+      batch_stats.
 
     Raises:
-      ValueError: a layer with running statistics handed out nothing.
+      ValueError: no layer handed out any, or a layer of flax was trained.
     """
-    _, updates = model.apply(
-        variables, *args, mutable=["batch_stats", "batch_moments"], **kwargs
-    )
-    handed = updates.get("batch_moments", {})
-    missing: list[str] = []
+    log = Log()
+    stats = nn.unbox(variables.get("batch_stats", {}))
+    given = {**variables, "batch_stats": with_empty(stats, log)}
+    if call is not None:
+        args, kwargs = (*args, True), {**kwargs, "method": call}
+    flax: dict[tuple[str, ...], None] = {}
 
-    def of_layer(stats: Any, found: Any, path: tuple[str, ...]) -> Any:
-        if "mean" in stats and "var" in stats:
-            if "moments" not in found:
-                missing.append("/".join(path) or "the model itself")
-            return found.get("moments")
-        return {
-            name: of_layer(below, found.get(name, {}), (*path, name))
-            for name, below in stats.items()
-            if isinstance(below, Mapping)
-        }
+    def watch(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        layer, called = context.module, context.method_name == "__call__"
+        theirs = called and isinstance(layer, nn.BatchNorm)
+        if theirs and not infers(layer, *args, **kwargs):
+            flax[layer.path] = None
+        return run(*args, **kwargs)
 
-    tree = of_layer(variables.get("batch_stats", {}), handed, ())
-    if missing or not jax.tree.leaves(tree):
-        raise ValueError(
-            f"No moments of {', '.join(missing) or 'any layer'}. Either it is "
-            "not jaxbn's layer (jaxbn.convert.to_jaxbn makes it so), or it is "
-            "not called in training mode, or it lies inside nn.scan or nn.vmap "
-            "whose variable_axes lack 'batch_moments'."
+    with nn.intercept_methods(watch):
+        _, updates = model.apply(
+            given, *args, **linen_options(variables, rngs, mutable), **kwargs
         )
-    return tree
+    silent = {path: "flax.linen" for path in flax if path not in log.trained}
+    if silent or not log.trained:
+        raise ValueError(refusal(silent, log, given["batch_stats"]))
+    found = dict(collected(updates["batch_stats"]))
+    return nested({path: found[path].values for path in log.trained})

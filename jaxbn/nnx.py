@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
+from jaxbn._call import Caller
+from jaxbn._collect import Collected, Log, empty, refusal
+from jaxbn._layer import Call, Layer, Limits, State
 from jaxbn._moments import Moments
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
@@ -26,8 +28,12 @@ __all__ = [
 ]
 
 
-class BatchMoments(nnx.Variable[Moments]):
-    """Moments that a layer hands out; see `batch_moments`."""
+class BatchMoments(nnx.BatchStat):
+    """Moments that a layer hands out; see `batch_moments`.
+
+    It is a BatchStat so that it goes where mean and var go in nnx.vmap and
+    nnx.scan.
+    """
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -206,6 +212,8 @@ class BatchNorm(nnx.BatchNorm):
         call = Call(inference, mask, ids, timestep, dtype, hand_out)
         y, new, batch = self._layer()(x, scale, bias, old, call)
         if batch is None:
+            if hand_out:
+                self.moments.get_value().note_inference()
             return y
         if self.update_stats and not self.frozen:
             # Not by index, which would round to the dtype of the old value.
@@ -214,7 +222,8 @@ class BatchNorm(nnx.BatchNorm):
                 if variable is not None and value is not None:
                     variable.set_value(value)
         if hand_out:
-            self.moments.set_value(record(self.moments.get_value(), batch))
+            handed = self.moments.get_value()
+            self.moments.set_value(handed.add(batch, epsilon=self.epsilon))
         return y
 
     def _layer(self) -> Layer:
@@ -224,7 +233,9 @@ class BatchNorm(nnx.BatchNorm):
         )
 
 
-def batch_moments(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+def batch_moments(
+    model: nnx.Module, *args: Any, call: Caller | None = None, **kwargs: Any
+) -> dict[str, Moments]:
     """Returns the Moments of the batch of every layer, in training mode.
 
     A pure function: it calls a copy, whose batch norm layers are in training
@@ -233,31 +244,75 @@ def batch_moments(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
     Args:
       model: whose batch norm layers are jaxbn's; `jaxbn.convert.to_jaxbn`
         makes them so.
-      *args, **kwargs: of the call.
+      *args: of the call; with `call` the batch alone.
+      call: (model, batch, train) -> output, where train is True. None calls
+        the model with the arguments given.
+      **kwargs: of the call.
 
     Returns:
       dict from the path of a layer, such as "blocks/0/norm", to
-      `jaxbn.Moments`, whose counts have the shape of mean. A layer that is
-      called several times has the moments of all its calls together.
+      `jaxbn.Moments`, whose counts have the shape of mean, in the order of the
+      calls. A layer that is called several times has the moments of all its
+      calls together; one that the call does not train is not in it.
+
+    Raises:
+      ValueError: a batch norm layer is not jaxbn's, or none was trained.
+    """
+    copy = nnx.clone(model)
+    for layer in batch_norms(copy).values():
+        layer.use_running_average = False
+    log = prepare(copy)
+    copy(*args, **kwargs) if call is None else call(copy, *args, True)
+    return {path: part.values for path, part in handed_out(copy, log).items()}
+
+
+def prepare(model: nnx.Module) -> Log:
+    """Makes the layers of a model hand out moments, in place.
+
+    Args:
+      model: a copy that belongs to the caller.
+
+    Returns:
+      Log, for `handed_out` after the call.
 
     Raises:
       ValueError: a batch norm layer is not jaxbn's.
     """
-    copy = nnx.clone(model)
-    layers: dict[str, BatchNorm] = {}
-    for path, layer in batch_norms(copy).items():
-        if not isinstance(layer, BatchNorm):
-            raise ValueError(
-                f"{path or 'The model itself'} is {type(layer).__module__}."
-                f"{type(layer).__name__}, which hands out no moments. "
-                "jaxbn.convert.to_jaxbn makes it jaxbn's."
-            )
-        layer.use_running_average = False
+    log, layers = Log(), batch_norms(model)
+    flax = {
+        (path,): "flax.nnx"
+        for path, layer in layers.items()
+        if not isinstance(layer, BatchNorm)
+    }
+    if flax:
+        raise ValueError(refusal(flax, log, {}))
+    for path, layer in layers.items():
         running = RunningStats(layer.mean[...], layer.var[...])
-        layer.moments = BatchMoments(no_moments(running))
-        layers[path] = layer
-    copy(*args, **kwargs)
-    return {path: layer.moments.get_value() for path, layer in layers.items()}
+        layer.moments = BatchMoments(empty(running, log, (path,)))
+    return log
+
+
+def handed_out(model: nnx.Module, log: Log) -> dict[str, Collected]:
+    """Returns what the layers that were trained have collected.
+
+    Args:
+      model: of `prepare`, after it was called.
+      log: of `prepare`.
+
+    Returns:
+      dict from the path of a layer to `Collected`, in the order of the calls.
+
+    Raises:
+      ValueError: no layer was trained.
+    """
+    layers = batch_norms(model)
+    if not log.trained:
+        stats = {
+            path: {"moments": layer.moments.get_value()}
+            for path, layer in layers.items()
+        }
+        raise ValueError(refusal({}, log, stats))
+    return {path: layers[path].moments.get_value() for (path,) in log.trained}
 
 
 def set_statistics(model: nnx.Module, stats: Any, *, ddof: int = 0) -> None:

@@ -1,0 +1,203 @@
+"""How the tools for whole models call a model, of flax.linen or flax.nnx."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+
+# (model, batch, train) -> output. A linen model is bound.
+Caller = Callable[[Any, Any, bool], Any]
+
+# What a model calls the argument or the field that says its mode.
+_TRAINING = ("train", "training", "is_training")
+_INFERENCE = ("use_running_average", "deterministic", "eval", "inference")
+
+
+def caller(model: Any, call: Caller | None) -> Caller:
+    """Returns call, or for None one that finds the mode by its name.
+
+    Args:
+      model: a linen or nnx module.
+      call: (model, batch, train) -> output, or None.
+
+    Returns:
+      A function for a linen model as `method` of apply, for an nnx model to
+      call itself.
+
+    Raises:
+      ValueError: model is neither; or call is None, and the batch alone does
+        not fit the arguments of the model or a linen model has no mode.
+    """
+    if not isinstance(model, (nn.Module, nnx.Module)):
+        raise ValueError(
+            "model must be a flax.linen or flax.nnx module; got "
+            f"{'the class ' * isinstance(model, type)}"
+            f"{getattr(model, '__name__', type(model).__name__)}."
+        )
+    if call is not None:
+        return call
+    signature = inspect.signature(type(model).__call__)
+    known = list(signature.parameters)
+    argument = _mode(known)
+    field = None
+    if argument is None and isinstance(model, nn.Module):
+        field = _mode(
+            [f.name for f in dataclasses.fields(model) if f.name != "parent"]
+        )
+    given = {} if argument is None else {argument[0]: True}
+    silent = argument is None and field is None and isinstance(model, nn.Module)
+    try:
+        signature.bind(model, None, **given)
+    except TypeError:
+        silent = True
+    if silent:
+        raise ValueError(_how_to_call(model, known[1:]))
+
+    def default(model: Any, batch: Any, train: bool) -> Any:
+        if argument is not None:
+            name, sign = argument
+            return model(batch, **{name: train == sign})
+        if field is not None:
+            name, sign = field
+            # In the scope of the bound model, so that variables are its own.
+            model = model.clone(**{name: train == sign}, parent=model.scope)
+        return model(batch)
+
+    return default
+
+
+def _mode(names: Collection[str]) -> tuple[str, bool] | None:
+    for known, sign in ((_TRAINING, True), (_INFERENCE, False)):
+        for name in known:
+            if name in names:
+                return name, sign
+    return None
+
+
+def _how_to_call(model: Any, known: list[str]) -> str:
+    names = ", ".join((*_TRAINING, *_INFERENCE))
+    linen = isinstance(model, nn.Module)
+    text = (
+        f"How is {type(model).__name__} called? Without call=, it gets the "
+        "batch alone, and its mode by an argument"
+        f"{' or a field' if linen else ''} of one of the names {names}; it "
+        f"takes ({', '.join(known)}). Write it, such as "
+        'call=lambda model, batch, train: model(batch["x"], mode=train)'
+    )
+    if linen:
+        text += (
+            ", or with a field of another name call=lambda model, batch, "
+            "train: model.clone(mode=train, parent=model.scope)(batch)"
+        )
+    return text + "."
+
+
+def linen_options(
+    variables: Mapping[str, Any], rngs: Any, mutable: Collection[str]
+) -> dict[str, Any]:
+    """Returns mutable and rngs for the apply of a linen model in training.
+
+    Args:
+      variables: of the model; all their collections but params are written.
+      rngs: a key or a dict of them; None makes one for every stream, because
+        flax takes "params" for a stream that is not there.
+      mutable: names of more collections.
+
+    Returns:
+      dict of the keyword arguments.
+    """
+    if rngs is None:
+        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    if isinstance(mutable, str):
+        mutable = (mutable,)
+    written = [name for name in variables if name != "params"]
+    return dict(rngs=rngs, mutable=sorted({"batch_stats", *written, *mutable}))
+
+
+def infers(
+    layer: Any,
+    x: Any,
+    use_running_average: bool | None = None,
+    **_: Any,
+) -> bool:
+    """Whether a call of a batch norm layer takes the running statistics.
+
+    Args:
+      layer: of flax or jaxbn.
+      x: its input.
+      use_running_average: as it is given to the call.
+    """
+    if use_running_average is None:
+        use_running_average = layer.use_running_average
+    return bool(use_running_average)
+
+
+def check_nnx_options(rngs: Any, mutable: Collection[str]) -> None:
+    """Raises ValueError where an option of linen is given for an nnx model."""
+    if rngs is not None or mutable:
+        name = "rngs" if rngs is not None else "mutable"
+        raise ValueError(
+            f"{name}= is for flax.linen. A model of flax.nnx holds its random "
+            "streams and all its state; set them there, or in call."
+        )
+
+
+def run_nnx(
+    model: Any, call: Caller, batch: Any, train: bool
+) -> tuple[Any, Any]:
+    """Calls a clone of an nnx model; returns its output and the clone."""
+    copy = nnx.clone(model)
+    copy.train() if train else copy.eval()
+    return call(copy, batch, train), copy
+
+
+def pure(
+    model: Any,
+    variables: Any,
+    *,
+    call: Caller | None = None,
+    rngs: Any = None,
+    mutable: Collection[str] = (),
+) -> tuple[Callable[..., tuple[Any, Any]], Any]:
+    """Returns a model as a pure function, and the variables it takes.
+
+    Args:
+      model: a linen or nnx module.
+      variables: of a linen model; None for nnx.
+      call: see `caller`.
+      rngs: see `linen_options`.
+      mutable: see `linen_options`.
+
+    Returns:
+      (apply, variables): apply(variables, batch, train=True) -> (output, new
+      variables). Of a linen model variables and new ones are collections; of
+      an nnx model both are its whole nnx.State.
+
+    Raises:
+      ValueError: see `caller`; rngs or mutable are given for an nnx model.
+    """
+    run = caller(model, call)
+    if isinstance(model, nn.Module):
+
+        def apply(variables: Any, batch: Any, train: bool = True) -> Any:
+            options = linen_options(variables, rngs, mutable)
+            if not train:
+                options["mutable"] = list(mutable)
+            return model.apply(variables, batch, train, method=run, **options)
+
+        return apply, variables
+    check_nnx_options(rngs, mutable)
+    graphdef, state = nnx.split(model)
+
+    def apply_nnx(state: Any, batch: Any, train: bool = True) -> Any:
+        merged = nnx.merge(graphdef, state)
+        output, copy = run_nnx(merged, run, batch, train)
+        return output, nnx.state(copy)
+
+    return apply_nnx, state
