@@ -143,7 +143,7 @@ def nested(found: Mapping[Path, Any]) -> Any:
     return tree
 
 
-def refusal(silent: Mapping[Path, str], log: Log, batch_stats: Any) -> str:
+def refusal(silent: dict[Path, str], log: Log, batch_stats: Any) -> str:
     """Returns why there are no moments, and what to do.
 
     Args:

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from flax.linen import dtypes
 
 from jaxbn._call import Caller, infers, linen_options
-from jaxbn._collect import Log, collected, nested, refusal, with_empty
+from jaxbn._collect import (
+    Collected,
+    Log,
+    collected,
+    nested,
+    refusal,
+    with_empty,
+)
 from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
@@ -193,24 +200,24 @@ class BatchNorm(nn.Module):
         old = State(
             RunningStats(mean.value, var.value, read(steps)), read(skipped)
         )
-        collected = None
+        collects: nn.Variable[Collected] | None = None
         if self.has_variable("batch_stats", "moments"):  # of batch_moments
-            collected = self.variable("batch_stats", "moments")
+            collects = self.variable("batch_stats", "moments")
         by_name = self._hands_out_moments()
-        hand_out = by_name or collected is not None
+        hand_out = by_name or collects is not None
         call = Call(inference, mask, ids, timestep, dtype, hand_out)
         y, new, batch = layer(x, scale, bias, old, call)
         if batch is None or self.is_initializing():
-            if collected is not None:
-                collected.value.note_inference()
+            if collects is not None:
+                collects.value.note_inference()
             return y
         if self.update_stats and not self.frozen:
             values = (*new.running, new.skipped)
             for variable, value in zip(variables, values):
                 if variable is not None:
                     variable.value = value
-        if collected is not None:
-            collected.value = collected.value.add(batch, epsilon=self.epsilon)
+        if collects is not None:
+            collects.value = collects.value.add(batch, epsilon=self.epsilon)
         if by_name:
             handed = self.variable(
                 "batch_moments", "moments", no_moments, old.running

@@ -17,7 +17,7 @@ from jaxbn._layer import Call, Layer, Limits, State
 from jaxbn._moments import Moments
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
-from jaxbn.precise import with_statistics
+from jaxbn.precise._statistics import with_statistics
 
 __all__ = [
     "BatchMoments",
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-class BatchMoments(nnx.BatchStat):
+class BatchMoments(nnx.BatchStat[Collected]):
     """Moments that a layer hands out; see `batch_moments`.
 
     It is a BatchStat so that it goes where mean and var go in nnx.vmap and
@@ -258,60 +258,48 @@ def batch_moments(
     Raises:
       ValueError: a batch norm layer is not jaxbn's, or none was trained.
     """
-    copy = nnx.clone(model)
+    copy: Any = nnx.clone(model)
     for layer in batch_norms(copy).values():
         layer.use_running_average = False
-    log = prepare(copy)
-    copy(*args, **kwargs) if call is None else call(copy, *args, True)
-    return {path: part.values for path, part in handed_out(copy, log).items()}
+
+    def run() -> None:
+        copy(*args, **kwargs) if call is None else call(copy, *args, True)
+
+    return {path: part.values for path, part in collect(copy, run).items()}
 
 
-def prepare(model: nnx.Module) -> Log:
-    """Makes the layers of a model hand out moments, in place.
+def collect(model: nnx.Module, run: Callable[[], None]) -> dict[str, Collected]:
+    """Returns what the layers of a model that are trained hand out.
 
     Args:
       model: a copy that belongs to the caller.
-
-    Returns:
-      Log, for `handed_out` after the call.
-
-    Raises:
-      ValueError: a batch norm layer is not jaxbn's.
-    """
-    log, layers = Log(), batch_norms(model)
-    flax = {
-        (path,): "flax.nnx"
-        for path, layer in layers.items()
-        if not isinstance(layer, BatchNorm)
-    }
-    if flax:
-        raise ValueError(refusal(flax, log, {}))
-    for path, layer in layers.items():
-        running = RunningStats(layer.mean[...], layer.var[...])
-        layer.moments = BatchMoments(empty(running, log, (path,)))
-    return log
-
-
-def handed_out(model: nnx.Module, log: Log) -> dict[str, Collected]:
-    """Returns what the layers that were trained have collected.
-
-    Args:
-      model: of `prepare`, after it was called.
-      log: of `prepare`.
+      run: calls it.
 
     Returns:
       dict from the path of a layer to `Collected`, in the order of the calls.
 
     Raises:
-      ValueError: no layer was trained.
+      ValueError: a batch norm layer is not jaxbn's, or none was trained.
     """
-    layers = batch_norms(model)
+    log = Log()
+    silent: dict[tuple[str, ...], str] = {}
+    layers: dict[str, BatchNorm] = {}
+    for path, layer in batch_norms(model).items():
+        if isinstance(layer, BatchNorm):
+            running = RunningStats(layer.mean[...], layer.var[...])
+            layer.moments = BatchMoments(empty(running, log, (path,)))
+            layers[path] = layer
+        else:
+            silent[(path,)] = "flax.nnx"
+    if silent:
+        raise ValueError(refusal(silent, log, {}))
+    run()
     if not log.trained:
-        stats = {
+        known = {
             path: {"moments": layer.moments.get_value()}
             for path, layer in layers.items()
         }
-        raise ValueError(refusal({}, log, stats))
+        raise ValueError(refusal({}, log, known))
     return {path: layers[path].moments.get_value() for (path,) in log.trained}
 
 
