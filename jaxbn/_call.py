@@ -120,6 +120,18 @@ def linen_options(
     return dict(rngs=rngs, mutable=sorted({"batch_stats", *written, *mutable}))
 
 
+def the_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Returns the one argument that goes to call; raises for any other."""
+    if len(args) != 1 or kwargs:
+        names = [*map(str, range(len(args))), *kwargs]
+        raise ValueError(
+            "With call=, the batch is the one argument, and call hands its "
+            f"parts to the model; got arguments {', '.join(names) or 'none'}. "
+            "Put them into a tuple or a dict."
+        )
+    return args[0]
+
+
 def infers(
     layer: Any,
     x: Any,

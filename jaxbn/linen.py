@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._call import Caller, infers, linen_options
+from jaxbn._call import Caller, infers, linen_options, the_batch
 from jaxbn._collect import (
     Collected,
     Log,
@@ -315,7 +315,8 @@ def batch_moments(
     stats = nn.unbox(variables.get("batch_stats", {}))
     given = {**variables, "batch_stats": with_empty(stats, log)}
     if call is not None:
-        args, kwargs = (*args, True), {**kwargs, "method": call}
+        batch = the_batch(args, kwargs)
+        args, kwargs = (batch, True), {"method": call}
     flax: dict[tuple[str, ...], None] = {}
 
     def watch(run: Any, args: Any, kwargs: Any, context: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from jaxbn._call import Caller
+from jaxbn._call import Caller, the_batch
 from jaxbn._collect import Collected, Log, empty, refusal
 from jaxbn._layer import Call, Layer, Limits, State
 from jaxbn._moments import Moments
@@ -263,7 +263,10 @@ def batch_moments(
         layer.use_running_average = False
 
     def run() -> None:
-        copy(*args, **kwargs) if call is None else call(copy, *args, True)
+        if call is None:
+            copy(*args, **kwargs)
+        else:
+            call(copy, the_batch(args, kwargs), True)
 
     return {path: part.values for path, part in collect(copy, run).items()}
 
