@@ -7,17 +7,24 @@ the collection, and a layer that finds one adds the moments of its calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from jaxbn._call import infers
 from jaxbn._layer import no_moments
 from jaxbn._moments import Moments, merge
 from jaxbn._running import RunningStats
 
 Path = tuple[str, ...]
+
+# Of the variable in batch_stats. A layer of nnx inside of linen has none of
+# the name, and takes no notice.
+NAME = "collected"
 
 
 class Log:
@@ -97,15 +104,15 @@ def empty(running: RunningStats, log: Log, path: Path) -> Collected:
 
 
 def with_empty(batch_stats: Any, log: Log, path: Path = ()) -> Any:
-    """Returns batch_stats with a Collected, "moments", beside mean and var."""
+    """Returns batch_stats with an empty Collected beside each mean and var."""
     tree = {
         name: with_empty(below, log, (*path, name))
         for name, below in batch_stats.items()
         if isinstance(below, Mapping)
     }
-    if has_statistics(batch_stats) and "moments" not in batch_stats:
+    if has_statistics(batch_stats) and NAME not in batch_stats:
         running = RunningStats(batch_stats["mean"], batch_stats["var"])
-        tree["moments"] = empty(running, log, path)
+        tree[NAME] = empty(running, log, path)
     return {**batch_stats, **tree}
 
 
@@ -141,6 +148,87 @@ def nested(found: Mapping[Path, Any]) -> Any:
             node = node.setdefault(name, {})
         node[path[-1]] = value
     return tree
+
+
+def collect_linen(
+    model: nn.Module, variables: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, dict[Path, Collected]]:
+    """Returns the output of a model, and what the trained layers hand out.
+
+    Args:
+      model: see `jaxbn.linen.batch_moments`.
+      variables: of the model.
+      *args, **kwargs: of apply, with the collections that are mutable.
+
+    Returns:
+      The output, and a dict from the path of a layer to `Collected`, in the
+      order of the calls.
+
+    Raises:
+      ValueError: see `jaxbn.linen.batch_moments`.
+    """
+    log = Log()
+    stats = with_empty(nn.unbox(variables.get("batch_stats", {})), log)
+    flax: dict[Path, None] = {}
+
+    def watch(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        layer, called = context.module, context.method_name == "__call__"
+        theirs = called and isinstance(layer, nn.BatchNorm)
+        if theirs and not infers(layer, *args, **kwargs):
+            flax[layer.path] = None
+        return run(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        y, updates = model.apply(
+            {**variables, "batch_stats": stats}, *args, **kwargs
+        )
+    silent = {path: "flax.linen" for path in flax if path not in log.trained}
+    if silent or not log.trained:
+        raise ValueError(refusal(silent, log, stats))
+    found = dict(collected(updates["batch_stats"]))
+    return y, {path: found[path] for path in log.trained}
+
+
+def collect_nnx(
+    layers: Mapping[str, nnx.BatchNorm], run: Callable[[], None]
+) -> tuple[dict[str, Collected], Log]:
+    """Returns what those of the layers that run trains hand out.
+
+    Args:
+      layers: of a copy of a model that belongs to the caller, by path.
+      run: calls the copy.
+
+    Returns:
+      dict from the path of a layer to `Collected`, in the order of the calls;
+      and the `Log` of the calls.
+
+    Raises:
+      ValueError: a layer is not jaxbn's, or none was trained.
+    """
+    log = Log()
+    ours: dict[str, Any] = {
+        path: layer
+        for path, layer in layers.items()
+        if hasattr(layer, "moments")
+    }
+    silent: dict[Path, str] = {
+        (path,): "flax.nnx" for path in layers if path not in ours
+    }
+    if silent:
+        raise ValueError(refusal(silent, log, {}))
+    for path, layer in ours.items():
+        running = RunningStats(layer.mean[...], layer.var[...])
+        layer.moments = _CollectedStat(empty(running, log, (path,)))
+    run()
+    found = {path: layer.moments.get_value() for path, layer in ours.items()}
+    if not log.trained:
+        known = {path: {NAME: part} for path, part in found.items()}
+        raise ValueError(refusal({}, log, known))
+    return {path: found[path] for (path,) in log.trained}, log
+
+
+class _CollectedStat(nnx.BatchStat[Collected]):
+    """Goes where mean and var of its layer go, in nnx.vmap and nnx.scan."""
 
 
 def refusal(silent: dict[Path, str], log: Log, batch_stats: Any) -> str:

@@ -11,15 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._call import Caller, infers, linen_options, the_batch
-from jaxbn._collect import (
-    Collected,
-    Log,
-    collected,
-    nested,
-    refusal,
-    with_empty,
-)
+from jaxbn._call import Caller, linen_options, the_batch
+from jaxbn._collect import NAME, Collected, collect_linen, nested
 from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
@@ -201,8 +194,8 @@ class BatchNorm(nn.Module):
             RunningStats(mean.value, var.value, read(steps)), read(skipped)
         )
         collects: nn.Variable[Collected] | None = None
-        if self.has_variable("batch_stats", "moments"):  # of batch_moments
-            collects = self.variable("batch_stats", "moments")
+        if self.has_variable("batch_stats", NAME):  # put there by collect_linen
+            collects = self.variable("batch_stats", NAME)
         by_name = self._hands_out_moments()
         hand_out = by_name or collects is not None
         call = Call(inference, mask, ids, timestep, dtype, hand_out)
@@ -311,27 +304,9 @@ def batch_moments(
     Raises:
       ValueError: no layer handed out any, or a layer of flax was trained.
     """
-    log = Log()
-    stats = nn.unbox(variables.get("batch_stats", {}))
-    given = {**variables, "batch_stats": with_empty(stats, log)}
     if call is not None:
         batch = the_batch(args, kwargs)
         args, kwargs = (batch, True), {"method": call}
-    flax: dict[tuple[str, ...], None] = {}
-
-    def watch(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        layer, called = context.module, context.method_name == "__call__"
-        theirs = called and isinstance(layer, nn.BatchNorm)
-        if theirs and not infers(layer, *args, **kwargs):
-            flax[layer.path] = None
-        return run(*args, **kwargs)
-
-    with nn.intercept_methods(watch):
-        _, updates = model.apply(
-            given, *args, **linen_options(variables, rngs, mutable), **kwargs
-        )
-    silent = {path: "flax.linen" for path in flax if path not in log.trained}
-    if silent or not log.trained:
-        raise ValueError(refusal(silent, log, given["batch_stats"]))
-    found = dict(collected(updates["batch_stats"]))
-    return nested({path: found[path].values for path in log.trained})
+    kwargs.update(linen_options(variables, rngs, mutable))
+    _, found = collect_linen(model, variables, *args, **kwargs)
+    return nested({path: part.values for path, part in found.items()})

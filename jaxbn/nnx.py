@@ -12,7 +12,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from jaxbn._call import Caller, the_batch
-from jaxbn._collect import Collected, Log, empty, refusal
+from jaxbn._collect import collect_nnx
 from jaxbn._layer import Call, Layer, Limits, State
 from jaxbn._moments import Moments
 from jaxbn._running import RunningStats
@@ -20,20 +20,11 @@ from jaxbn._scope import Scope
 from jaxbn.precise._statistics import with_statistics
 
 __all__ = [
-    "BatchMoments",
     "BatchNorm",
     "batch_moments",
     "batch_norms",
     "set_statistics",
 ]
-
-
-class BatchMoments(nnx.BatchStat[Collected]):
-    """Moments that a layer hands out; see `batch_moments`.
-
-    It is a BatchStat so that it goes where mean and var go in nnx.vmap and
-    nnx.scan.
-    """
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -143,7 +134,7 @@ class BatchNorm(nnx.BatchNorm):
         self.num_timesteps = num_timesteps
         self.example_weight = example_weight
         self.prior = prior
-        # BatchMoments, where `batch_moments` asks for them.
+        # A Variable of `Collected`, where `batch_moments` puts one.
         self.moments: Any = nnx.data(None)
         state = self._layer().init((num_features,), jnp.float32)
         if state.running.mean.ndim > 1:
@@ -268,42 +259,8 @@ def batch_moments(
         else:
             call(copy, the_batch(args, kwargs), True)
 
-    return {path: part.values for path, part in collect(copy, run).items()}
-
-
-def collect(model: nnx.Module, run: Callable[[], None]) -> dict[str, Collected]:
-    """Returns what the layers of a model that are trained hand out.
-
-    Args:
-      model: a copy that belongs to the caller.
-      run: calls it.
-
-    Returns:
-      dict from the path of a layer to `Collected`, in the order of the calls.
-
-    Raises:
-      ValueError: a batch norm layer is not jaxbn's, or none was trained.
-    """
-    log = Log()
-    silent: dict[tuple[str, ...], str] = {}
-    layers: dict[str, BatchNorm] = {}
-    for path, layer in batch_norms(model).items():
-        if isinstance(layer, BatchNorm):
-            running = RunningStats(layer.mean[...], layer.var[...])
-            layer.moments = BatchMoments(empty(running, log, (path,)))
-            layers[path] = layer
-        else:
-            silent[(path,)] = "flax.nnx"
-    if silent:
-        raise ValueError(refusal(silent, log, {}))
-    run()
-    if not log.trained:
-        known = {
-            path: {"moments": layer.moments.get_value()}
-            for path, layer in layers.items()
-        }
-        raise ValueError(refusal({}, log, known))
-    return {path: layers[path].moments.get_value() for (path,) in log.trained}
+    found, _ = collect_nnx(batch_norms(copy), run)
+    return {path: part.values for path, part in found.items()}
 
 
 def set_statistics(model: nnx.Module, stats: Any, *, ddof: int = 0) -> None:
