@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,23 +35,22 @@ class Finding(NamedTuple):
 def warnings(
     layers: Sequence[Health],
     devices: int,
-    inferred: Sequence[str] = (),
-    uncalled: Sequence[str] = (),
+    *,
+    others: Mapping[Finding, Sequence[str]],
 ) -> list[str]:
     """Returns what is wrong, in words, with the remedy; one entry a cause.
 
     Args:
       layers: that were examined.
       devices: that training runs on.
-      inferred: paths of layers in inference mode while the model trains.
-      uncalled: paths of a mean and var where no layer was called.
+      others: what is known of layers that were not, and their paths.
     """
     found: dict[tuple[str, str], list[tuple[str, Finding]]] = {}
     for layer in layers:
         for finding in _of_layer(layer, devices):
             entries = found.setdefault(finding[:2], [])
             entries.append((layer.path, finding))
-    for paths, finding in ((inferred, _INFERRED), (uncalled, _UNCALLED)):
+    for finding, paths in others.items():
         for path in paths:
             entries = found.setdefault(finding[:2], [])
             entries.append((path, finding))
@@ -63,35 +62,35 @@ def warnings(
     ]
 
 
-_INFERRED = Finding(
-    "runs in inference mode while the model trains: it is not examined, and "
-    "its statistics do not move.",
-    "Right for a frozen layer; else the mode does not reach it.",
+INFERRED = Finding(
+    "runs in inference mode while the model trains, so that its statistics do "
+    "not move.",
+    "Not examined. Right for a frozen layer; else the mode does not reach it.",
 )
-_UNCALLED = Finding(
-    "has a mean and a var in batch_stats, but no batch norm layer of flax or "
-    "jaxbn was called there: it is not examined.",
-    "Right for statistics of another kind; else training does not reach this "
-    "layer, and its statistics stay what they are.",
+UNCALLED = Finding(
+    "is not called in training, so that its statistics do not move.",
+    "Not examined. Right where training takes another branch.",
+)
+UNKNOWN = Finding(
+    "has a mean and a var in batch_stats, where no batch norm layer of flax "
+    "or jaxbn is called in training.",
+    "Not examined. Right for statistics of another kind, or where training "
+    "takes another branch; a copy of flax's layer is not known as one.",
+)
+EMPTY = Finding(
+    "receives no value: all are masked out, or it is in a branch that is not "
+    "taken.",
+    "Not examined. Its statistics do not move.",
 )
 
 
 def _of_layer(layer: Health, devices: int) -> list[Finding]:
     """Returns the findings on one layer."""
-    if not layer.calls:
-        return [
-            Finding(
-                "received no value: all are masked out, or it is in a branch "
-                "that was not taken.",
-                "Its statistics stay what they are.",
-            )
-        ]
-    found = [
+    return [
         *_of_statistics(layer),
         *_of_batches(layer, devices),
         *_of_channels(layer),
     ]
-    return found
 
 
 def _of_statistics(layer: Health) -> list[Finding]:
@@ -116,7 +115,8 @@ def _of_statistics(layer: Health) -> list[Finding]:
                 "jaxbn.precise.recompute makes them anew.",
             )
         ]
-    return [_mismatch(layer)] if layer.off.any() else []
+    mismatch = _mismatch(layer) if layer.off.any() else None
+    return [] if mismatch is None else [mismatch]
 
 
 def _of_batches(layer: Health, devices: int) -> list[Finding]:
@@ -226,12 +226,13 @@ def _of_channels(layer: Health) -> list[Finding]:
     return found
 
 
-def _mismatch(layer: Health) -> Finding:
+def _mismatch(layer: Health) -> Finding | None:
     if np.all(layer.running_mean == 0) and np.all(layer.running_var == 1):
         return Finding(
             "still has the running statistics it started with.",
-            'They are updated by model.apply(..., mutable=["batch_stats"]) '
-            "and have to be carried to the next step.",
+            'In flax.linen model.apply(..., mutable=["batch_stats"]) returns '
+            "the new ones, which go into the next step; in flax.nnx calls after "
+            "model.train() update them.",
         )
     w, misfit = layer.left_of_start()
     if 0.01 < w <= 1 and misfit < 0.5:
@@ -244,6 +245,8 @@ def _mismatch(layer: Health) -> Finding:
             "recompute them: jaxbn.precise.recompute.",
             ((w, ".0%"), (steps, ".0f"), (momentum, "g")),
         )
+    if layer.separation > FAR_APART:
+        return None  # said of the calls
     return Finding(
         "has running statistics that are not those of this data.",
         "They come from other data, another preprocessing or mode, from "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -47,12 +47,15 @@ class Layers(NamedTuple):
     Attributes:
       trained: options and variables of layers that normalize with the batch.
       inferred: paths of layers in inference mode, although the model trains.
-      uncalled: paths of a mean and var where no batch norm layer was called.
+      uncalled: paths of layers that were not called.
+      unknown: paths of a mean and var in batch_stats where no batch norm layer
+        was called; it may be none.
     """
 
-    trained: dict[str, dict[str, Any]]
-    inferred: list[str]
-    uncalled: list[str]
+    trained: dict[str, dict[str, Any]] = {}
+    inferred: Sequence[str] = ()
+    uncalled: Sequence[str] = ()
+    unknown: Sequence[str] = ()
 
 
 class Parts(NamedTuple):
@@ -84,7 +87,8 @@ class Linen:
             run: dict[str, Any] = {**self._options, "method": self._call}
             y, found = collect_linen(ours, variables, batch, True, **run)
             # What training creates, such as a cache, inference may do as well.
-            run["mutable"] = [n for n in run["mutable"] if n != "batch_stats"]
+            if "batch_stats" not in mutable:
+                run["mutable"] = [*{*run["mutable"]} - {"batch_stats"}]
             inferred, _ = ours.apply(variables, batch, False, **run)
             parts = {_name(path): _parts(a) for path, a in found.items()}
             return parts, squares(y, inferred)
@@ -134,7 +138,7 @@ class Linen:
         return Layers(
             {_name(path): found for path, found in options.items()},
             [_name(path) for path in modes.inferred if path not in options],
-            [_name(path) for path in known if path not in called],
+            unknown=[_name(path) for path in known if path not in called],
         )
 
     def read(self, batch: Any) -> tuple[dict[str, Parts], Any]:
@@ -180,7 +184,7 @@ class Nnx:
         """Returns the layers of the model, from a call that is not run."""
         layers = jaxbn.nnx.batch_norms(self._model)
         if not layers:
-            return Layers({}, [], [])
+            return Layers()
         # Which fills the log; a fresh function, because it is traced once.
         jax.eval_shape(self._read, self._state, batch)
         trained = {}

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxbn._call import Caller
-from jaxbn.doctor._findings import warnings
+from jaxbn.doctor import _findings
 from jaxbn.doctor._health import Health, gap, measure
 from jaxbn.doctor._models import Layers, Linen, Nnx, Parts
 
@@ -64,9 +64,12 @@ class Report:
                 f"Over {batches} the model's output is not finite, in training "
                 "or in inference."
             )
+        size = f"{self.gap:.1%}"
+        if self.gap > 100:
+            size = f"{self.gap:.0e} times its size"
         return (
-            f"Over {batches} the model's output differs by {self.gap:.1%} "
-            "between training and inference."
+            f"Over {batches} the model's output differs by {size} between "
+            "training and inference."
         )
 
 
@@ -122,7 +125,7 @@ def examine(
         examined = Nnx(model, call, rngs, mutable)
     parts: list[dict[str, Parts]] = []
     totals: Any = np.zeros(2)
-    layers, size = Layers({}, [], []), 0
+    layers, size = Layers(), 0
     for batch in batches:
         if not parts:
             layers = examined.layers(batch)
@@ -137,13 +140,18 @@ def examine(
         _health(path, layer, [part[path] for part in parts], size, devices)
         for path, layer in layers.trained.items()
     ]
+    examined_layers = [layer for layer in healths if layer.calls]
+    others = {
+        _findings.EMPTY: [layer.path for layer in healths if not layer.calls],
+        _findings.INFERRED: layers.inferred,
+        _findings.UNCALLED: layers.uncalled,
+        _findings.UNKNOWN: layers.unknown,
+    }
     report = Report(
-        layers=healths,
-        gap=None
-        if totals is None
-        else float(np.sqrt(totals[0] / max(totals[1], 1e-30))),
+        layers=examined_layers,
+        gap=None if totals is None else _ratio(*totals),
         batches=len(parts),
-        warnings=warnings(healths, devices, layers.inferred, layers.uncalled),
+        warnings=_findings.warnings(examined_layers, devices, others=others),
     )
     if not quiet:
         print(report, file=file or sys.stdout)
@@ -160,16 +168,16 @@ def _check_any(layers: Layers) -> None:
             "model into training mode where train is True; else write one, "
             "such as call=lambda model, batch, train: model(batch, mode=train)."
         )
+    others = ", ".join([*layers.uncalled, *layers.unknown])
+    rest = f" {others}: not called, or of another class." if others else ""
     raise ValueError(
-        "There is no batch norm layer in this model, neither flax's nor "
-        "jaxbn's."
-        + (
-            f" A mean and var is in {', '.join(layers.uncalled)}, of another "
-            "class or not called."
-            if layers.uncalled
-            else ""
-        )
+        "There is no batch norm layer in what is called of this model, neither "
+        f"flax's nor jaxbn's.{rest}"
     )
+
+
+def _ratio(square: float, size: float) -> float:
+    return float(np.sqrt(square / max(size, 1e-30)))
 
 
 def _health(
