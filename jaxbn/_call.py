@@ -189,7 +189,8 @@ def pure(
     Returns:
       (apply, variables): apply(variables, batch, train=True) -> (output, new
       variables). Of a linen model variables and new ones are collections; of
-      an nnx model both are its whole nnx.State.
+      an nnx model both are its nnx.State, but for random streams, which start
+      anew in each call.
 
     Raises:
       ValueError: see `caller`; rngs or mutable are given for an nnx model.
@@ -205,11 +206,11 @@ def pure(
 
         return apply, variables
     check_nnx_options(rngs, mutable)
-    graphdef, state = nnx.split(model)
+    graphdef, streams, state = nnx.split(model, nnx.RngState, ...)
 
     def apply_nnx(state: Any, batch: Any, train: bool = True) -> Any:
-        merged = nnx.merge(graphdef, state)
+        merged = nnx.merge(graphdef, streams, state)
         output, copy = run_nnx(merged, run, batch, train)
-        return output, nnx.state(copy)
+        return output, nnx.state(copy, nnx.Not(nnx.RngState))
 
     return apply_nnx, state
