@@ -206,7 +206,8 @@ def pure(
 
         return apply, variables
     check_nnx_options(rngs, mutable)
-    graphdef, streams, state = nnx.split(model, nnx.RngState, ...)
+    parts: tuple[Any, ...] = nnx.split(model, nnx.RngState, ...)
+    graphdef, streams, state = parts
 
     def apply_nnx(state: Any, batch: Any, train: bool = True) -> Any:
         merged = nnx.merge(graphdef, streams, state)
