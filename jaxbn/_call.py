@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import nnx
+from flax import errors, nnx
 
 # (model, batch, train) -> output. A linen model is bound.
 Caller = Callable[[Any, Any, bool], Any]
@@ -41,7 +42,7 @@ def caller(model: Any, call: Caller | None) -> Caller:
             f"{getattr(model, '__name__', type(model).__name__)}."
         )
     if call is not None:
-        return call
+        return _explained(call)
     signature = inspect.signature(type(model).__call__)
     known = list(signature.parameters)
     argument = _mode(known)
@@ -69,7 +70,36 @@ def caller(model: Any, call: Caller | None) -> Caller:
             model = model.clone(**{name: train == sign}, parent=model.scope)
         return model(batch)
 
-    return default
+    return _explained(default)
+
+
+def _explained(call: Caller) -> Caller:
+    """Makes what flax says of a collection or a stream name the option."""
+
+    @functools.wraps(call)
+    def explained(model: Any, batch: Any, train: bool) -> Any:
+        try:
+            return call(model, batch, train)
+        except (
+            errors.ModifyScopeVariableError,
+            errors.ScopeCollectionNotFound,
+        ) as error:
+            raise ValueError(
+                f"{_sentence(error)} If the call creates that collection, name "
+                'it: mutable=["..."].'
+            ) from error
+        except errors.InvalidRngError as error:
+            raise ValueError(
+                f"{_sentence(error)} Give a key for that stream in rngs, or "
+                "leave rngs out."
+            ) from error
+
+    return explained
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).partition(" (http")[0].rstrip(".")
+    return f"{type(error).__name__}: {text}."
 
 
 def _mode(names: Collection[str]) -> tuple[str, bool] | None:

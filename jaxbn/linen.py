@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._call import Caller, linen_options, the_batch
+from jaxbn._call import Caller, caller, linen_options, the_batch
 from jaxbn._collect import NAME, Collected, collect_linen, nested
 from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
 from jaxbn._running import RunningStats
@@ -306,7 +306,7 @@ def batch_moments(
     """
     if call is not None:
         batch = the_batch(args, kwargs)
-        args, kwargs = (batch, True), {"method": call}
+        args, kwargs = (batch, True), {"method": caller(model, call)}
     kwargs.update(linen_options(variables, rngs, mutable))
     _, found = collect_linen(model, variables, *args, **kwargs)
     return nested({path: part.values for path, part in found.items()})
