@@ -202,7 +202,7 @@ def test_channels_in_trouble(healthy, batches):
     text = "\n".join(report.warnings)
     assert "first has dead channels" in text
     assert "first has channels beyond 1e6" in text
-    assert "first has an input of standard deviation 1.7e+07, far" in text
+    assert "first has an input of standard deviation " in text
     assert "second has every scale near zero" in text
 
 
@@ -310,5 +310,5 @@ def test_models_the_doctor_cannot_call(healthy, batches):
         ValueError, match="There is no batch norm layer in what"
     ):
         examine(None, batches, model=dense)
-    with pytest.raises(ValueError, match="flax.nnx module; got function"):
+    with pytest.raises(ValueError, match="or flax.nnx module; got <lambda>"):
         examine(None, batches, model=lambda x: x)

@@ -234,6 +234,8 @@ def _mismatch(layer: Health) -> Finding | None:
             "the new ones, which go into the next step; in flax.nnx calls after "
             "model.train() update them.",
         )
+    if layer.separation > FAR_APART:
+        return None  # said of the calls, none of which they belong to
     w, misfit = layer.left_of_start()
     if 0.01 < w <= 1 and misfit < 0.5:
         momentum = 0.99 if layer.momentum is None else layer.momentum
@@ -245,8 +247,6 @@ def _mismatch(layer: Health) -> Finding | None:
             "recompute them: jaxbn.precise.recompute.",
             ((w, ".0%"), (steps, ".0f"), (momentum, "g")),
         )
-    if layer.separation > FAR_APART:
-        return None  # said of the calls
     return Finding(
         "has running statistics that are not those of this data.",
         "They come from other data, another preprocessing or mode, from "
