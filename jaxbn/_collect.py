@@ -116,6 +116,20 @@ def with_empty(batch_stats: Any, log: Log, path: Path = ()) -> Any:
     return {**batch_stats, **tree}
 
 
+def variable_of(layer: nn.Module) -> nn.Variable[Collected] | None:
+    """Returns the variable that a linen layer hands out moments in.
+
+    Args:
+      layer: a bound batch norm layer.
+
+    Returns:
+      The variable; None where nobody collects.
+    """
+    if not layer.has_variable("batch_stats", NAME):
+        return None
+    return layer.variable("batch_stats", NAME)
+
+
 def has_statistics(node: Any) -> bool:
     """Whether a node has a mean and a var that may be a batch norm layer's."""
     if not isinstance(node, Mapping) or not {"mean", "var"} <= set(node):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.linen import dtypes
 
 from jaxbn._call import Caller, caller, linen_options, the_batch
-from jaxbn._collect import NAME, Collected, collect_linen, nested
+from jaxbn._collect import collect_linen, nested, variable_of
 from jaxbn._layer import Call, Layer, Limits, State, no_moments, record
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
@@ -193,9 +193,7 @@ class BatchNorm(nn.Module):
         old = State(
             RunningStats(mean.value, var.value, read(steps)), read(skipped)
         )
-        collects: nn.Variable[Collected] | None = None
-        if self.has_variable("batch_stats", NAME):  # put there by collect_linen
-            collects = self.variable("batch_stats", NAME)
+        collects = variable_of(self)
         by_name = self._hands_out_moments()
         hand_out = by_name or collects is not None
         call = Call(inference, mask, ids, timestep, dtype, hand_out)
