@@ -41,8 +41,9 @@ def caller(model: Any, call: Caller | None) -> Caller:
             f"{'the class ' * isinstance(model, type)}"
             f"{getattr(model, '__name__', type(model).__name__)}."
         )
+    linen = isinstance(model, nn.Module)
     if call is not None:
-        return _explained(call)
+        return _explained(call) if linen else call
     signature = inspect.signature(type(model).__call__)
     known = list(signature.parameters)
     argument = _mode(known)
@@ -52,7 +53,7 @@ def caller(model: Any, call: Caller | None) -> Caller:
             [f.name for f in dataclasses.fields(model) if f.name != "parent"]
         )
     given = {} if argument is None else {argument[0]: True}
-    silent = argument is None and field is None and isinstance(model, nn.Module)
+    silent = argument is None and field is None and linen
     try:
         signature.bind(model, None, **given)
     except TypeError:
@@ -60,17 +61,27 @@ def caller(model: Any, call: Caller | None) -> Caller:
     if silent:
         raise ValueError(_how_to_call(model, known[1:]))
 
+    by_position = argument is not None and (
+        known.index(argument[0]) == 2
+        and signature.parameters[argument[0]].kind
+        is not inspect.Parameter.KEYWORD_ONLY
+    )
+
     def default(model: Any, batch: Any, train: bool) -> Any:
         if argument is not None:
             name, sign = argument
-            return model(batch, **{name: train == sign})
+            mode = train == sign
+            # nn.vmap and nn.scan leave out what is given by name.
+            if by_position:
+                return model(batch, mode)
+            return model(batch, **{name: mode})
         if field is not None:
             name, sign = field
             # In the scope of the bound model, so that variables are its own.
             model = model.clone(**{name: train == sign}, parent=model.scope)
         return model(batch)
 
-    return _explained(default)
+    return _explained(default) if linen else default
 
 
 def _explained(call: Caller) -> Caller:
@@ -84,6 +95,12 @@ def _explained(call: Caller) -> Caller:
             errors.ModifyScopeVariableError,
             errors.ScopeCollectionNotFound,
         ) as error:
+            if not train and '"batch_stats"' in str(error):
+                raise ValueError(
+                    f"{_sentence(error)} That is in inference, train=False: "
+                    "the call does not reach what says the mode. If it is "
+                    'meant to write there, give mutable=["batch_stats"].'
+                ) from error
             raise ValueError(
                 f"{_sentence(error)} If the call creates that collection, name "
                 'it: mutable=["..."].'
@@ -129,7 +146,11 @@ def _how_to_call(model: Any, known: list[str]) -> str:
 
 
 def linen_options(
-    variables: Mapping[str, Any], rngs: Any, mutable: Collection[str]
+    variables: Mapping[str, Any],
+    rngs: Any,
+    mutable: Collection[str],
+    *,
+    number: Any = None,
 ) -> dict[str, Any]:
     """Returns mutable and rngs for the apply of a linen model in training.
 
@@ -138,12 +159,15 @@ def linen_options(
       rngs: a key or a dict of them; None makes one for every stream, because
         flax takes "params" for a stream that is not there.
       mutable: names of more collections.
+      number: of the batch, so that each has keys of its own; None keeps them.
 
     Returns:
       dict of the keyword arguments.
     """
     if rngs is None:
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    if number is not None:
+        rngs = jax.tree.map(lambda key: jax.random.fold_in(key, number), rngs)
     if isinstance(mutable, str):
         mutable = (mutable,)
     written = [name for name in variables if name != "params"]
@@ -188,6 +212,20 @@ def check_nnx_options(rngs: Any, mutable: Collection[str]) -> None:
             f"{name}= is for flax.linen. A model of flax.nnx holds its random "
             "streams and all its state; set them there, or in call."
         )
+
+
+def advance_streams(model: Any, number: Any) -> None:
+    """Gives the random streams of an nnx model values of a batch's own.
+
+    Args:
+      model: a copy that belongs to the caller.
+      number: of the batch.
+    """
+    for _, count in nnx.iter_graph(model):
+        if isinstance(count, nnx.RngCount):
+            value = count.get_value()
+            # Further than the calls of one batch go.
+            count.set_value(value + (number * 2**16).astype(value.dtype))
 
 
 def run_nnx(

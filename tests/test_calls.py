@@ -255,6 +255,43 @@ def test_nnx_mapped_call(batches):
     check(NnxExample(nnx.Rngs(0)), None, batches, certify=False, call=call)
 
 
+class Generator(nn.Module):
+    """Draws its input: two batches alike are not the same."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        z = jax.random.normal(self.make_rng("latent"), x.shape)
+        return norm(train)(z)
+
+
+class NnxGenerator(NnxArgument):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.rngs = rngs
+
+    def __call__(self, x):
+        return self.norm(jax.random.normal(self.rngs.latent(), x.shape))
+
+
+@pytest.mark.parametrize("linen", [True, False])
+def test_each_batch_draws_its_own_numbers(batches, linen):
+    model, variables = NnxGenerator(nnx.Rngs(0, latent=1)), None
+    if linen:
+        model = Generator()
+        variables = model.init(jax.random.key(0), batches[0], False)
+    same = [batches[0]] * 3
+    found = precise.recompute(model, variables, same)
+    assert found.error > 0.05
+    report = doctor.examine(model, variables, same, devices=1, quiet=True)
+    assert report.layers[0].noise > 0.05
+    if linen:
+        options = dict(rngs=jax.random.key(1))
+        other = precise.recompute(model, variables, same, **options)
+        assert (other.stats["norm"].mean != found.stats["norm"].mean).all()
+    else:  # and the model's streams are where they were
+        assert model.rngs.latent.count[...] == 0
+
+
 # What is refused
 
 

@@ -16,6 +16,7 @@ import jaxbn.nnx
 from jaxbn import convert
 from jaxbn._call import (
     Caller,
+    advance_streams,
     caller,
     check_nnx_options,
     infers,
@@ -80,11 +81,12 @@ class Linen:
         self._model = model
         self._call = caller(model, call)
         self._variables = variables
-        self._options = linen_options(variables, rngs, mutable)
+        self._given = rngs, mutable
         ours = convert.to_jaxbn(model, **_WITHOUT_GROUPS)
 
-        def read(variables: Any, batch: Any) -> Any:
-            run: dict[str, Any] = {**self._options, "method": self._call}
+        def read(variables: Any, batch: Any, number: Any) -> Any:
+            run = linen_options(variables, rngs, mutable, number=number)
+            run["method"] = self._call
             y, found = collect_linen(ours, variables, batch, True, **run)
             # What training creates, such as a cache, inference may do as well.
             if "batch_stats" not in mutable:
@@ -117,8 +119,10 @@ class Linen:
             return _like_output(running, args[0] if args else kwargs["x"])
 
         def trace(variables: Any, batch: Any) -> Any:
-            run: dict[str, Any] = {**self._options, "method": self._call}
-            return self._model.apply(variables, batch, True, **run)
+            run = linen_options(variables, *self._given)
+            return self._model.apply(
+                variables, batch, True, method=self._call, **run
+            )
 
         with nn.intercept_methods(watch):
             jax.eval_shape(
@@ -141,8 +145,10 @@ class Linen:
             unknown=[_name(path) for path in known if path not in called],
         )
 
-    def read(self, batch: Any) -> tuple[dict[str, Parts], Any]:
-        found: tuple[dict[str, Parts], Any] = self._read(self._variables, batch)
+    def read(self, batch: Any, number: int) -> tuple[dict[str, Parts], Any]:
+        found: tuple[dict[str, Parts], Any] = self._read(
+            self._variables, batch, np.int32(number)
+        )
         return found
 
 
@@ -163,8 +169,9 @@ class Nnx:
         ours = convert.to_jaxbn(model, **_WITHOUT_GROUPS)
         graphdef, self._state = nnx.split(ours)
 
-        def read(state: Any, batch: Any) -> Any:
+        def read(state: Any, batch: Any, number: Any) -> Any:
             copy: Any = nnx.merge(graphdef, state)
+            advance_streams(copy, number)
             output: Any = None
             copy.train()
 
@@ -174,6 +181,7 @@ class Nnx:
 
             found, self._log = collect_nnx(jaxbn.nnx.batch_norms(copy), train)
             model = nnx.merge(graphdef, state)
+            advance_streams(model, number)
             inferred, _ = run_nnx(model, run, batch, False)
             parts = {path: _parts(a) for path, a in found.items()}
             return parts, squares(output, inferred)
@@ -186,7 +194,7 @@ class Nnx:
         if not layers:
             return Layers()
         # Which fills the log; a fresh function, because it is traced once.
-        jax.eval_shape(self._read, self._state, batch)
+        jax.eval_shape(self._read, self._state, batch, np.int32(0))
         trained = {}
         for (path,) in self._log.trained:
             layer = layers[path]
@@ -199,8 +207,10 @@ class Nnx:
         called = {*trained, *inferred}
         return Layers(trained, inferred, [p for p in layers if p not in called])
 
-    def read(self, batch: Any) -> tuple[dict[str, Parts], Any]:
-        found: tuple[dict[str, Parts], Any] = self._read(self._state, batch)
+    def read(self, batch: Any, number: int) -> tuple[dict[str, Parts], Any]:
+        found: tuple[dict[str, Parts], Any] = self._read(
+            self._state, batch, np.int32(number)
+        )
         return found
 
 

@@ -14,7 +14,8 @@ def squares(trained: Any, inferred: Any) -> tuple[jax.Array, jax.Array] | None:
 
     A model may return more in one mode than in the other, such as (y, aux) and
     y. What is compared is then the first part of the one that has the
-    structure and the shapes of the other.
+    structure and the shapes of the other, or else the leaves that lie in the
+    same place of both.
 
     Args:
       trained: output in training, a pytree.
@@ -24,9 +25,7 @@ def squares(trained: Any, inferred: Any) -> tuple[jax.Array, jax.Array] | None:
       Two scalars, or None where no part of the outputs is comparable. Integers
       and booleans count where nothing is floating.
     """
-    pair = _alike(trained, inferred)
-    if pair is None:
-        return None
+    pair = _alike(trained, inferred) or _common(trained, inferred)
     leaves = [*zip(*map(jax.tree.leaves, pair))]
     floating = [p for p in leaves if jnp.issubdtype(p[0].dtype, jnp.inexact)]
     leaves = floating or [p for p in leaves if _is_number(p[0])]
@@ -50,6 +49,16 @@ def _alike(trained: Any, inferred: Any) -> tuple[Any, Any] | None:
         if (found := _alike(trained, part)) is not None:
             return found
     return None
+
+
+def _common(trained: Any, inferred: Any) -> tuple[Any, Any]:
+    """Returns the leaves of one path and shape, by path."""
+    a, b = (
+        {path: jnp.asarray(leaf) for path, leaf in found}
+        for found in map(jax.tree.leaves_with_path, (trained, inferred))
+    )
+    both = [path for path in a if path in b and a[path].shape == b[path].shape]
+    return [a[path] for path in both], [b[path] for path in both]
 
 
 def _shape(tree: Any) -> Any:

@@ -104,8 +104,8 @@ def examine(
         that has it, such as train or deterministic. A linen model is bound, as
         it is for `method` of flax; an nnx model is a copy, after train() or
         eval(). In training it may return more, such as (y, aux).
-      rngs: of a linen model: a key, or a dict of them. None makes one for
-        every stream.
+      rngs: of a linen model: a key, or a dict of them; the number of each
+        batch is folded in. None makes one for every stream.
       mutable: of a linen model: names of collections that the call creates.
       devices: that training runs on; None takes those at hand.
       file: where the table goes; None is sys.stdout.
@@ -131,7 +131,7 @@ def examine(
             layers = examined.layers(batch)
             _check_any(layers)
             size = next(len(a) for a in jax.tree.leaves(batch) if np.ndim(a))
-        found, squares = jax.device_get(examined.read(batch))
+        found, squares = jax.device_get(examined.read(batch, len(parts)))
         parts.append({path: _wide(part) for path, part in found.items()})
         totals = None if squares is None else totals + squares
     if not parts:

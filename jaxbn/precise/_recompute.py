@@ -10,7 +10,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxbn._call import Caller, caller, check_nnx_options
+from jaxbn._call import (
+    Caller,
+    advance_streams,
+    caller,
+    check_nnx_options,
+    linen_options,
+)
+from jaxbn._collect import collect_linen, nested
 from jaxbn._moments import Moments
 from jaxbn.precise._sum import Sum
 
@@ -69,8 +76,8 @@ def recompute(
         the model the batch, and its mode by the argument or field that has it,
         such as train or deterministic. A linen model is bound, as it is for
         `method` of flax.
-      rngs: of a linen model: a key, or a dict of them. None makes one for
-        every stream.
+      rngs: of a linen model: a key, or a dict of them; the number of each
+        batch is folded in. None makes one for every stream.
       mutable: of a linen model: names of collections that the call creates.
       tolerance: stops once the error is below; None reads all batches.
       min_batches: that are read before it may stop, at least 2.
@@ -90,21 +97,14 @@ def recompute(
     """
     if min_batches < 2:
         raise ValueError(f"min_batches must be at least 2; got {min_batches}.")
-    if isinstance(model, (nn.Module, nnx.Module)):
-        model, variables = _of_model(model, variables, call, rngs, mutable)
-    elif call is not None or rngs is not None or mutable:
-        raise ValueError(
-            "call, rngs and mutable say how to call a model of flax; got "
-            f"{type(model).__name__} in its place, which is called as it is."
-        )
-    compiled = jax.jit(model)
+    function, variables = _as_function(model, variables, call, rngs, mutable)
+    compiled = jax.jit(function)
     sums: list[Sum] = []
     read, error = 0, np.inf
     treedef = None
     for batch in _shown(batches, progress):
-        found, treedef = jax.tree.flatten(
-            jax.device_get(compiled(variables, batch)), is_leaf=_is_moments
-        )
+        parts = jax.device_get(compiled(variables, batch, np.int32(read)))
+        found, treedef = jax.tree.flatten(parts, is_leaf=_is_moments)
         if not found or not all(map(_is_moments, found)):
             raise ValueError(
                 "The function must return a tree of jaxbn.Moments; got "
@@ -135,34 +135,43 @@ def recompute(
     return Precise(stats, read, float(error), converged)
 
 
-def _of_model(
+def _as_function(
     model: Any,
     variables: Any,
     call: Caller | None,
     rngs: Any,
     mutable: Collection[str],
-) -> tuple[Callable[[Any, Any], Any], Any]:
-    """Returns (variables, batch) -> Moments of the layers, and variables."""
-    import jaxbn.linen
+) -> tuple[Callable[[Any, Any, Any], Any], Any]:
+    """Returns (variables, batch, its number) -> Moments, and variables."""
+    if not isinstance(model, (nn.Module, nnx.Module)):
+        if call is not None or rngs is not None or mutable:
+            raise ValueError(
+                "call, rngs and mutable say how to call a model of flax; got "
+                f"{type(model).__name__} in its place, which is called as it "
+                "is."
+            )
+        return lambda variables, batch, _: model(variables, batch), variables
     import jaxbn.nnx  # which takes with_statistics from here
     from jaxbn import convert
 
     run = caller(model, call)
     # Groups of devices need devices; the statistics of all are the same.
-    ours = convert.to_jaxbn(model, group_size=None, axis_index_groups=None)
+    ours: Any = convert.to_jaxbn(model, group_size=None, axis_index_groups=None)
     if isinstance(model, nn.Module):
 
-        def of_linen(variables: Any, batch: Any) -> Any:
-            return jaxbn.linen.batch_moments(
-                ours, variables, batch, call=run, rngs=rngs, mutable=mutable
-            )
+        def of_linen(variables: Any, batch: Any, number: Any) -> Any:
+            options = linen_options(variables, rngs, mutable, number=number)
+            options["method"] = run
+            _, found = collect_linen(ours, variables, batch, True, **options)
+            return nested({path: part.values for path, part in found.items()})
 
         return of_linen, variables
     check_nnx_options(rngs, mutable)
     graphdef, state = nnx.split(ours)
 
-    def of_nnx(state: Any, batch: Any) -> Any:
-        copy = nnx.merge(graphdef, state)
+    def of_nnx(state: Any, batch: Any, number: Any) -> Any:
+        copy: Any = nnx.merge(graphdef, state)
+        advance_streams(copy, number)
         copy.train()
         return jaxbn.nnx.batch_moments(copy, batch, call=run)
 
