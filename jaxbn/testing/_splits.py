@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ def assert_shard_invariant(
     *,
     call: Callable[[Any, Any, bool], Any] | None = None,
     rngs: Any = None,
-    mutable: Collection[str] = (),
+    mutable: Sequence[str] = (),
     axis_name: Hashable | tuple[Hashable, ...] = "data",
     devices: Sequence[int] | None = None,
     rtol: float | None = None,
@@ -74,8 +74,8 @@ def assert_shard_invariant(
       AssertionError: names the first layer that differs, or else the array,
         the split and the error.
       ValueError: the batch cannot be split, apply_fn returns no pair, the
-        result on one device is not finite, or how to call the model is not
-        known.
+        result on one device is not finite, or see `jaxbn.doctor.examine` for
+        the call of a model.
     """
     apply_fn, variables = as_function(
         apply_fn, variables, call=call, rngs=rngs, mutable=mutable
@@ -120,7 +120,7 @@ class _Array(NamedTuple):
     role: str  # "layer", or one of _ROLES
     path: str
     copies: Any  # (1 or devices, *shape on the whole batch)
-    axis_name: Any = ""  # of a layer; "" where it has none
+    unbound: bool = False  # a layer whose axis_name is None
 
     def __str__(self) -> str:
         return f"{self.role} {self.path!r}" if self.path else f"the {self.role}"
@@ -173,7 +173,7 @@ def _evaluate(
     return: JAX then knows how each input was shared, whatever check_vma is.
     """
     labels: list[_Array] = []
-    layers: list[tuple[str, Any]] = []
+    layers: list[tuple[str, bool]] = []
 
     def stacked(*inputs: Any) -> Any:
         results = _record(apply_fn, inputs, layers)
@@ -191,8 +191,8 @@ def _evaluate(
     def loss(*inputs: Any) -> tuple[jax.Array, list[jax.Array]]:
         outputs, new, taps = sharded(*inputs)
         found = _labelled("output", outputs) + _labelled("new variable", new)
-        for (path, bound_to), tap in zip(layers, taps):
-            found += [_Array("layer", path, a, bound_to) for a in tap]
+        for (path, unbound), tap in zip(layers, taps):
+            found += [_Array("layer", path, a, unbound) for a in tap]
         # A stream that no user's data comes from: through a normalization a
         # cotangent proportional to the input has no gradient at all.
         rng, total = np.random.default_rng((seed, len("jaxbn"))), jnp.zeros(())
@@ -230,7 +230,7 @@ def _evaluate(
 def _record(
     apply_fn: Callable[[Any, Any], tuple[Any, Any]],
     inputs: tuple[Any, Any],
-    layers: list[tuple[str, Any]],
+    layers: list[tuple[str, bool]],
 ) -> tuple[Any, Any, list[list[jax.Array]]]:
     """Adds what flax.linen layers return, in the order they finish."""
     from flax import linen as nn
@@ -243,8 +243,8 @@ def _record(
         # What is inside a scan or a checkpoint cannot leave it this way.
         outside = here == get_opaque_trace_state(convention="flax")
         if outside and context.method_name == "__call__":
-            bound_to = getattr(module, "axis_name", "")
-            layers.append(("/".join(module.path), bound_to))
+            unbound = getattr(module, "axis_name", "") is None
+            layers.append(("/".join(module.path), unbound))
             arrays = jax.tree.leaves(result)
             taps.append([a for a in arrays if isinstance(a, jax.Array)])
         return result
@@ -307,14 +307,7 @@ def _first(
         errors = [e for a, e in wrong if a is layer] + [e for _, e in own]
         if not errors:
             continue
-        varying = any(varies(a) for a, _ in own)
-        if layer.axis_name == "" and varying:
-            why = (
-                "What it stores is not the same on every device: a batch norm "
-                f"inside needs axis_name={axis!r}, anything else a reduction "
-                "over that axis."
-            )
-        elif layer.axis_name is None or varying:
+        if layer.unbound or any(varies(a) for a, _ in own):
             why = (
                 f"Its statistics are not synchronized over {axis!r}: set "
                 f"axis_name={axis!r}."
