@@ -464,7 +464,8 @@ class LinenTest(parameterized.TestCase):
 
     def test_subclasses_of_the_layer_are_reported(self):
         class Own(nn.BatchNorm):
-            pass
+            def __call__(self, x):
+                return super().__call__(x) + 1
 
         class Ours(jaxbn.linen.BatchNorm):
             pass
@@ -474,7 +475,7 @@ class LinenTest(parameterized.TestCase):
             (Own, convert.to_jaxbn, "flax.linen.BatchNorm"),
             (Ours, convert.to_flax, "jaxbn.linen.BatchNorm"),
         ):
-            message = f"BatchNorm_0 is .*Own|Ours, a subclass of {base} that"
+            message = rf"BatchNorm_0 is .*\.Ow?[nu]r?s?, a subclass of {base} that"
             own.__name__ = "BatchNorm"
             with pytest.raises(ValueError, match=message):
                 jax.eval_shape(change(Block(own)).init, key, x)

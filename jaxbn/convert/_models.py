@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 from flax import linen as nn
@@ -12,13 +12,18 @@ from flax import nnx
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn.convert import _linen, _nnx, _rule
+from jaxbn.convert import _linen, _nnx, _run
+from jaxbn.convert._rule import Rule
 
 _Model = TypeVar("_Model")
 
 
 def to_jaxbn(
-    model: _Model, *, keep: Iterable[type] = (), **overrides: Any
+    model: _Model,
+    *,
+    keep: Iterable[type | str] = (),
+    replace: Mapping[type, Callable[..., Any]] | None = None,
+    **overrides: Any,
 ) -> _Model:
     """Returns the model with jaxbn's BatchNorm in place of flax's.
 
@@ -66,10 +71,11 @@ def to_jaxbn(
             f"BatchNorm has no field {', '.join(wrong)} that conversion could "
             f"set. It has {', '.join(known)}."
         )
-    return _convert(model, True, overrides, keep)
+    rule = _rule(jaxbn.linen.BatchNorm, overrides, keep, replace or {})
+    return _convert(model, rule)
 
 
-def to_flax(model: _Model, *, keep: Iterable[type] = ()) -> _Model:
+def to_flax(model: _Model, *, keep: Iterable[type | str] = ()) -> _Model:
     """Returns the model with flax's BatchNorm in place of jaxbn's.
 
     The inverse of `to_jaxbn`: fields that both layers have stay, also those
@@ -88,7 +94,7 @@ def to_flax(model: _Model, *, keep: Iterable[type] = ()) -> _Model:
         the layer is called, unless `to_jaxbn` set it); a layer is a subclass
         of jaxbn's BatchNorm and not in keep; model is something else.
     """
-    return _convert(model, False, {}, keep)
+    return _convert(model, _rule(nn.BatchNorm, {}, keep, {}))
 
 
 def runs_as(layer: nn.Module) -> nn.Module:
@@ -107,41 +113,43 @@ def runs_as(layer: nn.Module) -> nn.Module:
     Raises:
       ValueError: the conversion in force refuses the layer; see `to_jaxbn`.
     """
-    return _rule.runs_as(layer)
+    return _run.runs_as(layer)
 
 
-def _convert(
-    model: _Model, ours: bool, overrides: dict[str, Any], keep: Iterable[type]
-) -> _Model:
-    keep = frozenset(keep)
-    fields = tuple(sorted((k, _frozen(v)) for k, v in overrides.items()))
-    rule = _rule.Rule(
-        jaxbn.linen.BatchNorm if ours else nn.BatchNorm, fields, keep
-    )
+def _convert(model: _Model, rule: Rule) -> _Model:
     if isinstance(model, nn.Module):
-        for name, value in fields:
-            try:
-                hash(value)
-            except TypeError as error:
-                raise ValueError(
-                    f"{name}={value!r} cannot be hashed, and as a field of a "
-                    "linen module it has to be."
-                ) from error
         return cast("_Model", _linen.convert(model, rule))
     if isinstance(model, nnx.Pytree):
-        copy: _Model = _nnx.convert(
-            model,
-            jaxbn.nnx.BatchNorm if ours else nnx.BatchNorm,
-            overrides=overrides,
-            keep=keep,
-            convert_linen=functools.partial(_linen.convert, rule=rule),
-        )
+        convert_linen = functools.partial(_linen.convert, rule=rule)
+        copy: _Model = _nnx.convert(model, rule, convert_linen)
         return copy
     raise ValueError(
         "model must be a flax.linen or flax.nnx module; got "
         f"{'the class ' if isinstance(model, type) else ''}{model!r}. A class "
         "is converted once it has been called."
     )
+
+
+def _rule(
+    to: type[nn.Module],
+    overrides: Mapping[str, Any],
+    keep: Iterable[type | str],
+    replace: Mapping[type, Any],
+) -> Rule:
+    keep = [keep] if isinstance(keep, (str, type)) else list(keep)
+    for one in keep:
+        if not isinstance(one, (str, type)):
+            raise ValueError(
+                f"keep must hold classes, or paths of layers; got {one!r}."
+            )
+    for kind, make in replace.items():
+        if not isinstance(kind, type) or not callable(make):
+            raise ValueError(
+                "replace must map classes to functions that return a "
+                f"BatchNorm; got {{{kind!r}: {make!r}}}."
+            )
+    fields = tuple(sorted((k, _frozen(v)) for k, v in overrides.items()))
+    return Rule(to, fields, frozenset(keep), tuple(replace.items()))
 
 
 def _frozen(value: Any) -> Any:
