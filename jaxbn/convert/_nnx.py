@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn import linen
+from jaxbn.convert import _copies_nnx
 from jaxbn.convert._checks import (
     owned_statistics,
     refuse,
@@ -117,26 +118,39 @@ def _stand_in(
     if not isinstance(layer, nnx.BatchNorm):
         if to is nnx.BatchNorm or isinstance(layer, nnx.bridge.ToNNX):
             return None
-        statistics = owned_statistics(
-            {
-                name: value
-                for name, value in vars(layer).items()
-                if isinstance(value, nnx.Variable)
-                and not isinstance(value, nnx.Param)
-            }
-        )
-        return (
-            statistics
-            and (f"which owns {statistics[0]} and {statistics[1]}")
-            or None
-        )
+        return _copied(layer, path, overrides)
     ours = issubclass(kind, BatchNorm)
     if to is BatchNorm and ours:
         return _exchange(layer, path, to, overrides) if overrides else None
     plain = nnx.BatchNorm if to is BatchNorm else BatchNorm
     if kind is plain:
         return _exchange(layer, path, to, overrides)
-    return subclass_of(plain) if issubclass(kind, plain) else None
+    if not issubclass(kind, plain):
+        return None
+    found = _copied(layer, path, overrides) if to is BatchNorm else None
+    if isinstance(found, tuple):
+        return found
+    return ", ".join(filter(None, (subclass_of(plain), found)))
+
+
+def _copied(
+    layer: Any, path: str, overrides: dict[str, Any]
+) -> _StandIn | str | None:
+    """Returns what becomes of a layer that is neither flax's nor jaxbn's."""
+    held = {
+        name: value
+        for name, value in vars(layer).items()
+        if isinstance(value, nnx.Variable) and not isinstance(value, nnx.Param)
+    }
+    names = owned_statistics(held)
+    if not names:
+        return None
+    if not _copies_nnx.looks_like_flax(layer):
+        return f"which owns {names[0]} and {names[1]}"
+    why = _copies_nnx.differs(layer, _read(layer, nnx.BatchNorm))
+    if why is not None:
+        return why
+    return _exchange(layer, path, BatchNorm, overrides)
 
 
 def _replaced(
