@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from jaxbn.convert._torch_fit import Skipped, fit
 from jaxbn.convert._torch_kinds import (
     Name,
     Problems,
@@ -19,9 +20,7 @@ from jaxbn.convert._torch_kinds import (
 )
 from jaxbn.convert._torch_names import (
     Rename,
-    Skipped,
     Values,
-    fit,
     join,
     kinds_of,
     new_paths,

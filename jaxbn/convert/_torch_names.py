@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.convert._torch_kinds import KINDS, Name, Problems, to_array
+from jaxbn.convert._torch_kinds import KINDS, Name, Problems
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 Values = int | Mapping[str, int] | None
@@ -18,7 +17,7 @@ def join(separator: str, *parts: str) -> str:
     return separator.join(part for part in parts if part)
 
 
-def _longest(path: str, keys: Iterable[str], separator: str) -> str | None:
+def longest(path: str, keys: Iterable[str], separator: str) -> str | None:
     """The longest of the keys that a path begins with."""
     fit = [
         key
@@ -39,13 +38,13 @@ def new_paths(
         return {path: rename(path) for path in paths}
     found, rename, (old, new) = {}, rename or {}, separators
     for path in paths:
-        key = _longest(path, rename, old)
+        key = longest(path, rename, old)
         begin, end = "", path
         if key is not None:
             begin, end = rename[key], path[len(key) :].removeprefix(old)
         found[path] = join(new, begin, end.replace(old, new))
     for key in rename:
-        if all(_longest(path, [key], old) is None for path in paths):
+        if all(longest(path, [key], old) is None for path in paths):
             problems.wrong.append(f"rename: no module is {key!r} or below it")
     return found
 
@@ -151,7 +150,7 @@ def values_of(
     for path, leaves in modules.items():
         if variance not in leaves:
             continue
-        key = _longest(path, per_path, separator)
+        key = longest(path, per_path, separator)
         if key is None:
             problems.wrong.append(f"values_per_batch has nothing for {path}")
         elif not per_path[key] >= 2:
@@ -162,129 +161,3 @@ def values_of(
         else:
             found[path] = per_path[key]
     return found
-
-
-def fit(
-    wanted: Mapping[Any, Any] | None,
-    found: dict[Any, np.ndarray],
-    skipped: Skipped,
-    problems: Problems,
-) -> dict[Any, np.ndarray]:
-    """Returns what was found, in the shapes and dtypes that are wanted.
-
-    What is skipped or does not fit is taken from what is wanted.
-    """
-    if wanted is None:
-        return found
-    fitting: dict[Any, np.ndarray] = {}
-    missing = []
-    for key, value in wanted.items():
-        name, shape = _spell(key), tuple(np.shape(value))
-        if key in found and found[key].shape == shape:
-            fitting[key] = _as_wanted(name, found[key], value, problems)
-            continue
-        if _without_collection(key) not in skipped:
-            if key not in found:
-                missing.append(key)
-            problems.unfit.append(
-                f"missing: {name} {list(shape)}"
-                if key not in found
-                else f"shape: {name} is {list(found[key].shape)}, and in like "
-                f"{list(shape)}"
-            )
-            if problems.strict:
-                continue
-        if type(value).__name__ == "ShapeDtypeStruct":
-            problems.wrong.append(
-                f"{name} is left out, and like has nothing but its shape; "
-                "give variables as like"
-            )
-            continue
-        fitting[key] = np.array(to_array(name, value))
-    extra = [
-        key
-        for key in found
-        if key not in wanted and _without_collection(key) not in skipped
-    ]
-    problems.unfit += [
-        f"unexpected: {_spell(key)} {list(found[key].shape)}" for key in extra
-    ]
-    if extra and missing and problems.strict:
-        problems.unfit.append(
-            "Where only names differ, say which is which in rename."
-        )
-    statistics = [
-        _without_collection(key).replace("/", ".").rpartition(".")
-        for key in (*missing, *extra)
-    ]
-    untracked = [
-        path for path, _, name in statistics if name in ("mean", "running_mean")
-    ]
-    if untracked and problems.strict:
-        problems.unfit.append(
-            "A batch norm with track_running_stats=False has no running "
-            "statistics in PyTorch; say so in kinds, such as "
-            f"{{{untracked[0]!r}: 'batch_norm_untracked'}}."
-        )
-    return fitting
-
-
-def _as_wanted(
-    name: str, array: np.ndarray, value: Any, problems: Problems
-) -> np.ndarray:
-    dtype = getattr(value, "dtype", None)
-    if dtype is None:
-        return array
-    wanted = jnp.dtype(str(dtype).rpartition(".")[2])
-    kinds = [
-        next(
-            kind
-            for kind in (jnp.floating, jnp.integer, jnp.generic)
-            if jnp.issubdtype(d, kind)
-        )
-        for d in (array.dtype, wanted)
-    ]
-    if kinds[0] is not kinds[1]:
-        problems.wrong.append(
-            f"dtype: {name} is {array.dtype}, and in like {wanted}"
-        )
-    return array.astype(wanted)
-
-
-def _without_collection(key: str | Name) -> str:
-    return key if isinstance(key, str) else key[1]
-
-
-def _spell(key: str | Name) -> str:
-    return key if isinstance(key, str) else "/".join(key)
-
-
-class Skipped:
-    """Names, with dots or slashes, that begin with one that is skipped."""
-
-    def __init__(self, skip: Iterable[str]):
-        given = [skip] if isinstance(skip, str) else skip
-        self._names = [name.replace("/", ".") for name in given]
-
-    def __contains__(self, name: str) -> bool:
-        name = name.replace("/", ".")
-        return _longest(name, self._names, ".") is not None
-
-    def check(self, names: Iterable[str], problems: Problems) -> None:
-        """Reports what is skipped and is not there."""
-        names = [name.replace("/", ".") for name in names]
-        problems.wrong += [
-            f"skip: nothing is {given!r} or below it"
-            for given in self._names
-            if all(_longest(name, [given], ".") is None for name in names)
-        ]
-
-    def drop(
-        self, modules: dict[str, dict[Any, Any]], renamed: Mapping[str, str]
-    ) -> None:
-        """Drops modules that are skipped, under their new names as well."""
-        for path in [path for path in modules if path and path in self]:
-            del modules[path]
-            self._names.append(renamed[path].replace("/", "."))
-        if not modules.get("", True):
-            del modules[""]
