@@ -162,19 +162,21 @@ def run(layer: nn.Module, stand_in: StandIn, call: Any) -> Any:
                 f"{layer_path(layer)} is called with {name}, which "
                 f"{spell_class(cls)} does not take."
             )
-    _check_variables(layer, cls)
     twin: Any
-    if is_copy and layer.is_initializing():
-        # Its own code draws the variables, the stand-in adds what it lacks.
-        call()
-        scope: Any = layer.scope
-        twin = cls(**fields, parent=scope.rewound(), name=layer.name)
-        twin._state.in_compact_method = True
-    else:
+    kind = written_class(layer)
+    if kind in (nn.BatchNorm, BatchNorm) or issubclass(kind, cls):
         # The same bound module under another class: scope, random keys and
         # what flax keeps of the running call stay.
         twin = object.__new__(cls)
         vars(twin).update(vars(layer), **fields)
+    else:
+        _check_variables(layer, cls)
+        if is_copy and layer.is_initializing():
+            call()  # it draws its variables, the stand-in adds what it lacks
+        # Beside the layer, whose setup may have taken the names.
+        scope: Any = layer.scope
+        twin = cls(**fields, parent=scope.rewound(), name=layer.name)
+        twin._state.in_compact_method = True
     # The unwrapped method, because this call has been announced, captured and
     # tabulated as the layer's own.
     return unwrapped_call(cls)(twin, *args, **kwargs)

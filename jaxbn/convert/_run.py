@@ -31,6 +31,7 @@ class _Record:
 
     done: dict[str, StandIn | None] = dataclasses.field(default_factory=dict)
     left: dict[str, tuple[type, str]] = dataclasses.field(default_factory=dict)
+    why: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 # The rule in force; None: no converted model runs.
@@ -153,7 +154,8 @@ def _exchange(
     if rule.keeps(kind, path):
         record.done[path] = None
         return call(*args, **kwargs)
-    why = None
+    if context.method_name == "setup" and rule.replacement(kind) is not None:
+        return None  # it would make variables that nothing uses
     if context.method_name == "__call__":
         if isinstance(layer, nnx.bridge.ToLinen):
             record.done[path] = None
@@ -164,20 +166,23 @@ def _exchange(
             if found.cls is kind and found.fields == fields_of(layer, kind):
                 return call(*args, **kwargs)
             return run(layer, found, functools.partial(call, *args, **kwargs))
-        why = found
+        if found is not None:
+            record.why[path] = found
     y = call(*args, **kwargs)
-    own = rule.to is BatchNorm and owned_statistics(
-        variables_of(layer, "batch_stats")
-    )
-    if own and why is None:
-        why = f"which owns {own[0]} and {own[1]} in batch_stats"
-    if (
-        path not in record.done
-        and why is not None
-        and (own or isinstance(layer, (nn.BatchNorm, BatchNorm)))
-    ):
-        record.left.setdefault(path, (kind, why))
+    if path not in record.done:
+        _note(rule, record, layer, path, kind)
     return y
+
+
+def _note(
+    rule: Rule, record: _Record, layer: nn.Module, path: str, kind: type
+) -> None:
+    """Takes down that a layer was left as it is, if it is a batch norm."""
+    own = owned_statistics(variables_of(layer, "batch_stats"))
+    known = isinstance(layer, (nn.BatchNorm, BatchNorm)) and path in record.why
+    if known or (own and rule.to is BatchNorm):
+        words = f"which owns {' and '.join(own)} in batch_stats"
+        record.left.setdefault(path, (kind, record.why.get(path, words)))
 
 
 def _run_nnx(

@@ -124,9 +124,10 @@ def from_torch(
         leaves = modules.setdefault(path, {})
         if name not in skipped:
             leaves[leaf] = to_array(name, value)
-    modules.update(without_entries(kinds, modules))
-    renamed = new_paths(modules, rename, (".", "/"), problems)
+    no_arrays = without_entries(kinds, modules)
+    renamed = new_paths([*modules, *no_arrays], rename, (".", "/"), problems)
     skipped.drop(modules, renamed)
+    modules.update(no_arrays)
     kinds = kinds_of(kinds, modules, kind_in_torch, problems)
     n = values_of(values_per_batch, modules, "running_var", ".", problems)
 
@@ -239,9 +240,10 @@ def to_torch(
         for name in variables
         if name not in ("params", "batch_stats")
     ]
-    modules.update(without_entries(kinds, modules))
-    renamed = new_paths(modules, rename, ("/", "."), problems)
+    no_arrays = without_entries(kinds, modules)
+    renamed = new_paths([*modules, *no_arrays], rename, ("/", "."), problems)
     skipped.drop(modules, renamed)
+    modules.update(no_arrays)
     kinds = kinds_of(kinds, modules, kind_in_flax, problems)
     n = values_of(values_per_batch, modules, _VAR, "/", problems)
 

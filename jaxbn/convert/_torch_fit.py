@@ -130,8 +130,8 @@ class Skipped:
         self, modules: dict[str, dict[Any, Any]], renamed: Mapping[str, str]
     ) -> None:
         """Drops modules that are skipped, under their new names as well."""
-        for path in [path for path in modules if path and path in self]:
-            del modules[path]
-            self._names.append(renamed[path].replace("/", "."))
-        if not modules.get("", True):
-            del modules[""]
+        for path, leaves in list(modules.items()):
+            if not leaves:
+                del modules[path]
+            if path in self and renamed[path]:
+                self._names.append(renamed[path].replace("/", "."))
