@@ -13,6 +13,7 @@ from flax import nnx
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import convert
+from tests import convert_copies as copies
 from tests.convert_models import (
     Block,
     C,
@@ -145,7 +146,8 @@ class NnxTest(parameterized.TestCase):
             convert.to_jaxbn(net, use_bias=False)
 
         class Own(nnx.BatchNorm):
-            pass
+            def __call__(self, x):
+                return super().__call__(x)
 
         class Ours(jaxbn.nnx.BatchNorm):
             pass
@@ -168,3 +170,100 @@ class NnxTest(parameterized.TestCase):
         message = "the model itself: .* no counterpart of momentum=None"
         with pytest.raises(ValueError, match=message):
             convert.to_flax(layer)
+
+
+def with_layer(layer):
+    return nnx.Sequential(nnx.Linear(C, C, rngs=nnx.Rngs(1)), layer)
+
+
+def graph_norm(norm):
+    layer = jaxbn.nnx.BatchNorm(
+        norm.num_features,
+        momentum=norm.momentum,
+        epsilon=norm.eps,
+        ddof=1,
+        rngs=nnx.Rngs(0),
+    )
+    layer.mean, layer.var = norm.running_mean, norm.running_var
+    layer.scale, layer.bias = norm.weight, norm.bias
+    return layer
+
+
+class CopiesTest(parameterized.TestCase):
+    @parameterized.parameters({}, dict(momentum=0.5, epsilon=0.1))
+    def test_a_copy_becomes_the_layer(self, **options):
+        x, layer = data(), copies.NnxCopy(C, rngs=nnx.Rngs(0), **options)
+        layer.scale.set_value(jnp.arange(1.0, 4.0))
+        layer.mean.set_value(jnp.arange(3.0))
+        model = convert.to_jaxbn(with_layer(layer), axis_name="data")
+        got = model.layers[1]
+        assert type(got) is jaxbn.nnx.BatchNorm and got.axis_name == "data"
+        assert type(layer) is copies.NnxCopy
+        want = jaxbn.nnx.BatchNorm(
+            C, rngs=nnx.Rngs(0), **{"momentum": 0.9, **options}
+        )
+        nnx.update(want, nnx.state(layer))
+        h = model.layers[0](x)
+        np.testing.assert_array_equal(
+            got(h, use_running_average=False),
+            want(h, use_running_average=False),
+        )
+        chex.assert_trees_all_equal(nnx.state(got), nnx.state(want))
+
+    def test_what_is_left_is_listed(self):
+        class Own(nnx.BatchNorm):
+            def __call__(self, x, use_running_average=None, *, mask=None):
+                return 1 + super().__call__(x, use_running_average, mask=mask)
+
+        class Same(nnx.BatchNorm):
+            pass
+
+        def own(cls, **options):
+            return cls(C, rngs=nnx.Rngs(0), **options)
+
+        layers = [
+            own(nnx.BatchNorm),
+            own(copies.NnxCopy, ddof=1),
+            copies.GraphNorm(C),
+            own(Own),
+            own(Same),
+        ]
+        with pytest.raises(ValueError) as caught:
+            convert.to_jaxbn(nnx.List(layers))
+        _, *lines, last = str(caught.value).splitlines()
+        assert [line.split()[0] for line in lines] == ["1", "2", "3"], lines
+        for line, words in zip(
+            lines,
+            (
+                "NnxCopy, which has the attributes of flax's layer and "
+                "computes something else: running statistics differ",
+                "GraphNorm, which owns running_mean and running_var",
+                "a subclass of flax.nnx.BatchNorm that may compute something",
+            ),
+        ):
+            assert words in line, line
+        assert "keep=[NnxCopy, GraphNorm, Own]" in last
+        keep = [copies.NnxCopy, "2", Own]
+        kept = convert.to_jaxbn(nnx.List(layers), keep=keep)
+        assert [type(layer) is type(old) for layer, old in zip(kept, layers)] == [
+            False, True, True, True, False,
+        ]  # fmt: skip
+
+    def test_a_rule_for_a_class(self):
+        x, plain = data(), with_layer(copies.GraphNorm(C))
+        plain.again = plain.layers[1]
+        rule = {copies.GraphNorm: graph_norm}
+        model = convert.to_jaxbn(plain, replace=rule, axis_name="data")
+        layer = model.layers[1]
+        assert type(layer) is jaxbn.nnx.BatchNorm and model.again is layer
+        assert layer.axis_name == "data" and layer.ddof == 1
+        model.train()
+        np.testing.assert_allclose(np.std(model(x), 0), 2, atol=1e-2)
+        assert float(layer.mean[0]) != 0
+        assert float(plain.layers[1].running_mean[0]) == 0
+        wrong = {copies.GraphNorm: lambda norm: norm}
+        message = (
+            "again: the rule that replace has for GraphNorm must.*got GraphN"
+        )
+        with pytest.raises(ValueError, match=message):
+            convert.to_jaxbn(plain, replace=wrong)

@@ -160,7 +160,7 @@ def _replaced(
     if not isinstance(made, BatchNorm):
         raise ValueError(
             f"{path}: the rule that replace has for {type(layer).__name__} "
-            f"must return a jaxbn.nnx.BatchNorm; got {made!r}."
+            f"must return a jaxbn.nnx.BatchNorm; got {type(made).__name__}."
         )
     if overrides:
         return _exchange(made, path, BatchNorm, overrides)

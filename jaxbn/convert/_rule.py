@@ -133,7 +133,7 @@ class Rule:
                 f"{layer_path(layer)}: the rule that replace has for "
                 f"{type(layer).__name__} must return a jaxbn.linen.BatchNorm, "
                 "or one and a dict of what else to call it with; got "
-                f"{made!r}."
+                f"{type(made).__name__}."
             )
         cls = type(made)
         fields = {**fields_of(made, cls), **dict(self.fields)}
