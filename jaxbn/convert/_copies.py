@@ -95,22 +95,41 @@ def _verdict(
     axis = fields.get("axis", -1)
     axes = axis if isinstance(axis, (tuple, list)) else (axis,)
     features = {a % len(shape) for a in axes}
+    # A trial runs on one device, and needs no initial values of a checkpoint.
+    fields = {
+        name: None if name in ("axis_name", "axis_index_groups") else value
+        for name, value in fields.items()
+        if name != "use_running_average"
+    } | {
+        field.name: field.default
+        for field in dataclasses.fields(cls)
+        if field.name.endswith("_init")
+        and field.default is not dataclasses.MISSING
+    }
+    # Of as many examples as there are: groups of 32 are one group below.
+    examples = 0 if 0 in features else _size(shape[0], _LARGEST)
+    small = tuple(_size(d, 3) for d in shape)
+    full = tuple(
+        _size(d, d) if i in features else n
+        for i, (d, n) in enumerate(zip(shape, small))
+    )
+    why = None
+    for sizes in dict.fromkeys((small, full)):  # a field may say the size
+        if examples:
+            sizes = (examples, *sizes[1:])
+        trial = functools.partial(_trial, cls, fields, mode, sizes)
+        key = (cls, *sorted(fields.items(), key=str), mode, sizes)
+        why = run_apart(trial, key=key)
+        if why is None:
+            break
+    return why
+
+
+def _size(size: Any, largest: int) -> int:
     try:
-        # Of as many examples as there are: groups of 32 are one group below.
-        sizes = tuple(
-            int(d)
-            if i in features
-            else min(max(int(d), 2), 3 if i else _LARGEST)
-            for i, d in enumerate(shape)
-        )
-    except Exception:  # of jax.export, whose sizes have no numbers yet
-        return "which cannot be tried out at a size that is not known yet"
-    # A trial runs on one device.
-    alone = dict.fromkeys(("axis_name", "axis_index_groups"))
-    fields = {name: alone.get(name, v) for name, v in fields.items()}
-    trial = functools.partial(_trial, cls, fields, mode, sizes)
-    key = (cls, *fields.items(), mode, sizes)
-    return run_apart(trial, key=key)
+        return min(max(int(size), 2), largest)
+    except Exception:  # of jax.export, where it has no number yet
+        return largest
 
 
 def _trial(
@@ -127,7 +146,7 @@ def _trial(
         if own and mode.name is not None:
             passed[mode.name] = inference != mode.inverse
             inference = None  # type: ignore[assignment]
-        if not own or "use_running_average" in given:
+        if not own or _has_field(cls, "use_running_average"):
             given["use_running_average"] = inference
         layer = (cls if own else nn.BatchNorm)(**given, parent=None)
         if variables is None:
@@ -178,6 +197,10 @@ def _trial(
         "which has the fields of flax's layer and computes something else: "
         f"{differs} differ"
     )
+
+
+def _has_field(cls: type[nn.Module], name: str) -> bool:
+    return name in {field.name for field in dataclasses.fields(cls)}
 
 
 def _names(tree: Any) -> set[str]:

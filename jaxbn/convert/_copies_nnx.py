@@ -36,14 +36,18 @@ def differs(layer: Any, options: dict[str, Any]) -> str | None:
     if names[1:2] != ["use_running_average"] or names[2:] not in ([], ["mask"]):
         return f"which is called with {', '.join(names)}"
     graphdef, state = nnx.split(layer)
-    trial = functools.partial(_trial, graphdef, state, options)
+    # Of layers that nnx.vmap has stacked the first one.
+    stacked = layer.mean.ndim - 1
+    trial = functools.partial(_trial, graphdef, state, options, stacked)
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(state))
     return run_apart(trial, key=(graphdef, shapes))
 
 
-def _trial(graphdef: Any, state: Any, options: dict[str, Any]) -> str | None:
+def _trial(
+    graphdef: Any, state: Any, options: dict[str, Any], stacked: int
+) -> str | None:
     # A copy of other values: those of the model may be traced.
-    other = functools.partial(_other_value, np.random.default_rng(1))
+    other = functools.partial(_other_value, np.random.default_rng(1), stacked)
     theirs = nnx.merge(graphdef, jax.tree.map(other, state))
     flaxs = nnx.BatchNorm(
         theirs.num_features, **{**options, **_ALONE}, rngs=nnx.Rngs(0)
@@ -99,12 +103,13 @@ def _trial(graphdef: Any, state: Any, options: dict[str, Any]) -> str | None:
     )
 
 
-def _other_value(rng: np.random.Generator, a: Any) -> Any:
+def _other_value(rng: np.random.Generator, stacked: int, a: Any) -> Any:
+    shape = a.shape[stacked:]
     if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         return jax.random.key(0)
     if not jnp.issubdtype(a.dtype, jnp.inexact):
-        return jnp.zeros_like(a)
-    return jnp.asarray(rng.uniform(0.5, 2, a.shape), a.dtype)
+        return jnp.zeros(shape, a.dtype)
+    return jnp.asarray(rng.uniform(0.5, 2, shape), a.dtype)
 
 
 def _variables(layer: Any) -> dict[str, Any]:

@@ -40,12 +40,29 @@ def to_jaxbn(
 
     Of an nnx model a copy is returned, in which layers that were shared are
     shared. Variables are copies too, over the same arrays, as `nnx.clone`
-    makes them. A linen model inside `nnx.bridge.ToNNX` is converted as well.
+    makes them. A linen model inside `nnx.bridge.ToNNX` and an nnx model inside
+    `nnx.bridge.ToLinen` are converted as well.
+
+    A layer that is neither flax's nor jaxbn's and owns a mean and a variance
+    in batch_stats is converted if it has the fields of flax's layer and,
+    tried on a small batch, the same variables, outputs, running statistics and
+    gradients: a copy of flax's code, or a subclass of flax's layer. Any other
+    is an error, unless replace or keep names it. A trial takes about a second
+    for a class and its options.
 
     Args:
       model: a flax.linen or flax.nnx module, or a layer itself. Layers of
         jaxbn in it stay, with the overrides.
-      keep: subclasses of BatchNorm to leave as they are.
+      keep: what to leave as it is: classes, with their subclasses, or paths of
+        layers such as "encoder/norm".
+      replace: class of batch norm layers, with its subclasses -> rule. In
+        linen it is called as the layer is, with the layer first: rule(layer,
+        x, ...), and returns the `jaxbn.linen.BatchNorm` to call with x, or a
+        pair of that and a dict of further arguments, such as mask and
+        use_running_average. Of the layer it may read the fields. Variables
+        are those that BatchNorm makes. In nnx it is rule(layer), and returns a
+        `jaxbn.nnx.BatchNorm` that holds what it takes over. In linen
+        BatchNorm itself is a rule for a class with flax's fields and call.
       **overrides: fields to set on every layer, such as axis_name="data".
 
     Returns:
@@ -53,9 +70,10 @@ def to_jaxbn(
 
     Raises:
       ValueError: an override is no field of the layer, cannot be hashed (in
-        linen), or would change the shape of a variable of an nnx layer; a layer
-        is a subclass of flax's BatchNorm and not in keep (in linen, when it is
-        first called); model is something else.
+        linen), or would change the shape of a variable of an nnx layer; layers
+        that own a mean and a variance would be left as they are, all of which
+        are listed (in linen, when the model has run); a rule returns something
+        else; model is something else.
     """
     if isinstance(model, nn.Module):
         known = [
@@ -84,15 +102,16 @@ def to_flax(model: _Model, *, keep: Iterable[type | str] = ()) -> _Model:
 
     Args:
       model: see `to_jaxbn`.
-      keep: subclasses of jaxbn's BatchNorm to leave as they are.
+      keep: see `to_jaxbn`.
 
     Returns:
       A model that is used as the one given.
 
     Raises:
       ValueError: a field that flax lacks is not at its default (in linen, when
-        the layer is called, unless `to_jaxbn` set it); a layer is a subclass
-        of jaxbn's BatchNorm and not in keep; model is something else.
+        the layer is called, unless `to_jaxbn` set it); layers are subclasses
+        of jaxbn's BatchNorm and not in keep (in linen, when the model has
+        run); model is something else.
     """
     return _convert(model, _rule(nn.BatchNorm, {}, keep, {}))
 
@@ -108,7 +127,8 @@ def runs_as(layer: nn.Module) -> nn.Module:
 
     Returns:
       An unbound layer with the fields that are in force; layer itself where no
-      converted model is running or it is no batch norm.
+      converted model is running, or it is neither flax's nor jaxbn's and has
+      not run yet.
 
     Raises:
       ValueError: the conversion in force refuses the layer; see `to_jaxbn`.

@@ -179,6 +179,9 @@ def _note(
 ) -> None:
     """Takes down that a layer was left as it is, if it is a batch norm."""
     own = owned_statistics(variables_of(layer, "batch_stats"))
+    parts = layer._state.children.values()
+    if any(isinstance(p, nn.Module) and p.scope == layer.scope for p in parts):
+        return  # of nn.share_scope; it is the part that owns them
     known = isinstance(layer, (nn.BatchNorm, BatchNorm)) and path in record.why
     if known or (own and rule.to is BatchNorm):
         words = f"which owns {' and '.join(own)} in batch_stats"

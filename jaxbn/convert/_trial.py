@@ -31,9 +31,16 @@ def run_apart(trial: Callable[[], str | None], *, key: Any) -> str | None:
     with contextlib.suppress(TypeError):
         if key in _verdicts:
             return _verdicts[key][0]
+    # An option that may be set for this thread alone.
+    wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+
+    def run() -> str | None:
+        with jax.enable_x64(wide):
+            return trial()
+
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
-            found = pool.submit(trial).result()
+            found = pool.submit(run).result()
         except Exception as error:
             text = str(error).partition("\n")[0]
             found = f"which cannot be tried out alone ({text})"
