@@ -246,6 +246,43 @@ def test_a_copy_under_lifted_transforms_and_with_captures():
     np.testing.assert_allclose(np.std(y, 1), 1, atol=1e-2)
 
 
+def test_what_interceptors_see():
+    seen, x = [], data(1)
+
+    def tap(call, args, kwargs, context):
+        layer = context.module
+        if isinstance(layer, copies.Copy) and context.method_name == "__call__":
+            before = convert.runs_as(layer, *args, **kwargs)
+            y = call(*args, **kwargs)
+            seen.append((before, convert.runs_as(layer)))
+            return y
+        return call(*args, **kwargs)
+
+    model = convert.to_jaxbn(Block(copies.Copy), axis_name="data")
+    with nn.intercept_methods(tap):
+        variables = jax.eval_shape(model.init, KEY, x)
+    (pair,) = seen
+    for layer in pair:
+        assert type(layer) is jaxbn.linen.BatchNorm
+        assert layer.axis_name == "data" and layer.momentum == 0.9
+    moments = jax.eval_shape(
+        functools.partial(jaxbn.linen.batch_moments, model), variables, x
+    )
+    assert moments["Copy_0"].mean.shape == (C,)
+
+
+def test_an_unknown_number_of_examples():
+    x, model = data(), convert.to_jaxbn(Inverse(copies.Copy))
+    variables = model.init(KEY, x)
+    (n,) = jax.export.symbolic_shape("n")
+    of = jax.ShapeDtypeStruct((n, C), x.dtype)
+    apply = jax.jit(functools.partial(model.apply, train=False))
+    exported = jax.export.export(apply)(variables, of)
+    np.testing.assert_allclose(
+        exported.call(variables, x), apply(variables, x), rtol=1e-5
+    )
+
+
 class Wrapped(nn.Module):
     """An nnx layer inside linen."""
 

@@ -7,6 +7,7 @@ import chex
 import flax.linen as nn
 import jax
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 import jaxbn.linen
@@ -168,3 +169,35 @@ class PartsTest(parameterized.TestCase):
             for size, got in found:
                 assert (abs(size - 1) < 1e-2) == (decay != 0.9)
                 np.testing.assert_allclose(got, (1 - decay) * mean, rtol=1e-4)
+
+    def test_scopes_that_are_shared_with_a_layer(self):
+        class Net(nn.Module):
+            def setup(self):
+                self.bn = nn.BatchNorm(momentum=0.5)
+                nn.share_scope(self, self.bn)
+
+            def __call__(self, x):
+                return self.bn(x, use_running_average=False)
+
+            def encode(self, x):
+                return x
+
+        x, model = data(), convert.to_jaxbn(Net())
+        variables = model.init(jax.random.key(0), x)
+        assert variables["batch_stats"].keys() == {"mean", "var"}
+        run = functools.partial(model.apply, mutable=["batch_stats"])
+        assert abs(std(run, variables, x) - 1) < 1e-3
+        # The layer does not run here, but its statistics are there.
+        assert model.apply(variables, x, method="encode").shape == x.shape
+
+    def test_an_error_of_the_model_is_its_own(self):
+        class Fails(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                nn.BatchNorm(use_running_average=False)(x)
+                raise KeyError("the author's")
+
+        with pytest.raises(KeyError, match="the author's"):
+            convert.to_jaxbn(Fails()).init(jax.random.key(0), data())
+        plain = nn.BatchNorm()
+        assert convert.runs_as(plain) is plain  # nothing is in force

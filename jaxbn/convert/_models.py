@@ -116,7 +116,7 @@ def to_flax(model: _Model, *, keep: Iterable[type | str] = ()) -> _Model:
     return _convert(model, _rule(nn.BatchNorm, {}, keep, {}))
 
 
-def runs_as(layer: nn.Module) -> nn.Module:
+def runs_as(layer: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """Returns the layer that runs in place of one, for who looks from outside.
 
     An interceptor of `flax.linen.intercept_methods` sees a layer of a converted
@@ -124,16 +124,17 @@ def runs_as(layer: nn.Module) -> nn.Module:
 
     Args:
       layer: such as `context.module` of an interceptor.
+      *args, **kwargs: of its call. Without them a layer that is neither
+        flax's nor jaxbn's is known once it has run.
 
     Returns:
       An unbound layer with the fields that are in force; layer itself where no
-      converted model is running, or it is neither flax's nor jaxbn's and has
-      not run yet.
+      converted model is running or it stays as it is.
 
     Raises:
       ValueError: the conversion in force refuses the layer; see `to_jaxbn`.
     """
-    return _run.runs_as(layer)
+    return _run.runs_as(layer, args, kwargs)
 
 
 def _convert(model: _Model, rule: Rule) -> _Model:

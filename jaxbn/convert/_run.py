@@ -41,24 +41,25 @@ _active: contextvars.ContextVar[tuple[Rule, _Record] | None] = (
 _FLAG = "jaxbn.convert"
 
 
-def runs_as(layer: nn.Module) -> nn.Module:
+def runs_as(layer: nn.Module, args: Any, kwargs: Any) -> nn.Module:
     """Returns what runs in place of a layer; see `jaxbn.convert`."""
     active = _active.get()
     if active is None:
         return layer
     rule, record = active
     path, kind = layer_path(layer), written_class(layer)
-    found: Any = record.done.get(path)
-    if found is None and isinstance(layer, (nn.BatchNorm, BatchNorm)):
-        if rule.keeps(kind, path):
-            return layer
-        found = rule.stand_in(layer, (), {})
-        if isinstance(found, str):
-            refuse_left({path: (kind, found)})
-    if found is None or path in record.left:
-        return layer
-    running: nn.Module = found.cls(**found.fields, parent=None, name=layer.name)
-    return running
+    is_known = isinstance(layer, (nn.BatchNorm, BatchNorm))
+    found: StandIn | str | None = record.done.get(path)
+    if found is None and (is_known or args) and not rule.keeps(kind, path):
+        found = rule.stand_in(layer, args, kwargs)
+    if isinstance(found, StandIn):
+        running: nn.Module = found.cls(
+            **found.fields, parent=None, name=layer.name
+        )
+        return running
+    if isinstance(found, str) and is_known:
+        refuse_left({path: (kind, found)})
+    return layer
 
 
 def in_force(rule: Rule) -> bool:
