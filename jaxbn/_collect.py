@@ -166,7 +166,7 @@ def nested(found: Mapping[Path, Any]) -> Any:
 
 def collect_linen(
     model: nn.Module, variables: Any, *args: Any, **kwargs: Any
-) -> tuple[Any, dict[Path, Collected]]:
+) -> tuple[Any, dict[Path, Collected], Log]:
     """Returns the output of a model, and what the trained layers hand out.
 
     Args:
@@ -175,8 +175,8 @@ def collect_linen(
       *args, **kwargs: of apply, with the collections that are mutable.
 
     Returns:
-      The output, and a dict from the path of a layer to `Collected`, in the
-      order of the calls.
+      The output; a dict from the path of a layer to `Collected`, in the order
+      of the calls; and the `Log` of the calls.
 
     Raises:
       ValueError: see `jaxbn.linen.batch_moments`.
@@ -200,7 +200,7 @@ def collect_linen(
     if silent or not log.trained:
         raise ValueError(refusal(silent, log, stats))
     found = dict(collected(updates["batch_stats"]))
-    return y, {path: found[path] for path in log.trained}
+    return y, {path: found[path] for path in log.trained}, log
 
 
 def collect_nnx(
@@ -277,8 +277,8 @@ def refusal(silent: dict[Path, str], log: Log, batch_stats: Any) -> str:
             f"jaxbn's BatchNorm; if the call does not reach it: {how}"
         )
     return (
-        "No layer handed out moments: there is no mean and var in the "
-        "batch_stats of the model, so no batch norm layer of flax or jaxbn."
+        "No layer handed out moments: there is no batch norm layer of flax or "
+        "jaxbn in the model, and no mean and var in its batch_stats."
     )
 
 

@@ -306,5 +306,5 @@ def batch_moments(
         batch = the_batch(args, kwargs)
         args, kwargs = (batch, True), {"method": caller(model, call)}
     kwargs.update(linen_options(variables, rngs, mutable))
-    _, found = collect_linen(model, variables, *args, **kwargs)
+    _, found, _ = collect_linen(model, variables, *args, **kwargs)
     return nested({path: part.values for path, part in found.items()})

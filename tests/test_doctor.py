@@ -307,7 +307,7 @@ def test_models_the_doctor_cannot_call(healthy, batches):
         examine(healthy, [])
     dense = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
     with pytest.raises(
-        ValueError, match="There is no batch norm layer in what"
+        ValueError, match="there is no batch norm layer of flax or"
     ):
         examine(None, batches, model=dense)
     with pytest.raises(ValueError, match="or flax.nnx module; got <lambda>"):

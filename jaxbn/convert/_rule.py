@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
+from jaxbn._collect import NAME as COLLECTED
 from jaxbn.convert import _copies
 from jaxbn.convert._checks import refuse, spell_class, subclass_of
 from jaxbn.convert._layers import (
@@ -26,7 +27,7 @@ from jaxbn.linen import BatchNorm
 # Variables that jaxbn's layer may have.
 _VARIABLES = {
     "params": {"scale", "bias"},
-    "batch_stats": {"mean", "var", "steps", "skipped"},
+    "batch_stats": {"mean", "var", "steps", "skipped", COLLECTED},
 }
 
 

@@ -7,19 +7,16 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn import convert
 from jaxbn._call import (
     Caller,
     advance_streams,
     caller,
     check_nnx_options,
-    infers,
     linen_options,
     run_nnx,
 )
@@ -27,19 +24,13 @@ from jaxbn._collect import (
     Collected,
     Log,
     Path,
-    collect_linen,
     collect_nnx,
     collected,
     with_empty,
 )
+from jaxbn._exchange import Exchanged, exchanged_nnx
 from jaxbn._moments import Moments
 from jaxbn.doctor._outputs import squares
-
-# Groups of devices need devices; the statistics of all are the same.
-_WITHOUT_GROUPS: dict[str, Any] = {
-    "group_size": None,
-    "axis_index_groups": None,
-}
 
 
 class Layers(NamedTuple):
@@ -78,20 +69,21 @@ class Linen:
         rngs: Any,
         mutable: Collection[str],
     ):
-        self._model = model
-        self._call = caller(model, call)
+        run = caller(model, call)
         self._variables = variables
-        self._given = rngs, mutable
-        ours = convert.to_jaxbn(model, **_WITHOUT_GROUPS)
+        self._linen = Exchanged(model)
+        self._log = Log()
 
         def read(variables: Any, batch: Any, number: Any) -> Any:
-            run = linen_options(variables, rngs, mutable, number=number)
-            run["method"] = self._call
-            y, found = collect_linen(ours, variables, batch, True, **run)
+            options = linen_options(variables, rngs, mutable, number=number)
+            options["method"] = run
+            y, found, self._log = self._linen.collect(
+                variables, batch, **options
+            )
             # What training creates, such as a cache, inference may do as well.
             if "batch_stats" not in mutable:
-                run["mutable"] = [*{*run["mutable"]} - {"batch_stats"}]
-            inferred, _ = ours.apply(variables, batch, False, **run)
+                options["mutable"].remove("batch_stats")
+            inferred, _ = self._linen.infer(variables, batch, **options)
             parts = {_name(path): _parts(a) for path, a in found.items()}
             return parts, squares(y, inferred)
 
@@ -99,49 +91,24 @@ class Linen:
 
     def layers(self, batch: Any) -> Layers:
         """Returns the layers of the model, from a call that is not run."""
-        options: dict[Path, dict[str, Any]] = {}
-        modes = Log()
-        stats = nn.unbox(self._variables.get("batch_stats", {}))
-        # What makes JAX trace anew what it knows already, such as nn.jit.
-        seen = with_empty(stats, Log())
-
-        def watch(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            layer, called = context.module, context.method_name == "__call__"
-            kinds = (nn.BatchNorm, jaxbn.linen.BatchNorm)
-            if not called or not isinstance(layer, kinds):
-                return run(*args, **kwargs)
-            running = convert.runs_as(layer)
-            if infers(running, *args, **kwargs):
-                modes.inferred[layer.path] = None
-            else:
-                options.setdefault(layer.path, _options(running))
-            # Not run: axes that it names are not bound here.
-            return _like_output(running, args[0] if args else kwargs["x"])
-
-        def trace(variables: Any, batch: Any) -> Any:
-            run = linen_options(variables, *self._given)
-            return self._model.apply(
-                variables, batch, True, method=self._call, **run
-            )
-
-        with nn.intercept_methods(watch):
-            jax.eval_shape(
-                trace, {**self._variables, "batch_stats": seen}, batch
-            )
-        known = [path for path, _ in collected(seen)]
+        # Which fills the log; it is traced once.
+        jax.eval_shape(self._read, self._variables, batch, np.int32(0))
+        stats = nn.unbox(self._variables["batch_stats"])
         params = self._variables.get("params", {})
-        for path, found in options.items():
-            if path not in known:
-                raise ValueError(
-                    f"variables have no running mean and var of {_name(path)}."
-                )
+        trained = {}
+        for path in self._log.trained:
             below = _at(stats, path)
-            found.update(running_mean=below["mean"], running_var=below["var"])
-            found.update(scale=nn.unbox(_at(params, path).get("scale")))
-        called = {*options, *modes.inferred}
+            trained[path] = _options(self._linen.layers[path]) | dict(
+                running_mean=below["mean"],
+                running_var=below["var"],
+                scale=nn.unbox(_at(params, path).get("scale")),
+            )
+        inferred = [path for path in self._log.inferred if path not in trained]
+        known = [path for path, _ in collected(with_empty(stats, Log()))]
+        called = {*trained, *inferred}
         return Layers(
-            {_name(path): found for path, found in options.items()},
-            [_name(path) for path in modes.inferred if path not in options],
+            {_name(path): found for path, found in trained.items()},
+            [_name(path) for path in inferred],
             unknown=[_name(path) for path in known if path not in called],
         )
 
@@ -166,8 +133,8 @@ class Nnx:
         check_nnx_options(rngs, mutable)
         self._model = model
         self._log = Log()
-        ours = convert.to_jaxbn(model, **_WITHOUT_GROUPS)
-        graphdef, self._state = nnx.split(ours)
+        self._ours = exchanged_nnx(model)
+        graphdef, self._state = nnx.split(self._ours)
 
         def read(state: Any, batch: Any, number: Any) -> Any:
             copy: Any = nnx.merge(graphdef, state)
@@ -190,10 +157,12 @@ class Nnx:
 
     def layers(self, batch: Any) -> Layers:
         """Returns the layers of the model, from a call that is not run."""
-        layers = jaxbn.nnx.batch_norms(self._model)
-        if not layers:
-            return Layers()
-        # Which fills the log; a fresh function, because it is traced once.
+        # As its code has them; a copy of flax's layer as what it runs as.
+        layers = {
+            **jaxbn.nnx.batch_norms(self._ours),
+            **jaxbn.nnx.batch_norms(self._model),
+        }
+        # Which fills the log; it is traced once.
         jax.eval_shape(self._read, self._state, batch, np.int32(0))
         trained = {}
         for (path,) in self._log.trained:
@@ -229,20 +198,6 @@ def _options(layer: Any) -> dict[str, Any]:
         momentum=layer.momentum,
         epsilon=layer.epsilon,
     )
-
-
-def _like_output(layer: Any, x: Any) -> jax.Array:
-    """Returns x in the dtype that the layer would return."""
-    x, dtype = jnp.asarray(x), layer.dtype
-    if dtype is None:
-        affine = layer.use_scale or layer.use_bias
-        dtype = np.promote_types(
-            x.dtype, layer.param_dtype if affine else x.dtype
-        )
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            dtype = jnp.float32
-    y: jax.Array = x.astype(dtype)
-    return y
 
 
 def _parts(found: Collected) -> Parts:

@@ -129,7 +129,6 @@ def examine(
     for batch in batches:
         if not parts:
             layers = examined.layers(batch)
-            _check_any(layers)
             size = next(len(a) for a in jax.tree.leaves(batch) if np.ndim(a))
         found, squares = jax.device_get(examined.read(batch, len(parts)))
         parts.append({path: _wide(part) for path, part in found.items()})
@@ -156,24 +155,6 @@ def examine(
     if not quiet:
         print(report, file=file or sys.stdout)
     return report
-
-
-def _check_any(layers: Layers) -> None:
-    if layers.trained:
-        return
-    if layers.inferred:
-        raise ValueError(
-            "In training every batch norm layer runs in inference mode: "
-            f"{', '.join(layers.inferred)}. If call= is given, it must put the "
-            "model into training mode where train is True; else write one, "
-            "such as call=lambda model, batch, train: model(batch, mode=train)."
-        )
-    others = ", ".join([*layers.uncalled, *layers.unknown])
-    rest = f" {others}: not called, or of another class." if others else ""
-    raise ValueError(
-        "There is no batch norm layer in what is called of this model, neither "
-        f"flax's nor jaxbn's.{rest}"
-    )
 
 
 def _ratio(square: float, size: float) -> float:

@@ -17,7 +17,7 @@ from jaxbn._call import (
     check_nnx_options,
     linen_options,
 )
-from jaxbn._collect import collect_linen, nested
+from jaxbn._collect import nested
 from jaxbn._moments import Moments
 from jaxbn.precise._sum import Sum
 
@@ -152,22 +152,20 @@ def _as_function(
             )
         return lambda variables, batch, _: model(variables, batch), variables
     import jaxbn.nnx  # which takes with_statistics from here
-    from jaxbn import convert
+    from jaxbn._exchange import Exchanged, exchanged_nnx
 
     run = caller(model, call)
-    # Groups of devices need devices; the statistics of all are the same.
-    ours: Any = convert.to_jaxbn(model, group_size=None, axis_index_groups=None)
     if isinstance(model, nn.Module):
+        linen = Exchanged(model)
 
         def of_linen(variables: Any, batch: Any, number: Any) -> Any:
             options = linen_options(variables, rngs, mutable, number=number)
-            options["method"] = run
-            _, found = collect_linen(ours, variables, batch, True, **options)
+            _, found, _ = linen.collect(variables, batch, method=run, **options)
             return nested({path: part.values for path, part in found.items()})
 
         return of_linen, variables
     check_nnx_options(rngs, mutable)
-    graphdef, state = nnx.split(ours)
+    graphdef, state = nnx.split(exchanged_nnx(model))
 
     def of_nnx(state: Any, batch: Any, number: Any) -> Any:
         copy: Any = nnx.merge(graphdef, state)
