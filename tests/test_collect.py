@@ -235,6 +235,87 @@ def test_only_what_ran_as_batch_norm_counts(x):
     )
 
 
+def test_state_of_an_nnx_model_that_is_no_batch_norm(x):
+    class Observed(nnx.Module):
+        def __init__(self):
+            self.mean = nnx.BatchStat(jnp.zeros(3))
+            self.var = nnx.BatchStat(jnp.ones(3))
+
+        def __call__(self, x):
+            self.mean[...] = self.mean[...] + x.mean(0)
+            return x - self.mean[...][None]
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.seen = Observed()
+            self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.seen(x))
+
+    found = precise.recompute(Model(nnx.Rngs(0)), None, [x]).stats
+    assert set(found) == {"norm"}
+    report = doctor.examine(Model(nnx.Rngs(0)), None, [x], quiet=True)
+    assert [layer.path for layer in report.layers] == ["norm"]
+
+
+def test_a_copy_of_the_layer_beside_other_state(x):
+    class Copy(nn.Module):
+        """flax's layer, as authors write it again."""
+
+        use_running_average: bool | None = None
+        axis: int = -1
+        momentum: float = 0.99
+        epsilon: float = 1e-5
+        dtype: type | None = None
+        param_dtype: type = jnp.float32
+        use_bias: bool = True
+        use_scale: bool = True
+        bias_init: nn.initializers.Initializer = nn.initializers.zeros
+        scale_init: nn.initializers.Initializer = nn.initializers.ones
+        axis_name: str | None = None
+        axis_index_groups: tuple | None = None
+
+        @nn.compact
+        def __call__(self, x, use_running_average=None):
+            inference = nn.merge_param(
+                "use_running_average",
+                self.use_running_average,
+                use_running_average,
+            )
+            size = x.shape[-1]
+            mean = self.variable("batch_stats", "mean", jnp.zeros, size)
+            var = self.variable("batch_stats", "var", jnp.ones, size)
+            scale = self.param("scale", self.scale_init, (size,))
+            bias = self.param("bias", self.bias_init, (size,))
+            axes = tuple(range(x.ndim - 1))
+            m, v = mean.value, var.value
+            if not inference:
+                m, v = x.mean(axes), x.var(axes)
+                if not self.is_initializing():
+                    keep = self.momentum
+                    mean.value = keep * mean.value + (1 - keep) * m
+                    var.value = keep * var.value + (1 - keep) * v
+            shape = (1,) * (x.ndim - 1) + (size,)
+            m, v, scale, bias = (a.reshape(shape) for a in (m, v, scale, bias))
+            return (x - m) / jnp.sqrt(v + self.epsilon) * scale + bias
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = Copy(use_running_average=not train, name="copy")(x)
+            return Observed(name="seen")(x, train)
+
+    model = Model()
+    variables = model.init(jax.random.key(0), x, False)
+    found = precise.recompute(model, variables, [x]).stats
+    assert set(found) == {"copy"}
+    np.testing.assert_allclose(found["copy"].mean, x.mean(0), rtol=1e-5)
+    report = doctor.examine(model, variables, [x], quiet=True)
+    assert [layer.path for layer in report.layers] == ["copy"]
+    assert any("seen has a mean and a var in" in w for w in report.warnings)
+
+
 def test_nnx_layers_in_the_order_of_the_calls(x):
     class Odd(nnx.Module):
         def __init__(self, rngs):

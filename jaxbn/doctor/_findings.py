@@ -75,7 +75,8 @@ UNKNOWN = Finding(
     "has a mean and a var in batch_stats, where no batch norm layer of flax "
     "or jaxbn is called in training.",
     "Not examined. Right for statistics of another kind, or where training "
-    "takes another branch; a copy of flax's layer is not known as one.",
+    "takes another branch. If it is batch norm of another class, "
+    "jaxbn.convert.to_jaxbn(model, replace=...) says so.",
 )
 EMPTY = Finding(
     "receives no value: all are masked out, or it is in a branch that is not "
