@@ -32,7 +32,20 @@ class _Record:
     done: dict[str, StandIn | None] = dataclasses.field(default_factory=dict)
     left: dict[str, tuple[type, str]] = dataclasses.field(default_factory=dict)
     why: dict[str, str] = dataclasses.field(default_factory=dict)
-    running: set[int] = dataclasses.field(default_factory=set)
+    running: set[Any] = dataclasses.field(default_factory=set)
+
+    def inside(self, layer: nn.Module, is_call: bool) -> bool:
+        """Whether a method runs for another one, which is seen to already."""
+        called = (id(layer), True) in self.running
+        return called or not is_call and (id(layer), False) in self.running
+
+    @contextlib.contextmanager
+    def entered(self, layer: nn.Module, is_call: bool) -> Iterator[None]:
+        self.running.add((id(layer), is_call))
+        try:
+            yield
+        finally:
+            self.running.discard((id(layer), is_call))
 
 
 # The rule in force; None: no converted model runs.
@@ -157,31 +170,27 @@ def _exchange(
     if rule.keeps(kind, path):
         record.done[path] = None
         return call(*args, **kwargs)
-    if id(layer) in record.running:  # a method that calls another
+    is_call = context.method_name == "__call__"
+    if record.inside(layer, is_call):
         return call(*args, **kwargs)
     if context.method_name == "setup" and rule.replacement(kind) is not None:
         return None  # it would make variables that nothing uses
-    record.running.add(id(layer))
-    try:
-        return _run_layer(
-            rule, record, layer, context.method_name, call, args, kwargs
-        )
-    finally:
-        record.running.discard(id(layer))
+    with record.entered(layer, is_call):
+        return _run_layer(rule, record, layer, is_call, call, args, kwargs)
 
 
 def _run_layer(
     rule: Rule,
     record: _Record,
     layer: nn.Module,
-    method: str,
+    is_call: bool,
     call: Callable[..., Any],
     args: Any,
     kwargs: Any,
 ) -> Any:
     path, kind = layer_path(layer), written_class(layer)
     y = _NOT_RUN
-    if method == "__call__":
+    if is_call:
         if isinstance(layer, nnx.bridge.ToLinen):
             record.done[path] = None
             return _run_nnx(rule, record, layer, path, args, kwargs)
@@ -235,11 +244,7 @@ def _run_nnx(
         record.left.update(_nnx.exchange(module, rule, above=above))
         return module
 
-    # Its methods, which its call calls, are those of the layer for _exchange.
     twin: Any = object.__new__(type(layer))
-    record.running.add(id(twin))
     vars(twin).update(vars(layer), nnx_class=make)
-    try:
+    with record.entered(twin, True):
         return unwrapped_call(type(layer))(twin, *args, **kwargs)
-    finally:
-        record.running.discard(id(twin))
