@@ -163,6 +163,26 @@ def test_everything_that_is_left_is_listed():
         bound(x)
 
 
+class WithFields(nn.Module):
+    """A model with the fields of a layer, and none of its variables."""
+
+    momentum: float = 0.5
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        return Block(decay=self.momentum)(x, train)
+
+
+def test_only_what_owns_statistics_is_tried(monkeypatch):
+    monkeypatch.setattr("jaxbn.convert._copies.read", None)
+    x, model = data(), convert.to_jaxbn(WithFields())
+    variables = model.init(KEY, x)
+    assert (
+        abs(std(model.apply, variables, x, mutable=["batch_stats"]) - 1) < 1e-3
+    )
+
+
 class Masked(nn.Module):
     @nn.compact
     def __call__(self, x, paddings, train=True):

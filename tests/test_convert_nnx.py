@@ -261,6 +261,10 @@ class CopiesTest(parameterized.TestCase):
         np.testing.assert_allclose(np.std(model(x), 0), 2, atol=1e-2)
         assert float(layer.mean[0]) != 0
         assert float(plain.layers[1].running_mean[0]) == 0
+        layer = copies.NnxCopy(C, ddof=1, momentum=0.25, rngs=nnx.Rngs(0))
+        rule = {copies.NnxCopy: jaxbn.nnx.BatchNorm}
+        named = convert.to_jaxbn(with_layer(layer), replace=rule).layers[1]
+        assert type(named) is jaxbn.nnx.BatchNorm and named.momentum == 0.25
         wrong = {copies.GraphNorm: lambda norm: norm}
         message = (
             "again: the rule that replace has for GraphNorm must.*got GraphN"

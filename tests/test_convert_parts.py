@@ -13,6 +13,7 @@ from absl.testing import parameterized
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import convert
+from tests import convert_copies as copies
 from tests.convert_models import (
     Block,
     C,
@@ -201,3 +202,25 @@ class PartsTest(parameterized.TestCase):
             convert.to_jaxbn(Fails()).init(jax.random.key(0), data())
         plain = nn.BatchNorm()
         assert convert.runs_as(plain) is plain  # nothing is in force
+
+    def test_a_layer_that_is_entered_by_another_method(self):
+        class Own(copies.Copy):
+            def forward(self, x):
+                return self(x, use_running_average=False)
+
+        class Net(nn.Module):
+            layer: type
+
+            @nn.compact
+            def __call__(self, x):
+                return self.layer().forward(x)
+
+        class Plain(nn.BatchNorm):
+            def forward(self, x):
+                return self(x, use_running_average=False)
+
+        for layer in (Own, Plain):
+            x, model = data(), convert.to_jaxbn(Net(layer))
+            variables = model.init(jax.random.key(0), x)
+            run = functools.partial(model.apply, mutable=["batch_stats"])
+            assert abs(std(run, variables, x) - 1) < 1e-3

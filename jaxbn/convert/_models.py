@@ -61,8 +61,8 @@ def to_jaxbn(
         pair of that and a dict of further arguments, such as mask and
         use_running_average. Of the layer it may read the fields. Variables
         are those that BatchNorm makes. In nnx it is rule(layer), and returns a
-        `jaxbn.nnx.BatchNorm` that holds what it takes over. In linen
-        BatchNorm itself is a rule for a class with flax's fields and call.
+        `jaxbn.nnx.BatchNorm` that holds what it takes over. BatchNorm itself
+        is a rule for a class with flax's fields, variables and call.
       **overrides: fields to set on every layer, such as axis_name="data".
 
     Returns:

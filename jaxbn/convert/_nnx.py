@@ -156,6 +156,8 @@ def _copied(
 def _replaced(
     layer: Any, path: str, make: Any, overrides: dict[str, Any]
 ) -> _StandIn:
+    if make is BatchNorm and _copies_nnx.looks_like_flax(layer):
+        return _exchange(layer, path, BatchNorm, overrides)
     made = make(layer)
     if not isinstance(made, BatchNorm):
         raise ValueError(

@@ -38,7 +38,6 @@ class StandIn(NamedTuple):
     fields: dict[str, Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    is_copy: bool = False  # the layer's own code draws its initial values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +73,15 @@ class Rule:
         if self.to is nn.BatchNorm:
             refuse(path, fields, DEFAULTS, SHARED)
 
+    def may_be_copy(self, layer: nn.Module) -> bool:
+        """Whether it takes a trial to know what becomes of a layer."""
+        kind = written_class(layer)
+        if self.to is nn.BatchNorm or self.replacement(kind) is not None:
+            return False
+        if isinstance(layer, (nn.BatchNorm, BatchNorm)):
+            return kind is not nn.BatchNorm and not issubclass(kind, BatchNorm)
+        return _copies.looks_like_flax(kind)
+
     def stand_in(
         self, layer: nn.Module, args: Any, kwargs: Any
     ) -> StandIn | str | None:
@@ -85,20 +93,19 @@ class Rule:
         make = self.replacement(kind)
         if make is not None:
             return self._replaced(layer, make, args, kwargs)
-        if not isinstance(layer, (nn.BatchNorm, BatchNorm)):
-            if self.to is nn.BatchNorm or not _copies.looks_like_flax(kind):
-                return None
-            return self._copied(layer, args, kwargs)
-        if issubclass(kind, self.to):
-            return self._with_fields(layer, kind, args, kwargs)
+        is_known = isinstance(layer, (nn.BatchNorm, BatchNorm))
         plain = nn.BatchNorm if self.to is BatchNorm else BatchNorm
-        if kind is plain:
-            return self._with_fields(layer, self.to, args, kwargs)
-        what = subclass_of(plain)
-        if self.to is nn.BatchNorm or not args:
-            return what
-        found = self._copied(layer, args, kwargs)
-        return f"{what}, {found}" if isinstance(found, str) else found
+        if self.may_be_copy(layer) and (args or not is_known):
+            found = self._copied(layer, args, kwargs)
+            if is_known and isinstance(found, str):
+                return f"{subclass_of(plain)}, {found}"
+            return found
+        if not is_known:
+            return None
+        if kind is plain or issubclass(kind, self.to):
+            cls = self.to if kind is plain else kind
+            return self._with_fields(layer, cls, args, kwargs)
+        return subclass_of(plain)
 
     def _with_fields(
         self, layer: nn.Module, cls: type[nn.Module], args: Any, kwargs: Any
@@ -116,7 +123,7 @@ class Rule:
         if isinstance(found, str):
             return found
         fields = {**DEFAULTS, **found.fields, **dict(self.fields)}
-        return StandIn(BatchNorm, fields, found.args, found.kwargs, True)
+        return StandIn(BatchNorm, fields, found.args, found.kwargs)
 
     def _replaced(
         self, layer: nn.Module, make: Any, args: Any, kwargs: Any
@@ -152,9 +159,9 @@ def detached() -> Iterator[None]:
         stack.pop()
 
 
-def run(layer: nn.Module, stand_in: StandIn, call: Any) -> Any:
+def run(layer: nn.Module, stand_in: StandIn) -> Any:
     """Runs what stands in for a bound layer, on the layer's variables."""
-    cls, fields, args, kwargs, is_copy = stand_in
+    cls, fields, args, kwargs = stand_in
     kwargs = dict(kwargs)
     known = inspect.signature(unwrapped_call(cls)).parameters
     for name in [name for name in kwargs if name not in known]:
@@ -172,9 +179,7 @@ def run(layer: nn.Module, stand_in: StandIn, call: Any) -> Any:
         vars(twin).update(vars(layer), **fields)
     else:
         _check_variables(layer, cls)
-        if is_copy and layer.is_initializing():
-            call()  # it draws its variables, the stand-in adds what it lacks
-        # Beside the layer, whose setup may have taken the names.
+        # Beside the layer, which has taken the names if it has run.
         scope: Any = layer.scope
         twin = cls(**fields, parent=scope.rewound(), name=layer.name)
         twin._state.in_compact_method = True

@@ -32,6 +32,20 @@ class _Record:
     done: dict[str, StandIn | None] = dataclasses.field(default_factory=dict)
     left: dict[str, tuple[type, str]] = dataclasses.field(default_factory=dict)
     why: dict[str, str] = dataclasses.field(default_factory=dict)
+    running: set[Any] = dataclasses.field(default_factory=set)
+
+    def inside(self, layer: nn.Module, is_call: bool) -> bool:
+        """Whether a method runs for another one, which is seen to already."""
+        called = (id(layer), True) in self.running
+        return called or not is_call and (id(layer), False) in self.running
+
+    @contextlib.contextmanager
+    def entered(self, layer: nn.Module, is_call: bool) -> Iterator[None]:
+        self.running.add((id(layer), is_call))
+        try:
+            yield
+        finally:
+            self.running.discard((id(layer), is_call))
 
 
 # The rule in force; None: no converted model runs.
@@ -39,6 +53,7 @@ _active: contextvars.ContextVar[tuple[Rule, _Record] | None] = (
     contextvars.ContextVar("jaxbn.convert", default=None)
 )
 _FLAG = "jaxbn.convert"
+_NOT_RUN = object()
 
 
 def runs_as(layer: nn.Module, args: Any, kwargs: Any) -> nn.Module:
@@ -155,31 +170,60 @@ def _exchange(
     if rule.keeps(kind, path):
         record.done[path] = None
         return call(*args, **kwargs)
+    is_call = context.method_name == "__call__"
+    if record.inside(layer, is_call):
+        return call(*args, **kwargs)
     if context.method_name == "setup" and rule.replacement(kind) is not None:
         return None  # it would make variables that nothing uses
-    if context.method_name == "__call__":
+    with record.entered(layer, is_call):
+        return _run_layer(rule, record, layer, is_call, call, args, kwargs)
+
+
+def _run_layer(
+    rule: Rule,
+    record: _Record,
+    layer: nn.Module,
+    is_call: bool,
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    path, kind = layer_path(layer), written_class(layer)
+    y = _NOT_RUN
+    if is_call:
         if isinstance(layer, nnx.bridge.ToLinen):
             record.done[path] = None
             return _run_nnx(rule, record, layer, path, args, kwargs)
-        found = rule.stand_in(layer, args, kwargs)
+        is_candidate = True
+        if rule.may_be_copy(layer):
+            if layer.is_initializing() or not _statistics(layer):
+                # Its own code draws the variables, a stand-in takes them.
+                y = call(*args, **kwargs)
+            is_candidate = bool(_statistics(layer))
+        found = rule.stand_in(layer, args, kwargs) if is_candidate else None
         if isinstance(found, StandIn):
             record.done[path] = found
             if found.cls is kind and found.fields == fields_of(layer, kind):
                 return call(*args, **kwargs)
-            return run(layer, found, functools.partial(call, *args, **kwargs))
+            return run(layer, found)
         if found is not None:
             record.why[path] = found
-    y = call(*args, **kwargs)
+    if y is _NOT_RUN:
+        y = call(*args, **kwargs)
     if path not in record.done:
         _note(rule, record, layer, path, kind)
     return y
+
+
+def _statistics(layer: nn.Module) -> tuple[str, ...]:
+    return owned_statistics(variables_of(layer, "batch_stats"))
 
 
 def _note(
     rule: Rule, record: _Record, layer: nn.Module, path: str, kind: type
 ) -> None:
     """Takes down that a layer was left as it is, if it is a batch norm."""
-    own = owned_statistics(variables_of(layer, "batch_stats"))
+    own = _statistics(layer)
     parts = layer._state.children.values()
     if any(isinstance(p, nn.Module) and p.scope == layer.scope for p in parts):
         return  # of nn.share_scope; it is the part that owns them
@@ -202,4 +246,5 @@ def _run_nnx(
 
     twin: Any = object.__new__(type(layer))
     vars(twin).update(vars(layer), nnx_class=make)
-    return unwrapped_call(type(layer))(twin, *args, **kwargs)
+    with record.entered(twin, True):
+        return unwrapped_call(type(layer))(twin, *args, **kwargs)

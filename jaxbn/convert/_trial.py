@@ -35,7 +35,7 @@ def run_apart(trial: Callable[[], str | None], *, key: Any) -> str | None:
     wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
     def run() -> str | None:
-        with jax.enable_x64(wide):
+        with jax.enable_x64(wide), jax.transfer_guard("allow"):
             return trial()
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
