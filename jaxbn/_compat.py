@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from typing import Any
 
 import jax
@@ -93,17 +93,20 @@ def applied_mutable(layer: Any) -> Any:
     Inside nn.scan and other lifted transforms the root scope is theirs, whose
     filter may list names although the one outside is a DenyList. Such a root
     has a path, that of apply has none. nn.jit reuses what it traced wherever
-    its own filter is the same, so nothing outside may count there.
+    its own filter is the same, so nothing outside may count there. Where
+    nothing outside is left, because a lifted class itself is applied, a set is
+    what the transform has made of a filter that nobody knows: True.
     """
     import flax.linen as nn  # the core does without
 
     root = layer.scope.root
     for module in reversed(nn.module._context.module_stack):
         if not root.debug_path or "jit(" in root.debug_path[-1]:
-            break
+            return root.mutable
         if module is not None and module.scope is not None:
             root = module.scope.root
-    return root.mutable
+    lifted = root.debug_path and isinstance(root.mutable, Set)
+    return True if lifted else root.mutable
 
 
 def _teach_jet() -> None:

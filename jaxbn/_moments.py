@@ -125,18 +125,16 @@ def centered_moments(
     shift = match_type(shift, found[1])
     first = _from_sums(count, shift, *found[1:])
 
-    def again(first: Centered) -> Centered:
-        local = sums(values, constants, first.mean)[1:]
-        s1, s2 = all_sum(local, devices)
-        return _from_sums(count, first.mean, s1, s2)._replace(count=())
+    def again(shift: jax.Array, offset: jax.Array, _: jax.Array) -> Any:
+        mean = shift + offset
+        s1, s2 = all_sum(sums(values, constants, mean)[1:], devices)
+        return _from_sums(count, mean, s1, s2)[1:]
 
     cancels = all_agree(_cancels(first, epsilon), devices)
     # Not a loop: TPUs would copy the values before it, run or not, and GPUs
     # would keep it out of a CUDA graph.
-    best = jax.lax.cond(
-        cancels, again, lambda first: first, first._replace(count=())
-    )
-    return best._replace(count=jnp.asarray(found[0]))
+    best = jax.lax.cond(cancels, again, lambda *first: first, *first[1:])
+    return Centered(jnp.asarray(found[0]), *best)
 
 
 @centered_moments.defjvp

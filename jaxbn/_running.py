@@ -232,6 +232,11 @@ def pool(
     var = sum w_i (var_i + |mean_i - mean|^2). The average of the variances
     alone leaves out how far the means lie apart.
 
+    What is no batch norm's, such as the vector of a spectral norm or the count
+    of an observation normalizer, has no such law: it is that of the first
+    replica. A layer is a mapping with mean and var of one shape, and of other
+    names no more than those of jaxbn's layer.
+
     Args:
       batch_stats: RunningStats, a mapping with mean and var, or any tree of
         these, such as flax's batch_stats of a whole model. The replicas are
@@ -242,8 +247,8 @@ def pool(
         weighs all equally.
 
     Returns:
-      The same tree, without the axis of the replicas. Of other leaves, such
-      as counters, the largest.
+      The same tree, without the axis of the replicas. Of the counters of a
+      layer, the largest.
 
     Raises:
       ValueError: axis_name is not bound; a leaf has no axis of replicas, or
@@ -283,9 +288,21 @@ def pool(
             return most
         return jnp.max(leaf, 0)
 
+    def first(leaf: jax.Array) -> jax.Array:
+        if axis_name is None:
+            return leaf[0]
+        leaf = jnp.asarray(leaf)
+        wide = leaf.astype(np.int32) if leaf.dtype == bool else leaf
+        is_first = jax.lax.axis_index(names) == 0
+        # A sum, which JAX knows to be the same on all devices.
+        one: jax.Array = jax.lax.psum(
+            jnp.where(is_first, wide, jnp.zeros_like(wide)), names
+        )
+        return one.astype(leaf.dtype)
+
     def pooled(node: Any) -> Any:
         if not _is_statistics(node):
-            return largest(node)
+            return first(node)
         fields = node._asdict() if isinstance(node, RunningStats) else node
         total = merged(fields["mean"], fields["var"])
         var = total.m2 / total.count
@@ -296,10 +313,17 @@ def pool(
     return jax.tree.map(pooled, batch_stats, is_leaf=_is_statistics)
 
 
+# What a layer counts beside its mean and var.
+_COUNTERS = {"steps", "skipped"}
+
+
 def _is_statistics(node: Any) -> bool:
     if isinstance(node, RunningStats):
         return True
-    return isinstance(node, Mapping) and {"mean", "var"} <= set(node)
+    if not isinstance(node, Mapping) or not {"mean", "var"} <= set(node):
+        return False
+    known = set(node) <= {"mean", "var", *_COUNTERS}
+    return known and jnp.shape(node["mean"]) == jnp.shape(node["var"])
 
 
 def _check_replicas(batch_stats: Any, counts: jax.Array | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
+from jaxbn._call import Caller, caller, linen_options, the_batch
+from jaxbn._collect import collect_linen, nested, variable_of
 from jaxbn._compat import applied_mutable
 from jaxbn._layer import (
     Call,
@@ -198,20 +200,26 @@ class BatchNorm(nn.Module):
         old = State(
             RunningStats(mean.value, var.value, read(steps)), read(skipped)
         )
-        hand_out = self._hands_out_moments()
+        collects = variable_of(self)
+        by_name = self._hands_out_moments()
+        hand_out = by_name or collects is not None
         initializing = self.is_initializing()
         call = Call(
             inference, mask, ids, timestep, dtype, hand_out, initializing
         )
         y, new, batch = layer(x, scale, bias, old, call)
         if batch is None or initializing:
+            if collects is not None:
+                collects.value.note_inference()
             return y
         if self.update_stats and not self.frozen:
             values = (*new.running, new.skipped)
             for variable, value in zip(variables, values):
                 if variable is not None:
                     variable.value = value
-        if hand_out:
+        if collects is not None:
+            collects.value = collects.value.add(batch, epsilon=self.epsilon)
+        if by_name:
             handed = self.variable(
                 "batch_moments", "moments", no_moments, old.running
             )
@@ -242,50 +250,47 @@ def _rows_of(
 
 
 def batch_moments(
-    model: nn.Module, variables: Any, *args: Any, **kwargs: Any
+    model: nn.Module,
+    variables: Any,
+    *args: Any,
+    call: Caller | None = None,
+    rngs: Any = None,
+    mutable: Collection[str] = (),
+    **kwargs: Any,
 ) -> Any:
     """Returns the Moments of the batch of every layer, in training mode.
 
     A pure function, which changes no running statistic. A layer that is called
-    several times has the moments of all its calls together.
+    several times has the moments of all its calls together. Layers inside of
+    nn.scan or nn.vmap have theirs on the axis of their running statistics.
 
     Args:
       model: whose batch norm layers are jaxbn's; `jaxbn.convert.to_jaxbn`
         makes them so.
       variables: of the model.
-      *args, **kwargs: of the call, with what puts it into training mode, such
-        as train=True.
+      *args: of the call; with `call` the batch alone.
+      call: (model, batch, train) -> output, where model is bound, as it is for
+        `method` of flax, and train is True. None calls the model with the
+        arguments given.
+      rngs: a key, or a dict of them. None makes one for every stream.
+      mutable: names of collections that the call creates. Those of variables
+        may be written already, but for params.
+      **kwargs: of the call, with what puts it into training mode, such as
+        train=True.
 
     Returns:
       The tree of batch_stats with `jaxbn.Moments` in place of the dict of a
-      layer; counts have the shape of mean.
+      layer; counts have the shape of mean. A layer that the call does not
+      train is not in it: one in inference mode, one in a branch not taken. In
+      a branch of nn.cond its counts are zero. Nor is anything else that lies in
+      batch_stats.
 
     Raises:
-      ValueError: a layer with running statistics handed out nothing.
+      ValueError: no layer handed out any, or a layer of flax was trained.
     """
-    _, updates = model.apply(
-        variables, *args, mutable=["batch_stats", "batch_moments"], **kwargs
-    )
-    handed = updates.get("batch_moments", {})
-    missing: list[str] = []
-
-    def of_layer(stats: Any, found: Any, path: tuple[str, ...]) -> Any:
-        if "mean" in stats and "var" in stats:
-            if "moments" not in found:
-                missing.append("/".join(path) or "the model itself")
-            return found.get("moments")
-        return {
-            name: of_layer(below, found.get(name, {}), (*path, name))
-            for name, below in stats.items()
-            if isinstance(below, Mapping)
-        }
-
-    tree = of_layer(variables.get("batch_stats", {}), handed, ())
-    if missing or not jax.tree.leaves(tree):
-        raise ValueError(
-            f"No moments of {', '.join(missing) or 'any layer'}. Either it is "
-            "not jaxbn's layer (jaxbn.convert.to_jaxbn makes it so), or it is "
-            "not called in training mode, or it lies inside nn.scan or nn.vmap "
-            "whose variable_axes lack 'batch_moments'."
-        )
-    return tree
+    if call is not None:
+        batch = the_batch(args, kwargs)
+        args, kwargs = (batch, True), {"method": caller(model, call)}
+    kwargs.update(linen_options(variables, rngs, mutable))
+    _, found, _ = collect_linen(model, variables, *args, **kwargs)
+    return nested({path: part.values for path, part in found.items()})

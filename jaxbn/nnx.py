@@ -10,30 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from jaxbn._layer import (
-    Call,
-    Layer,
-    Limits,
-    PerId,
-    State,
-    no_moments,
-    record,
-)
+from jaxbn._call import Caller, the_batch
+from jaxbn._collect import collect_nnx
+from jaxbn._layer import Call, Layer, Limits, PerId, State
 from jaxbn._moments import Moments
 from jaxbn._running import RunningStats
-from jaxbn.precise import with_statistics
+from jaxbn.precise._statistics import with_statistics
 
 __all__ = [
-    "BatchMoments",
     "BatchNorm",
     "batch_moments",
     "batch_norms",
     "set_statistics",
 ]
-
-
-class BatchMoments(nnx.Variable[Moments]):
-    """Moments that a layer hands out; see `batch_moments`."""
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -141,7 +130,7 @@ class BatchNorm(nnx.BatchNorm):
         self.num_timesteps = num_timesteps
         self.example_weight = example_weight
         self.prior = prior
-        # BatchMoments, where `batch_moments` asks for them.
+        # A Variable of `Collected`, where `batch_moments` puts one.
         self.moments: Any = nnx.data(None)
         layer = Layer.of(self)
         state = layer.init((num_features,), jnp.float32)
@@ -214,6 +203,8 @@ class BatchNorm(nnx.BatchNorm):
         call = Call(inference, mask, ids, timestep, dtype, hand_out)
         y, new, batch = Layer.of(self)(x, scale, bias, old, call)
         if batch is None:
+            if hand_out:
+                self.moments.get_value().note_inference()
             return y
         if self.update_stats and not self.frozen:
             # Not by index, which would round to the dtype of the old value.
@@ -222,11 +213,14 @@ class BatchNorm(nnx.BatchNorm):
                 if variable is not None and value is not None:
                     variable.set_value(value)
         if hand_out:
-            self.moments.set_value(record(self.moments.get_value(), batch))
+            handed = self.moments.get_value()
+            self.moments.set_value(handed.add(batch, epsilon=self.epsilon))
         return y
 
 
-def batch_moments(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+def batch_moments(
+    model: nnx.Module, *args: Any, call: Caller | None = None, **kwargs: Any
+) -> dict[str, Moments]:
     """Returns the Moments of the batch of every layer, in training mode.
 
     A pure function: it calls a copy, whose batch norm layers are in training
@@ -235,31 +229,32 @@ def batch_moments(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
     Args:
       model: whose batch norm layers are jaxbn's; `jaxbn.convert.to_jaxbn`
         makes them so.
-      *args, **kwargs: of the call.
+      *args: of the call; with `call` the batch alone.
+      call: (model, batch, train) -> output, where train is True. None calls
+        the model with the arguments given.
+      **kwargs: of the call.
 
     Returns:
       dict from the path of a layer, such as "blocks/0/norm", to
-      `jaxbn.Moments`, whose counts have the shape of mean. A layer that is
-      called several times has the moments of all its calls together.
+      `jaxbn.Moments`, whose counts have the shape of mean, in the order of the
+      calls. A layer that is called several times has the moments of all its
+      calls together; one that the call does not train is not in it.
 
     Raises:
-      ValueError: a batch norm layer is not jaxbn's.
+      ValueError: a batch norm layer is not jaxbn's, or none was trained.
     """
-    copy = nnx.clone(model)
-    layers: dict[str, BatchNorm] = {}
-    for path, layer in batch_norms(copy).items():
-        if not isinstance(layer, BatchNorm):
-            raise ValueError(
-                f"{path or 'The model itself'} is {type(layer).__module__}."
-                f"{type(layer).__name__}, which hands out no moments. "
-                "jaxbn.convert.to_jaxbn makes it jaxbn's."
-            )
+    copy: Any = nnx.clone(model)
+    for layer in batch_norms(copy).values():
         layer.use_running_average = False
-        running = RunningStats(layer.mean[...], layer.var[...])
-        layer.moments = BatchMoments(no_moments(running))
-        layers[path] = layer
-    copy(*args, **kwargs)
-    return {path: layer.moments.get_value() for path, layer in layers.items()}
+
+    def run() -> None:
+        if call is None:
+            copy(*args, **kwargs)
+        else:
+            call(copy, the_batch(args, kwargs), True)
+
+    found, _ = collect_nnx(batch_norms(copy), run)
+    return {path: part.values for path, part in found.items()}
 
 
 def set_statistics(model: nnx.Module, stats: Any, *, ddof: int = 0) -> None:

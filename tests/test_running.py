@@ -250,6 +250,39 @@ class TestPool:
         chex.assert_trees_all_close(got["var"], want, rtol=1e-4)
         assert got["skipped"] == 7
 
+    @pytest.mark.parametrize("over_devices", [False, True])
+    def test_what_is_no_batch_norm_is_that_of_the_first(self, over_devices):
+        rng = np.random.default_rng(0)
+        draw = lambda *shape: rng.normal(2, 1, (8, *shape)).astype(np.float32)  # noqa: E731
+        tree = {
+            "bn": {"mean": draw(3), "var": 1 + draw(3) ** 2},
+            "spectral": {"kernel/u": draw(1, 4), "kernel/sigma": draw()},
+            # Of an observation normalizer, whose counts weigh them.
+            "seen": {"mean": draw(2), "var": draw(2), "count": draw()},
+            "shapes": {"mean": draw(2), "var": draw(1)},
+            "flag": np.arange(8) > 3,
+            "steps": np.arange(8, dtype=np.int8) + 3,
+        }
+        if over_devices:
+            mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+            pooled = jax.shard_map(
+                lambda tree: jaxbn.pool(
+                    jax.tree.map(lambda a: a[0], tree), axis_name="data"
+                ),
+                mesh=mesh,
+                in_specs=P("data"),
+                out_specs=P(),
+            )
+            got = jax.jit(pooled)(tree)
+        else:
+            got = jaxbn.pool(tree)
+        layer, own = tree.pop("bn"), got.pop("bn")
+        want = layer["var"].mean(0) + layer["mean"].var(0)
+        chex.assert_trees_all_close(own["var"], want, rtol=1e-5)
+        chex.assert_trees_all_equal(got, jax.tree.map(lambda a: a[0], tree))
+        same = jax.tree.map(lambda a, b: a.dtype == b.dtype, got, tree)
+        assert all(jax.tree.leaves(same))
+
     def test_what_cannot_be_pooled(self):
         stats = {"mean": jnp.zeros((2, 3)), "var": jnp.zeros((3, 3))}
         with pytest.raises(ValueError, match="stacked on axis 0 of every leaf"):

@@ -1,8 +1,4 @@
-"""Whole models between flax's BatchNorm and jaxbn's, and PyTorch's weights.
-
-Import it where a program starts: what JAX has compiled before is compiled
-again, because from then on the conversion in force is a part of JAX's keys.
-"""
+"""Whole models between flax's BatchNorm and jaxbn's, and PyTorch's weights."""
 
 from jaxbn.convert._models import runs_as, to_flax, to_jaxbn
 from jaxbn.convert._torch import from_torch, to_torch

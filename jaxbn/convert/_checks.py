@@ -25,13 +25,37 @@ def refuse(
             )
 
 
-def own_class(path: str, kind: type, to: type, plain: type) -> str:
-    return (
-        f"{path} is {spell_class(kind)}, a subclass of {spell_class(plain)} "
-        "that may compute something else, so it is not converted. Derive it "
-        f"from {spell_class(to)}, or give keep=[{kind.__name__}] to leave it "
-        "as it is."
+def subclass_of(plain: type) -> str:
+    return f"a subclass of {spell_class(plain)} that may compute something else"
+
+
+def refuse_left(left: Mapping[str, tuple[type, str]]) -> None:
+    """Raises where layers were left out, given as path -> class and why."""
+    if not left:
+        return
+    lines = [
+        f"  {path} is {spell_class(kind)}, {why}."
+        for path, (kind, why) in left.items()
+    ]
+    names = ", ".join(dict.fromkeys(kind.__name__ for kind, _ in left.values()))
+    first = next(iter(left.values()))[0].__name__
+    raise ValueError(
+        "Conversion would leave these as they are:\n"
+        + "\n".join(lines)
+        + f"\nGive replace={{{first}: rule}} to to_jaxbn where one is batch "
+        f"norm, or keep=[{names}] where it is meant to stay."
     )
+
+
+def owned_statistics(variables: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of a mean and a variance among variables, or ()."""
+    means = [name for name in variables if "mean" in name or name == "mu"]
+    spreads = [
+        name
+        for name in variables
+        if any(part in name for part in ("var", "std", "sigma"))
+    ]
+    return (means[0], spreads[0]) if means and spreads else ()
 
 
 def spell_class(cls: type) -> str:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import inspect
 import threading
-import types
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 
-from jaxbn.convert._rule import (
-    Rule,
-    activated,
-    fields_of,
-    in_force,
-    written_class,
-)
+from jaxbn.convert._checks import spell
+from jaxbn.convert._layers import fields_of, layer_path, written_class
+from jaxbn.convert._rule import Rule, StandIn
+from jaxbn.convert._run import activated, in_force
 from jaxbn.linen import BatchNorm
 
 _classes: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
@@ -28,15 +25,24 @@ _lock = threading.Lock()
 
 def convert(model: nn.Module, rule: Rule) -> nn.Module:
     """Returns the model under a rule; see `jaxbn.convert`."""
+    try:
+        hash(rule)
+    except TypeError as error:
+        raise ValueError(
+            f"{spell(dict(rule.fields))} cannot be hashed, and as fields of a "
+            "linen module they have to be."
+        ) from error
     cls = written_class(model)
     if cls is not type(model):
         kind: Any = type(model)
         rule = kind._converted_from[1].then(rule)
         rule.check("every layer", dict(rule.fields))
     fields = fields_of(model, cls)
-    if cls in (nn.BatchNorm, BatchNorm):
-        cls, fields = rule.apply(model)
-    else:
+    is_layer = cls in (nn.BatchNorm, BatchNorm)
+    if is_layer and not rule.keeps(cls, layer_path(model)):
+        found = cast("StandIn", rule.stand_in(model, (), {}))
+        cls, fields = found.cls, found.fields
+    elif not is_layer:
         cls = _converted_class(cls, rule)
     parent: Any = model.parent
     if model.scope is not None:
@@ -59,7 +65,7 @@ def _make_class(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
         @nn.nowrap
         @functools.wraps(function)
         def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with activated(rule):
+            with activated(rule, self, args, kwargs):
                 return function(self, *args, **kwargs)
 
         return method
@@ -100,7 +106,7 @@ def _make_class(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
     namespace: dict[str, Any] = {
         name: under_rule(function) for name, function in _methods(cls).items()
     }
-    for name in ("__init__", "__hash__", "__module__", "__doc__"):
+    for name in ("__hash__", "__module__", "__doc__"):
         namespace[name] = getattr(cls, name)
     namespace.update(
         __qualname__=cls.__qualname__,
@@ -110,10 +116,27 @@ def _make_class(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
         __reduce_ex__=__reduce_ex__,
         _converted_from=(cls, rule),
     )
-    converted = types.new_class(
-        cls.__name__, (cls,), exec_body=lambda body: body.update(namespace)
+    # Past the metaclass of the model, which may keep a register too.
+    meta: Any = type(cls)
+    new: Any = (abc.ABCMeta if issubclass(meta, abc.ABCMeta) else type).__new__
+    converted: type[nn.Module] = new(
+        meta, cls.__name__, (_Unannounced, cls), namespace, unannounced=True
     )
     return converted
+
+
+class _Unannounced:
+    """The first base of a class that the model's code is not to hear of.
+
+    Its `__init_subclass__` would register a class of the same name again, and
+    flax's would make fields and wrappers, which are inherited ready made.
+    """
+
+    def __init_subclass__(
+        cls, *, unannounced: bool = False, **kwargs: Any
+    ) -> None:
+        if not unannounced:
+            super().__init_subclass__(**kwargs)
 
 
 def _make_blank(cls: type[nn.Module], rule: Rule) -> nn.Module:

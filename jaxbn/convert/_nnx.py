@@ -10,8 +10,19 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn.convert._checks import own_class, refuse, spell
+from jaxbn import linen
+from jaxbn.convert import _copies_nnx
+from jaxbn.convert._checks import (
+    owned_statistics,
+    refuse,
+    refuse_left,
+    spell,
+    subclass_of,
+)
+from jaxbn.convert._rule import Rule
 from jaxbn.nnx import BatchNorm
+
+_StandIn = tuple[type[nnx.BatchNorm], dict[str, Any]]
 
 # Of these a layer keeps no record, and the variables they make exist already.
 _CONSTRUCTION = {
@@ -27,37 +38,60 @@ _VARIABLES = {"mean", "var", "scale", "bias"}
 
 
 def convert(
-    model: Any,
-    to: type[nnx.BatchNorm],
-    *,
-    overrides: dict[str, Any],
-    keep: frozenset[type],
-    convert_linen: Callable[[nn.Module], nn.Module],
+    model: Any, rule: Rule, convert_linen: Callable[[nn.Module], nn.Module]
 ) -> Any:
     """Returns a copy with other layers; see `jaxbn.convert`."""
     # In graph mode, where a layer may have several owners.
     copy = nnx.clone(model, graph=True)
-    layers, bridges = [], []
-    for path, node in nnx.iter_graph(copy, graph=True):
-        if isinstance(node, nnx.BatchNorm):
-            name = "/".join(map(str, path)) or "the model itself"
-            if _concerns(type(node), to, name, keep, overrides):
-                layers.append((node, _exchange(node, name, to, overrides)))
-        elif isinstance(node, nnx.Pytree):
-            for name, value in vars(node).items():
-                if isinstance(value, nn.Module):
-                    bridges.append((node, name, convert_linen(value)))
-    for node, (cls, attributes, carried) in layers:
+    refuse_left(exchange(copy, rule, convert_linen))
+    return copy
+
+
+def exchange(
+    model: Any,
+    rule: Rule,
+    convert_linen: Callable[[nn.Module], nn.Module] | None = None,
+    *,
+    above: str = "",
+) -> dict[str, tuple[type, str]]:
+    """Exchanges the layers of a model in place.
+
+    Args:
+      model: to change.
+      rule: what becomes of its layers; classes are those of nnx.
+      convert_linen: for linen models in it; not needed where they run inside
+        one that is converted.
+      above: path of the model.
+
+    Returns:
+      What was left out: path -> class, and why.
+    """
+    to = BatchNorm if rule.to is linen.BatchNorm else nnx.BatchNorm
+    layers, bridges, left = [], [], {}
+    for path, node in nnx.iter_graph(model, graph=True):
+        if not isinstance(node, nnx.Pytree):
+            continue
+        parts = [part for part in (above, *map(str, path)) if part]
+        name, kind = "/".join(parts) or "the model itself", type(node)
+        if rule.keeps(kind, name):
+            continue
+        found = _stand_in(node, name, rule, to)
+        if isinstance(found, str):
+            left[name] = (kind, found)
+        elif found is not None:
+            layers.append((node, found))
+        for key, value in vars(node).items():
+            if isinstance(value, nn.Module) and convert_linen is not None:
+                bridges.append((node, key, convert_linen(value)))
+    for node, (cls, attributes) in layers:
         # The object stays, and with it whatever refers to it: lists, tuples,
-        # several owners, cycles. These classes differ in attributes alone.
+        # several owners, cycles.
         node.__class__ = cls
         vars(node).clear()
         vars(node).update(attributes)
-        for name, value in carried.items():
-            setattr(node, name, value)
-    for node, name, module in bridges:
-        vars(node)[name] = module
-    return copy
+    for node, key, module in bridges:
+        vars(node)[key] = module
+    return left
 
 
 def options(cls: type[nnx.BatchNorm]) -> dict[str, Any]:
@@ -73,23 +107,66 @@ def options(cls: type[nnx.BatchNorm]) -> dict[str, Any]:
     }
 
 
-def _concerns(
-    kind: type[nnx.BatchNorm],
-    to: type[nnx.BatchNorm],
-    path: str,
-    keep: frozenset[type],
-    overrides: dict[str, Any],
-) -> bool:
-    """Whether a layer changes."""
+def _stand_in(
+    layer: Any, path: str, rule: Rule, to: type[nnx.BatchNorm]
+) -> _StandIn | str | None:
+    """Returns what becomes of a node; a string says why it is left out."""
+    kind, overrides = type(layer), dict(rule.fields)
+    make = rule.replacement(kind)
+    if make is not None:
+        return _replaced(layer, path, make, overrides)
+    if not isinstance(layer, nnx.BatchNorm):
+        if to is nnx.BatchNorm or isinstance(layer, nnx.bridge.ToNNX):
+            return None
+        return _copied(layer, path, overrides)
     ours = issubclass(kind, BatchNorm)
-    if kind in keep:
-        return False
     if to is BatchNorm and ours:
-        return bool(overrides)
+        return _exchange(layer, path, to, overrides) if overrides else None
     plain = nnx.BatchNorm if to is BatchNorm else BatchNorm
-    if kind is not plain and issubclass(kind, plain):
-        raise ValueError(own_class(path, kind, to, plain))
-    return kind is plain
+    if kind is plain:
+        return _exchange(layer, path, to, overrides)
+    if not issubclass(kind, plain):
+        return None
+    found = _copied(layer, path, overrides) if to is BatchNorm else None
+    if isinstance(found, tuple):
+        return found
+    return ", ".join(filter(None, (subclass_of(plain), found)))
+
+
+def _copied(
+    layer: Any, path: str, overrides: dict[str, Any]
+) -> _StandIn | str | None:
+    """Returns what becomes of a layer that is neither flax's nor jaxbn's."""
+    held = {
+        name: value
+        for name, value in vars(layer).items()
+        if isinstance(value, nnx.Variable) and not isinstance(value, nnx.Param)
+    }
+    names = owned_statistics(held)
+    if not names:
+        return None
+    if not _copies_nnx.looks_like_flax(layer):
+        return f"which owns {names[0]} and {names[1]}"
+    why = _copies_nnx.differs(layer, _read(layer, nnx.BatchNorm))
+    if why is not None:
+        return why
+    return _exchange(layer, path, BatchNorm, overrides)
+
+
+def _replaced(
+    layer: Any, path: str, make: Any, overrides: dict[str, Any]
+) -> _StandIn:
+    if make is BatchNorm and _copies_nnx.looks_like_flax(layer):
+        return _exchange(layer, path, BatchNorm, overrides)
+    made = make(layer)
+    if not isinstance(made, BatchNorm):
+        raise ValueError(
+            f"{path}: the rule that replace has for {type(layer).__name__} "
+            f"must return a jaxbn.nnx.BatchNorm; got {type(made).__name__}."
+        )
+    if overrides:
+        return _exchange(made, path, BatchNorm, overrides)
+    return type(made), dict(vars(made))
 
 
 def _exchange(
@@ -97,8 +174,8 @@ def _exchange(
     path: str,
     to: type[nnx.BatchNorm],
     overrides: dict[str, Any],
-) -> tuple[type[nnx.BatchNorm], dict[str, Any], dict[str, Any]]:
-    """Returns the class, its attributes, and what stays of the old ones."""
+) -> _StandIn:
+    """Returns the class and the attributes of a layer with other options."""
     own = BatchNorm if isinstance(layer, BatchNorm) else nnx.BatchNorm
     given = _read(layer, own)
     size, rngs = layer.num_features, nnx.Rngs(0)
@@ -130,7 +207,9 @@ def _exchange(
     cls = type(layer) if issubclass(type(layer), to) else to
     if to is nnx.BatchNorm:
         cls = to
-    return cls, vars(new), carried
+    for name, value in carried.items():
+        setattr(new, name, value)
+    return cls, dict(vars(new))
 
 
 def _read(layer: nnx.BatchNorm, cls: type[nnx.BatchNorm]) -> dict[str, Any]:

@@ -1,140 +1,208 @@
-"""What becomes of a flax.linen batch norm layer while its model runs."""
+"""What becomes of a flax.linen batch norm layer."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 
-from jaxbn.convert._checks import own_class, refuse, spell_class
+from jaxbn._collect import NAME as COLLECTED
+from jaxbn.convert import _copies
+from jaxbn.convert._checks import refuse, spell_class, subclass_of
+from jaxbn.convert._layers import (
+    DEFAULTS,
+    SHARED,
+    fields_of,
+    layer_path,
+    unwrapped_call,
+    variables_of,
+    written_class,
+)
 from jaxbn.linen import BatchNorm
 
-# Inside a model JAX must not reuse what it traced for the unconverted one, so
-# the rule in force is a part of its cache keys. None: no converted model runs.
-_active = jax.make_user_context(None)
-_SHARED = {field.name for field in dataclasses.fields(nn.BatchNorm)}
+# Variables that jaxbn's layer may have.
+_VARIABLES = {
+    "params": {"scale", "bias"},
+    "batch_stats": {"mean", "var", "steps", "skipped", COLLECTED},
+}
+
+
+class StandIn(NamedTuple):
+    """What runs in place of a layer, and how it is called."""
+
+    cls: type[nn.Module]
+    fields: dict[str, Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What becomes of a batch norm layer."""
+    """What becomes of the layers of a model."""
 
     to: type[nn.Module]
     fields: tuple[tuple[str, Any], ...] = ()  # sorted by name
-    keep: frozenset[type] = frozenset()
+    keep: frozenset[type | str] = frozenset()
+    replace: tuple[tuple[type, Any], ...] = ()  # the last one goes first
 
     def then(self, later: Rule) -> Rule:
         """Returns the rule that does both, the other one last."""
         fields = {**dict(self.fields), **dict(later.fields)}
-        keep = self.keep | later.keep
-        return Rule(later.to, tuple(sorted(fields.items())), keep)
+        replace = {**dict(self.replace), **dict(later.replace)}
+        return Rule(
+            later.to,
+            tuple(sorted(fields.items())),
+            self.keep | later.keep,
+            tuple(replace.items()),
+        )
+
+    def keeps(self, kind: type, path: str) -> bool:
+        return path in self.keep or not self.keep.isdisjoint(kind.__mro__)
+
+    def replacement(self, kind: type) -> Any:
+        """Returns what the user gave for a class; None for nothing."""
+        given = dict(self.replace) if self.to is BatchNorm else {}
+        return next((given[c] for c in kind.__mro__ if c in given), None)
 
     def check(self, path: str, fields: dict[str, Any]) -> None:
         """Raises where the layer to make cannot have the fields."""
         if self.to is nn.BatchNorm:
-            refuse(path, fields, _DEFAULTS, _SHARED)
+            refuse(path, fields, DEFAULTS, SHARED)
 
-    def apply(self, layer: nn.Module) -> tuple[type, dict[str, Any]]:
-        """Returns class and fields of what a layer turns into."""
+    def may_be_copy(self, layer: nn.Module) -> bool:
+        """Whether it takes a trial to know what becomes of a layer."""
         kind = written_class(layer)
-        if kind in self.keep:
-            return kind, fields_of(layer, kind)
-        if not issubclass(kind, self.to):
-            plain = nn.BatchNorm if self.to is BatchNorm else BatchNorm
-            if kind is not plain:
-                path = layer_path(layer)
-                raise ValueError(own_class(path, kind, self.to, plain))
-            kind = self.to
+        if self.to is nn.BatchNorm or self.replacement(kind) is not None:
+            return False
+        if isinstance(layer, (nn.BatchNorm, BatchNorm)):
+            return kind is not nn.BatchNorm and not issubclass(kind, BatchNorm)
+        return _copies.looks_like_flax(kind)
+
+    def stand_in(
+        self, layer: nn.Module, args: Any, kwargs: Any
+    ) -> StandIn | str | None:
+        """Returns what runs in place of a layer.
+
+        A string says why nothing does, None that the rule is not about it.
+        """
+        kind = written_class(layer)
+        make = self.replacement(kind)
+        if make is not None:
+            return self._replaced(layer, make, args, kwargs)
+        is_known = isinstance(layer, (nn.BatchNorm, BatchNorm))
+        plain = nn.BatchNorm if self.to is BatchNorm else BatchNorm
+        if self.may_be_copy(layer) and (args or not is_known):
+            found = self._copied(layer, args, kwargs)
+            if is_known and isinstance(found, str):
+                return f"{subclass_of(plain)}, {found}"
+            return found
+        if not is_known:
+            return None
+        if kind is plain or issubclass(kind, self.to):
+            cls = self.to if kind is plain else kind
+            return self._with_fields(layer, cls, args, kwargs)
+        return subclass_of(plain)
+
+    def _with_fields(
+        self, layer: nn.Module, cls: type[nn.Module], args: Any, kwargs: Any
+    ) -> StandIn:
         fields = {**fields_of(layer, BatchNorm), **dict(self.fields)}
         self.check(layer_path(layer), fields)
-        known = fields_of(layer, kind)
-        return kind, {name: fields.get(name, known[name]) for name in known}
+        known = fields_of(layer, cls)
+        fields = {name: fields.get(name, known[name]) for name in known}
+        return StandIn(cls, fields, args, kwargs)
 
+    def _copied(
+        self, layer: nn.Module, args: Any, kwargs: Any
+    ) -> StandIn | str:
+        found = _copies.read(layer, args, kwargs)
+        if isinstance(found, str):
+            return found
+        fields = {**DEFAULTS, **found.fields, **dict(self.fields)}
+        return StandIn(BatchNorm, fields, found.args, found.kwargs)
 
-def runs_as(layer: nn.Module) -> nn.Module:
-    """Returns what runs in place of a layer; see `jaxbn.convert`."""
-    rule = _active.value
-    if rule is None or not isinstance(layer, (nn.BatchNorm, BatchNorm)):
-        return layer
-    cls, fields = rule.apply(layer)
-    running: nn.Module = cls(**fields, parent=None, name=layer.name)
-    return running
-
-
-def written_class(module: nn.Module) -> type[nn.Module]:
-    """The class as its author wrote it."""
-    kind = type(module)
-    written: type[nn.Module] = vars(kind).get("_converted_from", (kind,))[0]
-    return written
-
-
-def layer_path(layer: nn.Module) -> str:
-    path = layer.path if layer.scope is not None else ()
-    return "/".join(path) or layer.name or "the model itself"
-
-
-def fields_of(module: nn.Module, cls: type) -> dict[str, Any]:
-    """Fields to make a cls with; what module lacks has its default."""
-    own = {field.name for field in dataclasses.fields(module)}
-    names = [field.name for field in dataclasses.fields(cls) if field.init]
-    return {
-        name: getattr(module, name) if name in own else _DEFAULTS[name]
-        for name in names
-        if name not in ("parent", "name")
-    }
-
-
-_DEFAULTS = fields_of(BatchNorm(parent=None), BatchNorm)
-
-
-def in_force(rule: Rule) -> bool:
-    """Whether running under the rule would change nothing."""
-    active = _active.value
-    return active is not None and rule.then(active) == active
+    def _replaced(
+        self, layer: nn.Module, make: Any, args: Any, kwargs: Any
+    ) -> StandIn:
+        if make is BatchNorm:
+            fields = {**fields_of(layer, BatchNorm), **dict(self.fields)}
+            return StandIn(BatchNorm, fields, args, kwargs)
+        with detached():
+            made = make(layer, *args, **kwargs)
+        passed: dict[str, Any] = {}
+        if isinstance(made, tuple) and len(made) == 2:
+            made, passed = made
+        if not isinstance(made, BatchNorm) or not isinstance(passed, dict):
+            raise ValueError(
+                f"{layer_path(layer)}: the rule that replace has for "
+                f"{type(layer).__name__} must return a jaxbn.linen.BatchNorm, "
+                "or one and a dict of what else to call it with; got "
+                f"{type(made).__name__}."
+            )
+        cls = type(made)
+        fields = {**fields_of(made, cls), **dict(self.fields)}
+        return StandIn(cls, fields, args[:1], passed)
 
 
 @contextlib.contextmanager
-def activated(rule: Rule) -> Iterator[None]:
-    """Exchanges the layers that are called inside."""
-    if in_force(rule):
+def detached() -> Iterator[None]:
+    """Modules made inside do not become parts of the one that is running."""
+    stack: list[Any] = nn.module._context.module_stack
+    stack.append(None)
+    try:
         yield
-        return
-    outer = _active.value
-    rule = rule if outer is None else rule.then(outer)
-    exchange = functools.partial(_exchange, rule)
-    with _active(rule), nn.intercept_methods(exchange):
-        yield
+    finally:
+        stack.pop()
 
 
-def _exchange(
-    rule: Rule, call: Callable[..., Any], args: Any, kwargs: Any, context: Any
-) -> Any:
-    """Runs in place of a layer's call what the rule makes of the layer."""
-    layer = context.module
-    ours = isinstance(layer, (nn.BatchNorm, BatchNorm))
-    # Of models inside models the innermost rule knows all outer ones.
-    if not ours or context.method_name != "__call__" or _active.value != rule:
-        return call(*args, **kwargs)
-    cls, fields = rule.apply(layer)
-    if cls is written_class(layer) and fields == fields_of(layer, cls):
-        return call(*args, **kwargs)
-    # The same bound module under another class: scope, random keys and what
-    # flax keeps of the running call stay. The unwrapped method, because this
-    # call has been announced, captured and tabulated as the layer's own.
-    twin: Any = object.__new__(cls)
-    vars(twin).update(vars(layer), **fields)
-    method = getattr(cls.__call__, "__wrapped__", cls.__call__)
-    known = inspect.signature(method).parameters
+def run(layer: nn.Module, stand_in: StandIn) -> Any:
+    """Runs what stands in for a bound layer, on the layer's variables."""
+    cls, fields, args, kwargs = stand_in
+    kwargs = dict(kwargs)
+    known = inspect.signature(unwrapped_call(cls)).parameters
     for name in [name for name in kwargs if name not in known]:
         if kwargs.pop(name) is not None:
             raise ValueError(
                 f"{layer_path(layer)} is called with {name}, which "
                 f"{spell_class(cls)} does not take."
             )
-    return method(twin, *args, **kwargs)
+    twin: Any
+    kind = written_class(layer)
+    if kind in (nn.BatchNorm, BatchNorm) or issubclass(kind, cls):
+        # The same bound module under another class: scope, random keys and
+        # what flax keeps of the running call stay.
+        twin = object.__new__(cls)
+        vars(twin).update(vars(layer), **fields)
+    else:
+        _check_variables(layer, cls)
+        # Beside the layer, which has taken the names if it has run.
+        scope: Any = layer.scope
+        twin = cls(**fields, parent=scope.rewound(), name=layer.name)
+        twin._state.in_compact_method = True
+    # The unwrapped method, because this call has been announced, captured and
+    # tabulated as the layer's own.
+    return unwrapped_call(cls)(twin, *args, **kwargs)
+
+
+def _check_variables(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Raises where the layer's variables are not those of a BatchNorm."""
+    kind = written_class(layer)
+    if issubclass(kind, (nn.BatchNorm, BatchNorm)):
+        return
+    other = [
+        f"{collection}/{name}"
+        for collection, names in _VARIABLES.items()
+        for name in variables_of(layer, collection)
+        if name not in names
+    ]
+    if other:
+        raise ValueError(
+            f"{layer_path(layer)}: the variables of {spell_class(kind)} are "
+            f"named {', '.join(other)}; those of {spell_class(cls)} are mean, "
+            "var, scale and bias. Take variables that init of the converted "
+            "model returns, or rename these."
+        )

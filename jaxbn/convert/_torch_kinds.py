@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,38 @@ import jax.numpy as jnp
 import numpy as np
 
 Name = tuple[str, str]  # collection and name in flax
+
+
+@dataclasses.dataclass
+class Problems:
+    """What does not fit: an error at any rate, or only where strict."""
+
+    strict: bool
+    wrong: list[str] = dataclasses.field(default_factory=list)
+    unfit: list[str] = dataclasses.field(default_factory=list)
+
+    def has_axes(
+        self,
+        where: str,
+        kind: str,
+        name: str,
+        a: np.ndarray,
+        axes: tuple[int, ...],
+    ) -> bool:
+        if a.ndim not in axes:
+            number = " or ".join(map(str, axes))
+            self.wrong.append(
+                f"{where}: {name!r} of a {kind} has {number} axes; got "
+                f"{list(a.shape)}"
+            )
+        return a.ndim in axes
+
+    def report(self) -> list[str]:
+        """Returns what was left out; raises where that is an error."""
+        errors = [*self.wrong, *(self.unfit if self.strict else ())]
+        if errors:
+            raise ValueError("Nothing was converted:\n  " + "\n  ".join(errors))
+        return self.unfit
 
 
 class Leaf(NamedTuple):
@@ -100,40 +133,65 @@ def kind_in_flax(leaves: Mapping[Name, np.ndarray]) -> str | None:
 
 
 def module_to_flax(
-    kind: str, leaves: Mapping[str, np.ndarray]
-) -> tuple[dict[Name, np.ndarray], list[str]]:
-    """Returns the leaves of one module under flax's names, and what is wrong.
+    kind: str,
+    leaves: Mapping[str, np.ndarray],
+    size: tuple[int, ...] | None,
+    problems: Problems,
+    where: str,
+) -> dict[Name, np.ndarray]:
+    """Returns the leaves of one module under flax's names.
 
     The number of batches becomes `steps`, which most layers have no use for.
+
+    Args:
+      kind: of the module.
+      leaves: in PyTorch.
+      size: of the running statistics where leaves do not say.
+      problems: takes down what is wrong.
+      where: to say so.
     """
     if kind == "same":
-        return {("params", name): a for name, a in leaves.items()}, []
-    rest, found, wrong = dict(leaves), {}, []
+        return {("params", name): a for name, a in leaves.items()}
+    rest, found = dict(leaves), {}
     for leaf in KINDS[kind]:
         if leaf.torch in rest:
             a = rest.pop(leaf.torch)
-            wrong += _check(kind, leaf.torch, a, leaf.axes)
-            found[leaf.flax] = a if wrong else leaf.to_flax(a)
+            if problems.has_axes(where, kind, leaf.torch, a, leaf.axes):
+                found[leaf.flax] = leaf.to_flax(a)
     if (
         kind == "batch_norm"
         and not {"running_mean", "running_var"} <= leaves.keys()
     ):
-        wrong.append("it has no running statistics; take batch_norm_untracked")
-    size = leaves.get("running_mean", leaves.get("weight", np.zeros(0))).shape
+        problems.wrong.append(
+            f"{where}: it has no running statistics; take batch_norm_untracked"
+        )
+    for name in ("running_mean", "weight"):
+        size = leaves[name].shape if name in leaves else size
     if kind.startswith("batch_norm"):
         steps = rest.pop("num_batches_tracked", 0)
-        found["batch_stats", "steps"] = np.full(size, steps, np.int32)
+        found["batch_stats", "steps"] = np.full(size or (), steps, np.int32)
     if kind == "batch_norm_untracked":
-        found["batch_stats", "mean"] = np.zeros(size, np.float32)
-        found["batch_stats", "var"] = np.ones(size, np.float32)
-    return found, wrong + [f"{name!r} is no part of a {kind}" for name in rest]
+        if size is None:
+            problems.wrong.append(
+                f"{where}: neither the state dict nor like says how many "
+                "channels it has"
+            )
+        found["batch_stats", "mean"] = np.zeros(size or (), np.float32)
+        found["batch_stats", "var"] = np.ones(size or (), np.float32)
+    problems.unfit += [
+        f"{where}: {name!r} is no part of a {kind}" for name in rest
+    ]
+    return found
 
 
 def module_to_torch(
-    kind: str, leaves: Mapping[Name, np.ndarray]
-) -> tuple[dict[str, np.ndarray], list[str]]:
+    kind: str,
+    leaves: Mapping[Name, np.ndarray],
+    problems: Problems,
+    where: str,
+) -> dict[str, np.ndarray]:
     """Undoes `module_to_flax`; without `steps` the number of batches is 0."""
-    rest, found, wrong = dict(leaves), {}, []
+    rest, found = dict(leaves), {}
     if kind == "same":
         found = {
             name: rest.pop((c, name)) for c, name in leaves if c == "params"
@@ -141,24 +199,17 @@ def module_to_torch(
     for leaf in KINDS[kind]:
         if leaf.flax in rest:
             a = rest.pop(leaf.flax)
-            wrong += _check(kind, leaf.flax[1], a, leaf.axes)
-            found[leaf.torch] = a if wrong else leaf.to_torch(a)
+            if problems.has_axes(where, kind, leaf.flax[1], a, leaf.axes):
+                found[leaf.torch] = leaf.to_torch(a)
     if kind == "batch_norm":
         steps = rest.pop(("batch_stats", "steps"), np.zeros(1))
         found["num_batches_tracked"] = np.array(steps.max(initial=0), np.int64)
     if kind == "batch_norm_untracked":
         rest = {key: a for key, a in rest.items() if key[0] != "batch_stats"}
-    wrong += [f"{name!r} has no counterpart in a {kind}" for _, name in rest]
-    return found, wrong
-
-
-def _check(
-    kind: str, name: str, a: np.ndarray, axes: tuple[int, ...]
-) -> list[str]:
-    if a.ndim in axes:
-        return []
-    number = " or ".join(map(str, axes))
-    return [f"{name!r} of a {kind} has {number} axes; got {list(a.shape)}"]
+    problems.unfit += [
+        f"{where}: {name!r} has no counterpart in a {kind}" for _, name in rest
+    ]
+    return found
 
 
 def to_array(name: str, value: Any) -> np.ndarray:

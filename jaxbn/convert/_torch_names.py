@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn.convert._torch_kinds import KINDS, Name
+from jaxbn.convert._torch_kinds import KINDS, Name, Problems
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 Values = int | Mapping[str, int] | None
@@ -17,7 +17,7 @@ def join(separator: str, *parts: str) -> str:
     return separator.join(part for part in parts if part)
 
 
-def _longest(path: str, keys: Iterable[str], separator: str) -> str | None:
+def longest(path: str, keys: Iterable[str], separator: str) -> str | None:
     """The longest of the keys that a path begins with."""
     fit = [
         key
@@ -31,21 +31,21 @@ def new_paths(
     paths: Collection[str],
     rename: Rename,
     separators: tuple[str, str],
-    wrong: list[str],
+    problems: Problems,
 ) -> dict[str, str]:
     """Returns old path -> new path of every module."""
     if callable(rename):
         return {path: rename(path) for path in paths}
     found, rename, (old, new) = {}, rename or {}, separators
     for path in paths:
-        key = _longest(path, rename, old)
+        key = longest(path, rename, old)
         begin, end = "", path
         if key is not None:
             begin, end = rename[key], path[len(key) :].removeprefix(old)
         found[path] = join(new, begin, end.replace(old, new))
     for key in rename:
-        if all(_longest(path, [key], old) is None for path in paths):
-            wrong.append(f"rename: no module is {key!r} or below it")
+        if all(longest(path, [key], old) is None for path in paths):
+            problems.wrong.append(f"rename: no module is {key!r} or below it")
     return found
 
 
@@ -53,30 +53,86 @@ def kinds_of(
     given: Mapping[str, str] | None,
     modules: Mapping[str, Mapping[Any, np.ndarray]],
     guess: Callable[[Any], str | None],
-    wrong: list[str],
+    problems: Problems,
 ) -> dict[str, str]:
     """Returns the kind of every module of which one is known."""
     given = given or {}
     for path, asked in given.items():
         if path not in modules:
-            wrong.append(f"kinds: there is no module {path!r}")
+            problems.wrong.append(f"kinds: there is no module {path!r}")
         if asked not in KINDS:
-            wrong.append(f"kinds: {asked!r} is none of {', '.join(KINDS)}")
+            problems.wrong.append(
+                f"kinds: {asked!r} is none of {', '.join(KINDS)}"
+            )
     found = {}
+    computed = {path.rpartition(_PARAMETRIZED)[0] for path in modules} - {""}
     for path, leaves in modules.items():
         kind = given.get(path) or guess(leaves)
         if kind is not None and kind in KINDS:
             found[path] = kind
-        elif path not in given:
-            shapes = {
-                name if isinstance(name, str) else name[1]: list(a.shape)
-                for name, a in leaves.items()
-            }
-            wrong.append(
-                f"{path or 'the top level'}: {shapes} may be several kinds; "
-                f"give kinds={{{path!r}: ...}}, one of {', '.join(KINDS)}"
-            )
+        elif path not in given and path not in computed:
+            problems.unfit.append(_no_kind(path, leaves))
     return found
+
+
+def without_entries(
+    kinds: Mapping[str, str] | None, modules: Collection[str]
+) -> dict[str, dict[Any, np.ndarray]]:
+    """Returns modules that have no array and are known by their kind."""
+    return {
+        path: {}
+        for path, kind in (kinds or {}).items()
+        if kind == "batch_norm_untracked" and path not in modules
+    }
+
+
+def _no_kind(path: str, leaves: Mapping[Any, np.ndarray]) -> str:
+    where = path or "the top level"
+    names = {name if isinstance(name, str) else name[1] for name in leaves}
+    owner, parametrized, _ = path.rpartition(_PARAMETRIZED)
+    if parametrized:
+        return (
+            f"{owner}: parametrized; torch.nn.utils.parametrize."
+            "remove_parametrizations writes the weight that is in force"
+        )
+    for marks, what, remedy in _REWRITTEN:
+        if marks <= names:
+            return f"{where}: {what}; {remedy} writes the weight in force"
+    if names == {"n_averaged"}:
+        return (
+            f"{where}: n_averaged counts the averages of an AveragedModel; "
+            f"give skip=[{join('.', path, 'n_averaged')!r}], and "
+            f"rename={{{join('.', path, 'module')!r}: {path!r}}} for the rest"
+        )
+    shapes = {
+        name if isinstance(name, str) else name[1]: list(a.shape)
+        for name, a in leaves.items()
+    }
+    return (
+        f"{where}: {shapes} may be several kinds; "
+        f"give kinds={{{path!r}: ...}}, one of {', '.join(KINDS)}"
+    )
+
+
+_PARAMETRIZED = ".parametrizations."
+# Names that a weight has while something computes it, and what ends that.
+_REWRITTEN = (
+    (
+        {"weight_orig", "weight_mask"},
+        "pruned",
+        "torch.nn.utils.prune.remove(module, 'weight')",
+    ),
+    (
+        {"weight_orig", "weight_u"},
+        "under spectral norm",
+        "torch.nn.utils.remove_spectral_norm(module)",
+    ),
+    (
+        {"weight_g", "weight_v"},
+        "under weight norm",
+        "torch.nn.utils.remove_weight_norm(module)",
+    ),
+)
 
 
 def values_of(
@@ -84,7 +140,7 @@ def values_of(
     modules: Mapping[str, Mapping[Any, np.ndarray]],
     variance: str | Name,
     separator: str,
-    wrong: list[str],
+    problems: Problems,
 ) -> dict[str, int]:
     """Returns the values in a batch of every batch norm, unless None."""
     if given is None:
@@ -94,46 +150,14 @@ def values_of(
     for path, leaves in modules.items():
         if variance not in leaves:
             continue
-        key = _longest(path, per_path, separator)
+        key = longest(path, per_path, separator)
         if key is None:
-            wrong.append(f"values_per_batch has nothing for {path}")
+            problems.wrong.append(f"values_per_batch has nothing for {path}")
         elif not per_path[key] >= 2:
-            wrong.append(
+            problems.wrong.append(
                 f"values_per_batch must be at least 2; got {per_path[key]} "
                 f"for {path}"
             )
         else:
             found[path] = per_path[key]
     return found
-
-
-def compare(
-    wanted: Mapping[Any, Any] | None,
-    found: Mapping[Any, np.ndarray],
-    wrong: list[str],
-) -> None:
-    if wanted is None:
-        return
-
-    def spell(key: str | Name) -> str:
-        return key if isinstance(key, str) else "/".join(key)
-
-    for key, value in wanted.items():
-        shape = tuple(np.shape(value))
-        if key not in found:
-            wrong.append(f"missing: {spell(key)} {list(shape)}")
-        elif found[key].shape != shape:
-            wrong.append(
-                f"shape: {spell(key)} is {list(found[key].shape)}, and in like "
-                f"{list(shape)}"
-            )
-    extra = [key for key in found if key not in wanted]
-    for key in extra:
-        wrong.append(f"unexpected: {spell(key)} {list(found[key].shape)}")
-    if extra and wanted.keys() - found.keys():
-        wrong.append("Where only names differ, say which is which in rename.")
-
-
-def raise_all(wrong: list[str]) -> None:
-    if wrong:
-        raise ValueError("Nothing was converted:\n  " + "\n  ".join(wrong))

@@ -33,7 +33,8 @@ def options_from_torch(
 
     Raises:
       ValueError: module is a SyncBatchNorm and axis_name is None; module has a
-        process group of its own; an attribute is missing.
+        process group of its own; it is an InstanceNorm; an attribute is
+        missing.
     """
     names = [cls.__name__ for cls in type(module).__mro__]
     needed = ("momentum", "eps", "affine", "track_running_stats")
@@ -42,6 +43,11 @@ def options_from_torch(
         raise ValueError(
             f"{type(module).__name__} is no batch norm of PyTorch: it has no "
             f"{', '.join(missing)}."
+        )
+    if any("InstanceNorm" in name for name in names):
+        raise ValueError(
+            f"{type(module).__name__} takes the statistics of every example "
+            "alone; flax.linen.InstanceNorm does that, no batch norm."
         )
     if "SyncBatchNorm" in names and axis_name is None:
         raise ValueError(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, TextIO
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxbn._moments import Moments
-from jaxbn.doctor import _symptoms
-from jaxbn.doctor._patients import Caller, Linen, Nnx
-from jaxbn.doctor._symptoms import Health
+from jaxbn._call import Caller
+from jaxbn.doctor import _findings
+from jaxbn.doctor._health import Health, gap, measure
+from jaxbn.doctor._models import Layers, Linen, Nnx, Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +22,17 @@ class Report:
     """What `examine` found; print it, or read its fields.
 
     Attributes:
-      layers: in the order of the calls.
+      layers: that normalize with their batch in training, in the order of the
+        calls. Others are in warnings.
       gap: |output in training - output in inference| / |output in training|,
-        of the whole model, in the Euclidean norm over all batches.
+        of the whole model, in the Euclidean norm over all batches; None where
+        the two have no part of one structure.
       batches: that were read.
       warnings: sentences, each with the layers concerned and a remedy.
     """
 
     layers: list[Health]
-    gap: float
+    gap: float | None
     batches: int
     warnings: list[str]
 
@@ -44,15 +46,31 @@ class Report:
             ).rstrip()
             for row in rows
         ]
-        batches = f"{self.batches} batch{'es' if self.batches > 1 else ''}"
-        lines.append(
-            f"Over {batches} the model's output differs by {self.gap:.1%} "
-            "between training and inference."
-        )
+        lines += ["", *_LEGEND, "", self._about_the_output()]
         if not self.warnings:
-            lines.append("Nothing to complain of.")
+            lines.append("No problem found.")
         lines += [f"- {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _about_the_output(self) -> str:
+        batches = f"{self.batches} batch{'es' if self.batches > 1 else ''}"
+        if self.gap is None:
+            return (
+                f"Over {batches}. The model returns nothing in training that it "
+                "returns in inference too; let call return what both have."
+            )
+        if not np.isfinite(self.gap):
+            return (
+                f"Over {batches} the model's output is not finite, in training "
+                "or in inference."
+            )
+        size = f"{self.gap:.1%}"
+        if self.gap > 100:
+            size = f"{self.gap:.0e} times its size"
+        return (
+            f"Over {batches} the model's output differs by {size} between "
+            "training and inference."
+        )
 
 
 def examine(
@@ -61,81 +79,92 @@ def examine(
     batches: Iterable[Any],
     *,
     call: Caller | None = None,
+    rngs: Any = None,
+    mutable: Collection[str] = (),
     devices: int | None = None,
-    file: TextIO | None = sys.stdout,
+    file: TextIO | None = None,
+    quiet: bool = False,
 ) -> Report:
     """Prints a table of the batch norm layers, and what is wrong with them.
 
     Reads the batches in training mode, and compares their statistics with the
     running ones. Works on flax's layers and on jaxbn's; changes nothing.
 
-    A row is a layer. Columns: `sync`, the mesh axis, or "no"; `over`, the
-    examples that are normalized together; `z` and `KL`, the running statistics
-    against those of the data, the worst channel; `gap`, what the output would
-    change by between training and inference, and `noise`, what is left of that
-    with exact statistics, in standard deviations of the output; `dead`,
-    `wild` and `shut`, channels that hold one value, that are beyond 1e6, and
-    whose scale is near zero; `std` of the input. `jaxbn.doctor.Health` has
-    the formulas.
+    A row is a layer, and the table explains its columns;
+    `jaxbn.doctor.Health` has the formulas. What else lies in batch_stats, and
+    layers that the call does not train, are named below it.
 
     Args:
       model: of flax.linen or flax.nnx.
       variables: of a linen model; None for nnx.
       batches: of the training data, of the size that training has, all
         devices together; some twenty are enough.
-      call: (model, batch, train) -> output. None calls a linen model with the
-        batch and the argument that says its mode, and an nnx model with the
-        batch after train() or eval().
+      call: (model, batch, train) -> output, called with True and with False.
+        None gives the model the batch, and its mode by the argument or field
+        that has it, such as train or deterministic. A linen model is bound, as
+        it is for `method` of flax; an nnx model is a copy, after train() or
+        eval(). In training it may return more, such as (y, aux).
+      rngs: of a linen model: a key, or a dict of them; the number of each
+        batch is folded in. None makes one for every stream.
+      mutable: of a linen model: names of collections that the call creates.
       devices: that training runs on; None takes those at hand.
-      file: where the table goes; None prints nothing.
+      file: where the table goes; None is sys.stdout.
+      quiet: prints nothing.
 
     Returns:
       Report.
 
     Raises:
-      ValueError: there is no batch or no batch norm layer, or the argument
-        that says the mode is not known.
+      ValueError: there is no batch, no batch norm layer, or none in training
+        mode; or how to call the model is not known.
     """
     devices = devices or jax.device_count()
     if isinstance(model, nn.Module):
-        patient: Linen | Nnx = Linen(model, variables, call)
+        examined: Linen | Nnx = Linen(model, variables, call, rngs, mutable)
     else:
-        patient = Nnx(model, call)
-    moments: list[dict[str, Moments]] = []
-    squares, layers, size = np.zeros(2), {}, 0
+        examined = Nnx(model, call, rngs, mutable)
+    parts: list[dict[str, Parts]] = []
+    totals: Any = np.zeros(2)
+    layers, size = Layers(), 0
     for batch in batches:
-        if not moments:
-            layers = patient.layers(batch)
-            size = jax.tree.leaves(batch)[0].shape[0]
-        if not layers:
-            raise ValueError(
-                "There is no batch norm layer in this model, neither flax's "
-                "nor jaxbn's."
-            )
-        found, squared = jax.device_get(patient.read(batch))
-        moments.append({path: _wide(part) for path, part in found.items()})
-        squares += squared
-    if not moments:
+        if not parts:
+            layers = examined.layers(batch)
+            size = next(len(a) for a in jax.tree.leaves(batch) if np.ndim(a))
+        found, squares = jax.device_get(examined.read(batch, len(parts)))
+        parts.append({path: _wide(part) for path, part in found.items()})
+        totals = None if squares is None else totals + squares
+    if not parts:
         raise ValueError("There was no batch to examine the model with.")
     healths = [
-        _health(path, layer, [part[path] for part in moments], size, devices)
-        for path, layer in layers.items()
+        _health(path, layer, [part[path] for part in parts], size, devices)
+        for path, layer in layers.trained.items()
     ]
+    examined_layers = [layer for layer in healths if layer.calls]
+    others = {
+        _findings.EMPTY: [layer.path for layer in healths if not layer.calls],
+        _findings.INFERRED: layers.inferred,
+        _findings.UNCALLED: layers.uncalled,
+        _findings.UNKNOWN: layers.unknown,
+    }
     report = Report(
-        layers=healths,
-        gap=float(np.sqrt(squares[0] / max(squares[1], 1e-30))),
-        batches=len(moments),
-        warnings=_symptoms.warnings(healths, devices),
+        layers=examined_layers,
+        gap=None if totals is None else _ratio(*totals),
+        batches=len(parts),
+        warnings=_findings.warnings(examined_layers, devices, others=others),
     )
-    if file is not None:
-        print(report, file=file)
+    if not quiet:
+        print(report, file=file or sys.stdout)
     return report
+
+
+def _ratio(square: float, size: float) -> float:
+    return float(np.sqrt(square / max(size, 1e-30)))
 
 
 def _health(
     path: str,
     layer: dict[str, Any],
-    parts: list[Moments],
+    parts: list[Parts],
     size: int,
     devices: int,
 ) -> Health:
@@ -151,22 +180,39 @@ def _health(
             value = np.asarray(layer[name])
             wide = np.promote_types(value.dtype, np.float64)
             layer[name] = value.astype(wide).ravel()
-    measured = _symptoms.measure(parts, layer["momentum"])
+    measured = measure(parts, layer["momentum"])
+    measured["values"] *= examples / size
     epsilon = layer["epsilon"]
     running = layer["running_mean"], layer["running_var"]
     exact = measured["mean"], measured["var"]
     return Health(
         path=path or "(the layer)",
         examples=examples,
-        gap=_symptoms.gap(parts, *running, epsilon),
-        noise=_symptoms.gap(parts, *exact, epsilon) * (size / examples) ** 0.5,
+        gap=gap(parts, *running, epsilon),
+        noise=gap(parts, *exact, epsilon) * (size / examples) ** 0.5,
         **measured,
         **layer,
     )
 
 
-_HEADER = ["layer", "kind", "sync", "over", "channels", "z", "KL", "gap"] + [
-    *("noise", "dead", "wild", "shut", "std")
+_HEADER = [
+    *("layer", "kind", "sync", "over", "calls", "channels"),
+    *("z", "KL", "gap", "noise", "dead", "<eps", ">1e6", "scale0", "std"),
+]
+_LEGEND = [
+    "sync: mesh axis. over: examples normalized together. calls: in a batch.",
+    "z, KL: running statistics against those of the data, worst channel: "
+    "distance of",
+    "the means in standard deviations, divergence of normal distributions in "
+    "nats.",
+    "gap: change of the layer's output from training to inference; noise: what "
+    "is left",
+    "of it with exact statistics; both root mean square, in standard "
+    "deviations.",
+    "dead, <eps, >1e6, scale0: channels that hold one value, whose variance is "
+    "below",
+    "epsilon, that are beyond 1e6, whose scale is near zero. std: of the "
+    "input.",
 ]
 
 
@@ -182,22 +228,32 @@ def _row(layer: Health) -> list[str]:
         layer.kind,
         "no" if axis is None else str(axis),
         f"{layer.examples:g}",
+        f"{layer.calls:.3g}",
         str(layer.mean.size),
         worst(layer.z),
         worst(layer.kl),
         f"{layer.gap:.2g}",
         f"{layer.noise:.2g}",
-        *(str(int(a.sum())) for a in (layer.dead, layer.exploding)),
-        str(int(layer.closed.sum())),
+        *(
+            str(int(channels.sum()))
+            for channels in (
+                layer.dead,
+                layer.below_epsilon,
+                layer.exploding,
+                layer.zero_scale,
+            )
+        ),
         f"{layer.input_std:.2g}",
     ]
 
 
-def _wide(part: Moments) -> Moments:
-    """In float64, or wider where complex, with a count for every channel."""
-    count, mean, m2 = map(np.asarray, part)
-    count = count.reshape(count.shape + (1,) * (mean.ndim - count.ndim))
-    count = np.broadcast_to(count, mean.shape).astype(np.float64)
-    mean = mean.astype(np.promote_types(mean.dtype, np.float64))
-    fields: Any = (count, mean, m2.astype(np.float64))
-    return Moments(*fields)
+def _wide(part: Parts) -> Parts:
+    """In float64, or wider where complex."""
+
+    def wide(a: Any) -> np.ndarray:
+        a = np.asarray(a)
+        b: np.ndarray = a.astype(np.promote_types(a.dtype, np.float64))
+        return b
+
+    widened: Parts = jax.tree.map(wide, part)
+    return widened

@@ -15,13 +15,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxbn.testing._leaves import path_name, widest, without_keys
+from jaxbn.testing._model import as_function
 
 
 def assert_shard_invariant(
-    apply_fn: Callable[[Any, Any], tuple[Any, Any]],
+    apply_fn: Any,
     variables: Any,
     batch: Any,
     *,
+    call: Callable[[Any, Any, bool], Any] | None = None,
+    rngs: Any = None,
+    mutable: Sequence[str] = (),
     axis_name: Hashable | tuple[Hashable, ...] = "data",
     devices: Sequence[int] | None = None,
     rtol: float | None = None,
@@ -45,10 +49,19 @@ def assert_shard_invariant(
     Args:
       apply_fn: (variables, batch) -> (outputs, new variables), such as
         lambda v, b: model.apply(v, b["x"], train=True, mutable=["batch_stats"])
-        without anything random that depends on the device.
-      variables: pytree of arrays.
+        without anything random that depends on the device, such as dropout. Or
+        a model of flax.linen or flax.nnx, which is called in training mode.
+      variables: pytree of arrays; of a linen model its variables, of an nnx
+        model None.
       batch: pytree of arrays, the examples on axis 0. A mask belongs here; an
         uneven one tells a mean of means from a mean.
+      call: (model, batch, train) -> output for a model, called with train=True.
+        None gives it the batch, and its mode by the argument or field that has
+        it, such as train or deterministic. A linen model is bound, as it is for
+        `method` of flax.
+      rngs: of a linen model: a key, or a dict of them. None makes one for
+        every stream.
+      mutable: of a linen model: names of collections that the call creates.
       axis_name: of the mesh axis; of several, every factorization is tried.
       devices: numbers of devices; None takes all divisors of the number of
         local devices that divide the batch.
@@ -60,9 +73,13 @@ def assert_shard_invariant(
     Raises:
       AssertionError: names the first layer that differs, or else the array,
         the split and the error.
-      ValueError: the batch cannot be split, apply_fn returns no pair, or the
-        result on one device is not finite.
+      ValueError: the batch cannot be split, apply_fn returns no pair, the
+        result on one device is not finite, or see `jaxbn.doctor.examine` for
+        the call of a model.
     """
+    apply_fn, variables = as_function(
+        apply_fn, variables, call=call, rngs=rngs, mutable=mutable
+    )
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     splits = _splits(batch, devices, len(names))
     inputs = jax.device_get((variables, batch))

@@ -1,0 +1,99 @@
+"""A model with jaxbn's layers in place of flax's, for those that collect.
+
+State that is no batch norm's stays: what conversion asks the user about is
+left as it is, and nothing is collected of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+
+import jaxbn.linen
+from jaxbn import convert
+from jaxbn._collect import Collected, Log, Path, collect_linen
+from jaxbn.convert import _nnx
+from jaxbn.convert._checks import owned_statistics
+from jaxbn.convert._layers import layer_path, variables_of
+from jaxbn.convert._rule import Rule
+
+# Groups of devices need devices; the statistics of all are the same.
+_WITHOUT_GROUPS: dict[str, Any] = {
+    "axis_index_groups": None,
+    "group_size": None,
+}
+
+
+class Exchanged:
+    """A linen model whose layers hand out moments.
+
+    Attributes:
+      layers: the batch norm layers as they run in the model given, by path,
+        once it has been traced.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._ours = convert.to_jaxbn(model, **_WITHOUT_GROUPS)
+        self.layers: dict[Path, nn.Module] = {}
+
+    def collect(
+        self, variables: Any, batch: Any, **options: Any
+    ) -> tuple[Any, dict[Path, Collected], Log]:
+        """Calls the model in training; see `collect_linen`."""
+        left: list[str] = []
+
+        def watch(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            layer = context.module
+            running = layer
+            if context.method_name == "__call__":
+                running = convert.runs_as(layer, *args, **kwargs)
+            if isinstance(running, jaxbn.linen.BatchNorm):
+                self.layers.setdefault(
+                    layer.path, self._as_given(layer, running)
+                )
+                return run(*args, **kwargs)
+            y = run(*args, **kwargs)
+            if owned_statistics(variables_of(layer, "batch_stats")):
+                left.append(layer_path(layer))
+            return y
+
+        with nn.intercept_methods(watch):
+            try:
+                return collect_linen(
+                    self._ours, variables, batch, True, **options
+                )
+            except ValueError:
+                if not left:
+                    raise
+        self._ours = convert.to_jaxbn(self._model, keep=left, **_WITHOUT_GROUPS)
+        with nn.intercept_methods(watch):
+            return collect_linen(self._ours, variables, batch, True, **options)
+
+    def infer(self, variables: Any, batch: Any, **options: Any) -> Any:
+        """Calls the model in inference; returns output and new variables."""
+        return self._ours.apply(variables, batch, False, **options)
+
+    def _as_given(self, layer: nn.Module, running: nn.Module) -> nn.Module:
+        """Returns the layer without what is exchanged here alone."""
+        kinds = (nn.BatchNorm, jaxbn.linen.BatchNorm)
+        rule = vars(type(self._model)).get("_converted_from", (None, None))[1]
+        if rule is None:
+            given = layer if layer.path else self._model
+            # A copy of flax's layer need not have its fields as attributes.
+            return given if isinstance(given, kinds) else running
+        fields = dict(rule.fields)
+        groups: dict[str, Any] = {
+            name: fields.get(name, getattr(layer, name, None))
+            for name in _WITHOUT_GROUPS
+        }
+        return running.clone(**groups)
+
+
+def exchanged_nnx(model: Any) -> Any:
+    """Returns a copy of an nnx model whose layers hand out moments."""
+    rule = Rule(jaxbn.linen.BatchNorm, tuple(_WITHOUT_GROUPS.items()))
+    left = _nnx.exchange(nnx.clone(model, graph=True), rule)
+    return convert.to_jaxbn(model, keep=list(left), **_WITHOUT_GROUPS)

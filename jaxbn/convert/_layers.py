@@ -1,0 +1,56 @@
+"""What conversion reads off a flax.linen layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from jaxbn.linen import BatchNorm
+
+# The fields that flax's layer and jaxbn's have in common.
+SHARED = frozenset(field.name for field in dataclasses.fields(nn.BatchNorm))
+
+
+def written_class(module: nn.Module) -> type[nn.Module]:
+    """The class as its author wrote it."""
+    kind = type(module)
+    written: type[nn.Module] = vars(kind).get("_converted_from", (kind,))[0]
+    return written
+
+
+def layer_path(layer: nn.Module) -> str:
+    path = layer.path if layer.scope is not None else ()
+    return "/".join(path) or layer.name or "the model itself"
+
+
+def fields_of(module: nn.Module, cls: type) -> dict[str, Any]:
+    """Fields to make a cls with; what module lacks has its default."""
+    own = {field.name for field in dataclasses.fields(module)}
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    return {
+        name: getattr(module, name) if name in own else DEFAULTS[name]
+        for name in names
+        if name not in ("parent", "name")
+    }
+
+
+DEFAULTS: dict[str, Any] = {}
+DEFAULTS.update(fields_of(BatchNorm(parent=None), BatchNorm))
+
+
+def variables_of(layer: nn.Module, collection: str) -> dict[str, Any]:
+    """Returns what a bound layer holds itself, without what lies below."""
+    held = layer.variables.get(collection, {})
+    return {
+        name: value
+        for name, value in held.items()
+        if not isinstance(value, Mapping)
+    }
+
+
+def unwrapped_call(cls: type[nn.Module]) -> Any:
+    """Returns `__call__` without what flax does around a method."""
+    return getattr(cls.__call__, "__wrapped__", cls.__call__)

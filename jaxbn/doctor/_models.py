@@ -1,0 +1,215 @@
+"""Models of flax.linen and flax.nnx, as what their examination asks of one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import nnx
+
+import jaxbn.linen
+import jaxbn.nnx
+from jaxbn._call import (
+    Caller,
+    advance_streams,
+    caller,
+    check_nnx_options,
+    linen_options,
+    run_nnx,
+)
+from jaxbn._collect import (
+    Collected,
+    Log,
+    Path,
+    collect_nnx,
+    collected,
+    with_empty,
+)
+from jaxbn._exchange import Exchanged, exchanged_nnx
+from jaxbn._moments import Moments
+from jaxbn.doctor._outputs import squares
+
+
+class Layers(NamedTuple):
+    """What a model has of batch norm, each by path in the order of the calls.
+
+    Attributes:
+      trained: options and variables of layers that normalize with the batch.
+      inferred: paths of layers in inference mode, although the model trains.
+      uncalled: paths of layers that were not called.
+      unknown: paths of a mean and var in batch_stats where no batch norm layer
+        was called; it may be none.
+    """
+
+    trained: dict[str, dict[str, Any]] = {}
+    inferred: Sequence[str] = ()
+    uncalled: Sequence[str] = ()
+    unknown: Sequence[str] = ()
+
+
+class Parts(NamedTuple):
+    """Moments of one layer over the calls of one batch; see `Collected`."""
+
+    values: Moments
+    means: Moments
+    stds: Moments
+
+
+class Linen:
+    """A linen model as what `examine` asks of one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: Any,
+        call: Caller | None,
+        rngs: Any,
+        mutable: Collection[str],
+    ):
+        run = caller(model, call)
+        self._variables = variables
+        self._linen = Exchanged(model)
+        self._log = Log()
+
+        def read(variables: Any, batch: Any, number: Any) -> Any:
+            options = linen_options(variables, rngs, mutable, number=number)
+            options["method"] = run
+            y, found, self._log = self._linen.collect(
+                variables, batch, **options
+            )
+            # What training creates, such as a cache, inference may do as well.
+            if "batch_stats" not in mutable:
+                options["mutable"].remove("batch_stats")
+            inferred, _ = self._linen.infer(variables, batch, **options)
+            parts = {_name(path): _parts(a) for path, a in found.items()}
+            return parts, squares(y, inferred)
+
+        self._read = jax.jit(read)
+
+    def layers(self, batch: Any) -> Layers:
+        """Returns the layers of the model, from a call that is not run."""
+        # Which fills the log; it is traced once.
+        jax.eval_shape(self._read, self._variables, batch, np.int32(0))
+        stats = nn.unbox(self._variables["batch_stats"])
+        params = self._variables.get("params", {})
+        trained = {}
+        for path in self._log.trained:
+            below = _at(stats, path)
+            trained[path] = _options(self._linen.layers[path]) | dict(
+                running_mean=below["mean"],
+                running_var=below["var"],
+                scale=nn.unbox(_at(params, path).get("scale")),
+            )
+        inferred = [path for path in self._log.inferred if path not in trained]
+        known = [path for path, _ in collected(with_empty(stats, Log()))]
+        called = {*trained, *inferred}
+        return Layers(
+            {_name(path): found for path, found in trained.items()},
+            [_name(path) for path in inferred],
+            unknown=[_name(path) for path in known if path not in called],
+        )
+
+    def read(self, batch: Any, number: int) -> tuple[dict[str, Parts], Any]:
+        found: tuple[dict[str, Parts], Any] = self._read(
+            self._variables, batch, np.int32(number)
+        )
+        return found
+
+
+class Nnx:
+    """An nnx model as what `examine` asks of one."""
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        call: Caller | None,
+        rngs: Any,
+        mutable: Collection[str],
+    ):
+        run = caller(model, call)
+        check_nnx_options(rngs, mutable)
+        self._model = model
+        self._log = Log()
+        self._ours = exchanged_nnx(model)
+        graphdef, self._state = nnx.split(self._ours)
+
+        def read(state: Any, batch: Any, number: Any) -> Any:
+            copy: Any = nnx.merge(graphdef, state)
+            advance_streams(copy, number)
+            output: Any = None
+            copy.train()
+
+            def train() -> None:
+                nonlocal output
+                output = run(copy, batch, True)
+
+            found, self._log = collect_nnx(jaxbn.nnx.batch_norms(copy), train)
+            model = nnx.merge(graphdef, state)
+            advance_streams(model, number)
+            inferred, _ = run_nnx(model, run, batch, False)
+            parts = {path: _parts(a) for path, a in found.items()}
+            return parts, squares(output, inferred)
+
+        self._read = jax.jit(read)
+
+    def layers(self, batch: Any) -> Layers:
+        """Returns the layers of the model, from a call that is not run."""
+        # As its code has them; a copy of flax's layer as what it runs as.
+        layers = {
+            **jaxbn.nnx.batch_norms(self._ours),
+            **jaxbn.nnx.batch_norms(self._model),
+        }
+        # Which fills the log; it is traced once.
+        jax.eval_shape(self._read, self._state, batch, np.int32(0))
+        trained = {}
+        for (path,) in self._log.trained:
+            layer = layers[path]
+            trained[path] = _options(layer) | dict(
+                running_mean=layer.mean[...],
+                running_var=layer.var[...],
+                scale=None if layer.scale is None else layer.scale[...],
+            )
+        inferred = [p for (p,) in self._log.inferred if p not in trained]
+        called = {*trained, *inferred}
+        return Layers(trained, inferred, [p for p in layers if p not in called])
+
+    def read(self, batch: Any, number: int) -> tuple[dict[str, Parts], Any]:
+        found: tuple[dict[str, Parts], Any] = self._read(
+            self._state, batch, np.int32(number)
+        )
+        return found
+
+
+def _options(layer: Any) -> dict[str, Any]:
+    scope = getattr(layer, "scope", None)
+    options = {
+        name: getattr(layer, name, getattr(scope, name, None))
+        for name in ("group_size", "axis_index_groups", "normalize_over")
+    }
+    kind = type(layer).__module__.split(".")[0]
+    plain = (nn.BatchNorm, nnx.BatchNorm)
+    ours = (jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm)
+    return options | dict(
+        kind=kind if type(layer) in plain + ours else type(layer).__name__,
+        axis_name=layer.axis_name,
+        momentum=layer.momentum,
+        epsilon=layer.epsilon,
+    )
+
+
+def _parts(found: Collected) -> Parts:
+    return Parts(found.values, found.means, found.stds)
+
+
+def _name(path: Path) -> str:
+    return "/".join(path)
+
+
+def _at(tree: Any, path: Path) -> Mapping[str, Any]:
+    for name in path:
+        tree = tree.get(name, {})
+    below: Mapping[str, Any] = tree
+    return below

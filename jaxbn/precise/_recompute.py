@@ -1,0 +1,188 @@
+"""Reads batches and merges what the layers of a model have seen in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxbn._call import (
+    Caller,
+    advance_streams,
+    caller,
+    check_nnx_options,
+    linen_options,
+)
+from jaxbn._collect import nested
+from jaxbn._moments import Moments
+from jaxbn.precise._sum import Sum
+
+
+class Precise(NamedTuple):
+    """What `recompute` returns.
+
+    Attributes:
+      stats: tree of Moments in float64 numpy, over all batches.
+      batches: how many were read.
+      error: estimated standard error of the worst channel, relative; inf
+        where it cannot be told.
+      converged: whether error came below the tolerance.
+    """
+
+    stats: Any
+    batches: int
+    error: float
+    converged: bool
+
+
+def recompute(
+    model: Any,
+    variables: Any,
+    batches: Iterable[Any],
+    *,
+    call: Caller | None = None,
+    rngs: Any = None,
+    mutable: Collection[str] = (),
+    tolerance: float | None = None,
+    min_batches: int = 10,
+    epsilon: float = 1e-5,
+    progress: bool = False,
+) -> Precise:
+    """Merges the Moments of all batches, weighted by their counts.
+
+    A moving average remembers 1 / (1 - decay) batches, from weights that have
+    changed since. This takes any number of them with the weights as they are:
+    after training, after weights were averaged (SWA, EMA), or for new data.
+    Where one layer lies behind another, its input depends on the batches that
+    the earlier one is normalized with, so take those of training.
+
+    The error is that of a mean of independent batches: with weights w_i,
+    SE^2 = k / (k - 1) sum w_i^2 (m_i - m)^2 / (sum w_i)^2, of the means in units
+    of the standard deviation and of the variances relative to the variance,
+    the largest of all channels and layers. Batches in an order, such as class
+    by class, are not independent: shuffle them, or give no tolerance.
+
+    Args:
+      model: of flax.linen or flax.nnx, with layers of flax or jaxbn. Or a
+        function (variables, batch) -> tree of Moments, such as one that calls
+        `jaxbn.linen.batch_moments` in shard_map. It is compiled.
+      variables: of a linen model; None for nnx. Or the function's argument.
+      batches: of any sizes; on several devices, sharded arrays.
+      call: (model, batch, train) -> output, called with train=True. None gives
+        the model the batch, and its mode by the argument or field that has it,
+        such as train or deterministic. A linen model is bound, as it is for
+        `method` of flax.
+      rngs: of a linen model: a key, or a dict of them; the number of each
+        batch is folded in. None makes one for every stream.
+      mutable: of a linen model: names of collections that the call creates.
+      tolerance: stops once the error is below; None reads all batches.
+      min_batches: that are read before it may stop, at least 2.
+      epsilon: the layers', unit of x squared; beside it a variance is nothing.
+      progress: shows a bar.
+
+    Returns:
+      Precise; `with_statistics`, or `jaxbn.nnx.set_statistics`, puts its
+      stats into a model.
+
+    Raises:
+      ValueError: there is no batch; the function returns something else;
+        statistics are not finite, with the number of the batch; no layer is in
+        training mode; or how to call the model is not known.
+
+    Source: Wu and Johnson (2021), Rethinking "Batch" in BatchNorm, section 3.
+    """
+    if min_batches < 2:
+        raise ValueError(f"min_batches must be at least 2; got {min_batches}.")
+    function, variables = _as_function(model, variables, call, rngs, mutable)
+    compiled = jax.jit(function)
+    sums: list[Sum] = []
+    read, error = 0, np.inf
+    treedef = None
+    for batch in _shown(batches, progress):
+        parts = jax.device_get(compiled(variables, batch, np.int32(read)))
+        found, treedef = jax.tree.flatten(parts, is_leaf=_is_moments)
+        if not found or not all(map(_is_moments, found)):
+            raise ValueError(
+                "The function must return a tree of jaxbn.Moments; got "
+                f"{jax.tree.map(type, found)}."
+            )
+        sums = sums or [Sum() for _ in found]
+        for total, part in zip(sums, found):
+            if not (
+                np.isfinite(part.mean).all() and np.isfinite(part.m2).all()
+            ):
+                raise ValueError(
+                    f"Statistics of batch {read} (from 0) are not finite. "
+                    "Nothing was changed; look for NaN or inf in it."
+                )
+            total.add(part)
+        read += 1
+        if read > 1:
+            error = max(total.error(epsilon) for total in sums)
+        if tolerance is not None and read >= min_batches and error < tolerance:
+            break
+    if not read:
+        raise ValueError(
+            "There was no batch. An iterator that was read before is empty: "
+            "make a new one."
+        )
+    stats = jax.tree.unflatten(treedef, [total.moments for total in sums])
+    converged = tolerance is not None and error < tolerance
+    return Precise(stats, read, float(error), converged)
+
+
+def _as_function(
+    model: Any,
+    variables: Any,
+    call: Caller | None,
+    rngs: Any,
+    mutable: Collection[str],
+) -> tuple[Callable[[Any, Any, Any], Any], Any]:
+    """Returns (variables, batch, its number) -> Moments, and variables."""
+    if not isinstance(model, (nn.Module, nnx.Module)):
+        if call is not None or rngs is not None or mutable:
+            raise ValueError(
+                "call, rngs and mutable say how to call a model of flax; got "
+                f"{type(model).__name__} in its place, which is called as it "
+                "is."
+            )
+        return lambda variables, batch, _: model(variables, batch), variables
+    import jaxbn.nnx  # which takes with_statistics from here
+    from jaxbn._exchange import Exchanged, exchanged_nnx
+
+    run = caller(model, call)
+    if isinstance(model, nn.Module):
+        linen = Exchanged(model)
+
+        def of_linen(variables: Any, batch: Any, number: Any) -> Any:
+            options = linen_options(variables, rngs, mutable, number=number)
+            _, found, _ = linen.collect(variables, batch, method=run, **options)
+            return nested({path: part.values for path, part in found.items()})
+
+        return of_linen, variables
+    check_nnx_options(rngs, mutable)
+    graphdef, state = nnx.split(exchanged_nnx(model))
+
+    def of_nnx(state: Any, batch: Any, number: Any) -> Any:
+        copy: Any = nnx.merge(graphdef, state)
+        advance_streams(copy, number)
+        copy.train()
+        return jaxbn.nnx.batch_moments(copy, batch, call=run)
+
+    return of_nnx, state
+
+
+def _is_moments(node: Any) -> bool:
+    return isinstance(node, Moments)
+
+
+def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from rich.progress import track  # comes with flax
+
+    return track(batches, description="statistics")
