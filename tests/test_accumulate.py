@@ -136,9 +136,8 @@ def exact_step(mix=dense, axis_name="micro", **options):
     )
 
 
-@pytest.mark.parametrize("unroll", (False, True))
-def test_convolutions_equal_the_whole_batch(unroll):
-    step = exact_step(conv, unroll=unroll, microbatches=2)
+def test_convolutions_equal_the_whole_batch():
+    step = exact_step(conv, microbatches=2)
     with jax.enable_x64(True):
         got = jit(step)(*problem(conv))
     assert_close(in_rows(got), expected(conv), 1e-10)
@@ -156,10 +155,9 @@ def test_any_number_of_microbatches(microbatches):
         assert_close(in_rows(got), expected(), 1e-5)
 
 
-@pytest.mark.parametrize("unroll", (False, True))
-def test_sums_that_are_taken_again(unroll):
+def test_sums_that_are_taken_again():
     """Far from the shift: a branch that reduces over the microbatches."""
-    step = jit(exact_step(unroll=unroll))
+    step = jit(exact_step())
     with jax.enable_x64(True):
         got = step(*problem(offset=1e3))
     assert_close(in_rows(got), expected(offset=1e3), 1e-8)
@@ -304,7 +302,7 @@ def test_resnet():
         loss, in_microbatches, arguments = resnet()
         want = jit(jax.value_and_grad(loss, has_aux=True))(*arguments)
         step = accumulate.value_and_grad(
-            in_microbatches, microbatches=3, has_aux=True, unroll=False
+            in_microbatches, microbatches=3, has_aux=True
         )
         (value, (stats, logits)), grads = jit(step)(*arguments)
         logits = logits.swapaxes(0, 1).reshape(12, 3)
@@ -336,16 +334,13 @@ def rows_and_shared(axis_name, x, y, key):
     }
 
 
-@pytest.mark.parametrize("unroll", (False, True))
-def test_lockstep_is_vmap(unroll):
+def test_lockstep_is_vmap():
     x = np.random.default_rng(0).normal(size=(3, 5, 4)).astype(np.float32)
     arguments = x, np.arange(4.0, dtype=np.float32), jax.random.key(1)
     axes = (1, None, None), {"row": (0, 1, 0, 0), "shared": None}
     fn = functools.partial(rows_and_shared, "micro")
     want = jit(jax.vmap(fn, *axes, axis_name="micro"))(*arguments)
-    got = jit(accumulate.lockstep(fn, *axes, axis_name="micro", unroll=unroll))(
-        *arguments
-    )
+    got = jit(accumulate.lockstep(fn, *axes, axis_name="micro"))(*arguments)
     *got_row, got_key = got["row"]
     *want_row, want_key = want["row"]
     assert_close((got_row, got["shared"]), (want_row, want["shared"]), 1e-5)
@@ -547,21 +542,14 @@ def test_memory():
     whole = temporaries()
     assert whole > 12
     # The inputs of six normalizations, and four of one microbatch.
-    assert temporaries(8, unroll=False) < 6 + 4 / 8 + 0.2
-    # Of three in a block inside jax.checkpoint, and one gradient; two more for
-    # what XLA copies because a second pass of sums might read it.
-    assert temporaries(8, checkpoint=True, unroll=False) < 5.2 + 2.2
-    assert temporaries(8, exact=False, unroll=False) < 15 / 8
-
-
-def test_memory_written_out():
-    """Nothing but a false dependency keeps compilers from interleaving."""
-    assert temporaries(4, unroll=True) < 6 + 10 / 4
-    assert temporaries(4, exact=False, unroll=True) < 17 / 4
+    assert temporaries(8) < 6 + 4 / 8 + 0.2
+    # Of three in a block inside jax.checkpoint, and one gradient.
+    assert temporaries(8, checkpoint=True) < 5.2
+    assert temporaries(8, exact=False) < 15 / 8
 
 
 def test_no_convolution_runs_twice():
-    lowered, _ = compiled_convolutions(2, unroll=False)
+    lowered, _ = compiled_convolutions(2)
     # Forward, and two backward of which the first layer needs one.
     assert lowered.as_text().count("stablehlo.convolution") == 3 * 6 - 1
 

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jaxbn._moments import Moments
 from jaxbn._running import RunningStats, is_finite, update_running
 from jaxbn.accumulate._lockstep import check_unbound
+from jaxbn.accumulate._loop import Inputs, Stack
 from jaxbn.accumulate._microbatches import (
-    Work,
-    apart,
-    exactly,
     gradient_like,
     gradient_of_one,
+    means,
     split,
     vary_some,
 )
@@ -31,7 +30,6 @@ def value_and_grad(
     exact: bool = True,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    unroll: bool | None = None,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` of loss over a batch, in microbatches.
 
@@ -79,9 +77,6 @@ def value_and_grad(
       exact: whether microbatches share statistics.
       argnums: arguments to differentiate, counted from 0.
       has_aux: whether loss returns aux too.
-      unroll: True writes all microbatches out, which takes long to compile,
-        False makes loops. None: loops, but on a CPU no convolution in them,
-        whose derivative would take 20 times as long there.
 
     Returns:
       Function of the arguments of loss, to be used under jax.jit, that returns
@@ -121,15 +116,12 @@ def value_and_grad(
             both = gradient_of_one(loss, argnums, has_aux, axis)
             return both(*vary_some(local, nums, axis), micro)
 
-        work = Work(
-            of_one,
-            leaves,
-            [None] * (len(leaves) - rows) + [1] * rows,
-            microbatches,
-            axis_name,
-            unroll,
-        )
-        (value, grads), aux = exactly(work) if exact else apart(work)
+        shared_leaves = len(leaves) - rows
+        values = leaves[:shared_leaves] + [
+            Stack(leaf, 1) for leaf in leaves[shared_leaves:]
+        ]
+        inputs = Inputs(values, microbatches, axis_name if exact else None)
+        (value, grads), aux = means(of_one, inputs)
         like = (
             shared[argnums]
             if isinstance(argnums, int)

@@ -56,12 +56,8 @@ def add_branches(
     ]
 
     def run(index: jax.Array, *values: jax.Array | Stack) -> list[jax.Array]:
-        unroll = any(
-            isinstance(v, Stack) and isinstance(v.array, list) for v in values
-        )
-
         def take(branch: Program) -> list[jax.Array]:
-            out = evaluate(branch, values, unroll=unroll)
+            out = evaluate(branch, values)
             return [
                 jnp.broadcast_to(value, (program.size, *value.shape))
                 if differs and not branch.stacked[i]
