@@ -15,6 +15,7 @@ from jaxbn.accumulate._loop import Inputs, Stack
 from jaxbn.accumulate._microbatches import (
     gradient_like,
     gradient_of_one,
+    is_array,
     means,
     split,
     vary_some,
@@ -103,24 +104,29 @@ def value_and_grad(
             )
         if exact:
             check_unbound(axis_name)
-        batch = split(batch, microbatches)
+        for n in nums:
+            shared[n] = jax.tree.map(jnp.asarray, shared[n])
+        rows, batch_tree = jax.tree.flatten(split(batch, microbatches))
         # Devices sum their gradients in the end, not in every microbatch.
-        over = set().union(*map(varies_over, jax.tree.leaves(batch)))
-        local = vary_some(shared, nums, over)
-        leaves, treedef = jax.tree.flatten((local, batch))
-        rows = len(jax.tree.leaves(batch))
+        over = set().union(*map(varies_over, rows))
+        leaves, tree = jax.tree.flatten(vary_some(shared, nums, over))
+        traced = [leaf for leaf in leaves if is_array(leaf)]
 
-        def of_one(*leaves: jax.Array) -> Any:
-            local, micro = jax.tree.unflatten(treedef, leaves)
+        def of_one(*arrays: jax.Array) -> Any:
+            left = iter(arrays)
+            local = jax.tree.unflatten(
+                tree, [next(left) if is_array(x) else x for x in leaves]
+            )
+            micro = jax.tree.unflatten(batch_tree, left)
             axis = {axis_name} if exact and is_typed() else set()
             both = gradient_of_one(loss, argnums, has_aux, axis)
             return both(*vary_some(local, nums, axis), micro)
 
-        shared_leaves = len(leaves) - rows
-        values = leaves[:shared_leaves] + [
-            Stack(leaf, 1) for leaf in leaves[shared_leaves:]
-        ]
-        inputs = Inputs(values, microbatches, axis_name if exact else None)
+        inputs = Inputs(
+            [*traced, *(Stack(row, 1) for row in rows)],
+            microbatches,
+            axis_name if exact else None,
+        )
         (value, grads), aux = means(of_one, inputs)
         like = (
             shared[argnums]

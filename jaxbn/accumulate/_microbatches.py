@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn._checks import describe
 from jaxbn._moments import Moments, merge
@@ -95,14 +96,22 @@ def _widen(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def is_array(x: Any) -> bool:
+    """Whether jax.grad would trace x; Python values reach the loss as such."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
 def split(batch: Any, microbatches: int) -> Any:
     """Gives every leaf the microbatches as its axis 1, or raises."""
     leaves = jax.tree.leaves(batch)
-    words = ", ".join(map(describe, leaves)) or "no leaf"
-    if not leaves or any(leaf.ndim == 0 for leaf in leaves):
+    words = ", ".join(
+        describe(leaf) if is_array(leaf) else type(leaf).__name__
+        for leaf in leaves
+    )
+    if not leaves or not all(is_array(x) and x.ndim for x in leaves):
         raise ValueError(
-            "Every leaf of the batch, the last argument, needs the examples on "
-            f"axis 0; got {words}."
+            "Every leaf of the batch, the last argument, must be an array with "
+            f"the examples on axis 0; got {words or 'no leaf'}."
         )
     sizes = {leaf.shape[0] for leaf in leaves}
     if len(sizes) != 1:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,6 @@ from jaxbn.accumulate._branches import add_branches, communicates
 from jaxbn.accumulate._collectives import (
     add_collective,
     bind,
-    inner_equations,
     named_axes,
     other_axes,
 )
@@ -65,7 +65,7 @@ def trace(fn: Callable[..., Any], inputs: Inputs) -> tuple[Program, Any]:
         closed, shapes = make(fn)(*inputs.of(0))
     else:
         make = functools.partial(make, axis_env=[(axis_name, size)])
-        with lockstep():
+        with lockstep(axis_name):
             if is_typed():
                 closed, shapes = _trace_typed(make, fn, inputs)
             else:
@@ -245,14 +245,33 @@ def _body(eqn: jex.JaxprEqn) -> tuple[jex.Jaxpr, Sequence[Any]]:
 
 def _check_inside(program: Program, eqn: jex.JaxprEqn) -> None:
     for jaxpr in jex.jaxprs_in_params(eqn.params):
-        for inner in inner_equations(jaxpr):
+        for inner, scopes in _inner_scopes(jaxpr, _scopes(eqn)):
             if program.axis_name in named_axes(inner):
+                of = f", of layer {'/'.join(scopes)!r}," if scopes else ""
                 raise ValueError(
-                    f"{inner.primitive.name} over {program.axis_name!r} stands "
-                    f"inside {eqn.primitive.name}, which cannot be cut there. "
-                    "Write the loop or the branch in Python, or keep layers "
-                    "that synchronize out of it."
+                    f"{inner.primitive.name} over {program.axis_name!r}{of} "
+                    f"stands inside {eqn.primitive.name}, which cannot be cut "
+                    "there. Write the loop or the branch in Python, or keep "
+                    "layers that synchronize out of it."
                 )
+
+
+def _inner_scopes(
+    jaxpr: jex.Jaxpr, scopes: tuple[str, ...]
+) -> Iterator[tuple[jex.JaxprEqn, tuple[str, ...]]]:
+    """Returns all equations, with the names of the modules they belong to."""
+    for eqn in jaxpr.eqns:
+        here = scopes + _scopes(eqn)
+        yield eqn, here
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from _inner_scopes(inner, here)
+
+
+def _scopes(eqn: jex.JaxprEqn) -> tuple[str, ...]:
+    # Names of jax.named_scope, as flax sets them; transformations wrap them.
+    found = str(eqn.source_info.name_stack).split("/")
+    names = (re.sub(r"^(\w+\()+|\)+$", "", name) for name in found)
+    return tuple(name for name in names if name)
 
 
 def _evaluate(program: Program, closed: Any, *inputs: Any) -> list[Any]:
