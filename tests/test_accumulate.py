@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,8 @@ from jaxbn import accumulate
 from jaxbn.linen import BatchNorm
 from tests.accumulation import (
     BOTH,
+    CHANNELS,
+    DECAY,
     assert_close,
     conv,
     exact_step,
@@ -198,6 +201,66 @@ def test_several_arguments_are_differentiated():
     step = accumulate.value_and_grad(loss, microbatches=2, argnums=(0, 1))
     _, (w, b) = step({"w": jnp.ones(())}, jnp.ones(()), jnp.arange(4.0))
     assert (float(w["w"]), float(b)) == (1.5, 1.0)
+
+
+class Layer(nn.Module):
+    axis_name: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x, _):
+        norm = BatchNorm(
+            use_running_average=False,
+            momentum=DECAY,
+            axis_name=self.axis_name,
+            param_dtype=x.dtype,
+        )
+        h = norm(nn.Dense(CHANNELS, use_bias=False, param_dtype=x.dtype)(x))
+        return x + jnp.sin(h), h.sum(-1)
+
+
+@pytest.mark.parametrize("check_vma", (None, True))
+def test_scanned_layers(check_vma):
+    names = ("micro",) if check_vma is None else BOTH
+
+    def model(axis_name):
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return layers(axis_name)
+
+    def loss(axis_name, params, batch_stats, batch):
+        x, cotangent, _ = batch
+        (y, sums), new = model(axis_name).apply(
+            {"params": params, "batch_stats": batch_stats},
+            x,
+            None,
+            mutable=["batch_stats"],
+        )
+        value = (y * cotangent).mean() + jnp.square(sums).mean()
+        if axis_name:
+            value = jax.lax.pmean(value, axis_name)
+        return value, new["batch_stats"]
+
+    with jax.enable_x64(True):
+        _, _, batch = problem()
+        variables = model(()).init(jax.random.key(0), batch[0], None)
+        arguments = variables["params"], variables["batch_stats"], batch
+        want = jax.value_and_grad(functools.partial(loss, ()), has_aux=True)
+        step = accumulate.value_and_grad(
+            functools.partial(loss, names), microbatches=2, has_aux=True
+        )
+        if check_vma:
+            mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+            step = jax.shard_map(
+                step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P()
+            )
+        want_value, want_grads = jit(want)(*arguments)
+        got = jit(step)(*arguments)
+    assert_close(got[0], jax.device_get(want_value), 1e-12)
+    assert_close(got[1], jax.device_get(want_grads), 1e-10)
 
 
 def test_python_values():

@@ -3,7 +3,6 @@
 import functools
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import accumulate
-from jaxbn.linen import BatchNorm
 from tests.accumulation import (
     assert_close,
     jit,
@@ -85,47 +83,18 @@ def psum_loss(w, x):
     return jax.lax.psum((w * x).sum(), "micro")
 
 
-def in_scan(w, x):
-    def step(carry, _):
-        return jax.lax.psum(carry * w, "micro"), None
+def in_a_loop(w, x):
+    def body(state):
+        i, total = state
+        with jax.named_scope("norm"):
+            return i + 1, jax.lax.psum(total, "micro")
 
-    return jax.lax.scan(step, x.sum(), length=2)[0]
+    with jax.named_scope("Net"):
+        return w * jax.lax.while_loop(lambda s: s[0] < 2, body, (0, x.sum()))[1]
 
 
 def permuted(w, x):
     return jax.lax.ppermute((w * x).sum(), "micro", [(0, 1), (1, 0)])
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        norm = BatchNorm(
-            use_running_average=False, axis_name="micro", name="norm"
-        )
-        return norm(nn.Dense(3)(x)), None
-
-
-class Stacked(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        layers = nn.scan(
-            Layer,
-            variable_axes={"params": 0, "batch_stats": 0},
-            split_rngs={"params": True},
-            length=2,
-        )
-        return layers(name="layers")(x, None)[0]
-
-
-def in_lifted_scan():
-    x = jnp.ones((4, 3))
-    variables = Stacked().init(jax.random.key(0), x)
-
-    def loss(params, x):
-        given = {**variables, "params": params}
-        return Stacked().apply(given, x, mutable=["batch_stats"])[0].mean()
-
-    return step(loss)(variables["params"], x)
 
 
 def step(loss=psum_loss, **options):
@@ -181,12 +150,9 @@ MISTAKES = {
         "pmin, all_gather, psum_scatter and axis_index do.",
     ),
     "in a loop": (
-        lambda: step(in_scan)(1.0, jnp.ones(4)),
-        "psum over 'micro' stands inside scan, which cannot be cut there.",
-    ),
-    "in a layer of nn.scan": (
-        in_lifted_scan,
-        "psum over 'micro', of layer 'Stacked/layers/norm', stands inside scan",
+        lambda: step(in_a_loop)(1.0, jnp.ones(4)),
+        "psum over 'micro', of layer 'Net/norm', stands inside while, which "
+        "cannot be cut there.",
     ),
     "in_axes": (
         lambda: accumulate.lockstep(jnp.add, (0,), axis_name="i")(1, 2),

@@ -73,7 +73,9 @@ def value_and_grad(
     Args:
       loss: (params, ..., batch) -> () array, or with has_aux (() array, aux).
         Over axis_name it may use psum, pmean, pmax, pmin, all_gather,
-        psum_scatter and axis_index, but not inside scan, while_loop or cond.
+        psum_scatter and axis_index, but not inside while_loop, nor in a cond
+        that microbatches decide for themselves. A scan of layers with batch
+        norm, such as nn.scan, is written out, to be compiled step by step.
         A random key is the same for all microbatches: fold
         jax.lax.axis_index("micro") into it, or give every example its own in
         the batch. Under shard_map with check_vma=True arrays have to be
@@ -97,7 +99,7 @@ def value_and_grad(
       ValueError: microbatches does not divide the examples; a leaf of the batch
         has no examples, or another number of them; argnums names the batch;
         exact and nothing in loss uses axis_name; axis_name is bound already; a
-        collective that does not run in lockstep, or inside a loop; an array
+        collective that does not run in lockstep, or inside while_loop; an array
         that is closed over.
     """
     nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)

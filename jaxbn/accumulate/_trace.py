@@ -12,10 +12,11 @@ import jax.extend.core as jex
 import numpy as np
 
 from jaxbn._collectives import lockstep
-from jaxbn.accumulate._branches import add_branches, communicates
+from jaxbn.accumulate._branches import add_branches
 from jaxbn.accumulate._collectives import (
     add_collective,
     bind,
+    inner_equations,
     named_axes,
     other_axes,
 )
@@ -23,6 +24,7 @@ from jaxbn.accumulate._convolutions import convolve
 from jaxbn.accumulate._loop import Inputs
 from jaxbn.accumulate._nodes import Program
 from jaxbn.accumulate._rebuild import REBUILD
+from jaxbn.accumulate._scans import add_scan
 from jaxbn.accumulate._types import is_typed, varies_over, vary
 
 # Equations that only wrap the ones that count.
@@ -174,9 +176,12 @@ def _equation(
         return program.add(name, run, inputs, kinds, cheap=True, floor=floor)
     if program.axis_name in named_axes(eqn):
         return add_collective(program, eqn, inputs, floor)
-    if communicates(program, eqn) and not program.stacked[inputs[0]]:
-        return add_branches(program, eqn, inputs, floor, _inline)
-    _check_inside(program, eqn)
+    if _communicates_inside(program, eqn):
+        if name == "cond" and not program.stacked[inputs[0]]:
+            return add_branches(program, eqn, inputs, floor, _inline)
+        if name == "scan":
+            return add_scan(program, eqn, inputs, floor, _inline)
+        _refuse(program, eqn)
     if name == "conv_general_dilated":
         run = functools.partial(convolve, eqn.primitive, params)
     elif name in REBUILD and is_typed():
@@ -243,7 +248,15 @@ def _body(eqn: jex.JaxprEqn) -> tuple[jex.Jaxpr, Sequence[Any]]:
     raise ValueError(f"{eqn.primitive.name} holds no code to run in lockstep.")
 
 
-def _check_inside(program: Program, eqn: jex.JaxprEqn) -> None:
+def _communicates_inside(program: Program, eqn: jex.JaxprEqn) -> bool:
+    return any(
+        program.axis_name in named_axes(inner)
+        for jaxpr in jex.jaxprs_in_params(eqn.params)
+        for inner in inner_equations(jaxpr)
+    )
+
+
+def _refuse(program: Program, eqn: jex.JaxprEqn) -> None:
     for jaxpr in jex.jaxprs_in_params(eqn.params):
         for inner, scopes in _inner_scopes(jaxpr, _scopes(eqn)):
             if program.axis_name in named_axes(inner):
