@@ -112,6 +112,14 @@ MISTAKES = {
         "microbatches=16 does not divide the 12 examples of the batch; 12 "
         "would.",
     ),
+    "a fraction": (
+        lambda: step(microbatches=2.0)(1.0, jnp.ones(12)),
+        "microbatches must be an integer; got 2.0.",
+    ),
+    "aux without has_aux": (
+        lambda: step(lambda w, x: (psum_loss(w, x), x))(1.0, jnp.ones(4)),
+        "loss returned a tuple of 2 in place of one value. With has_aux=True",
+    ),
     "none": (
         lambda: step(microbatches=0)(1.0, jnp.ones(12)),
         "microbatches=0 does not divide the 12 examples of the batch; 1 would.",

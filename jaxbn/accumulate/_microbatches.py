@@ -80,6 +80,11 @@ def gradient_of_one(
 
     def scalar(*args: Any) -> Any:
         value, aux = loss(*args) if has_aux else (loss(*args), None)
+        if isinstance(value, tuple):
+            raise ValueError(
+                f"loss returned a tuple of {len(value)} in place of one value. "
+                "With has_aux=True it returns (value, aux)."
+            )
         return vary(jnp.asarray(value), axis), aux
 
     def both(*args: Any) -> Any:
@@ -103,11 +108,15 @@ def is_array(x: Any) -> bool:
 
 def split(batch: Any, microbatches: int) -> Any:
     """Gives every leaf the microbatches as its axis 1, or raises."""
+    if not isinstance(microbatches, int | np.integer):
+        raise ValueError(
+            f"microbatches must be an integer; got {microbatches}."
+        )
     leaves = jax.tree.leaves(batch)
     words = ", ".join(
         describe(leaf) if is_array(leaf) else type(leaf).__name__
-        for leaf in leaves
-    )
+        for leaf in leaves[:8]
+    ) + (", ..." if leaves[8:] else "")
     if not leaves or not all(is_array(x) and x.ndim for x in leaves):
         raise ValueError(
             "Every leaf of the batch, the last argument, must be an array with "
