@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +15,10 @@ from jaxbn.accumulate._branches import add_branches
 from jaxbn.accumulate._collectives import (
     add_collective,
     bind,
-    inner_equations,
+    communicates_inside,
     named_axes,
     other_axes,
+    refuse,
 )
 from jaxbn.accumulate._convolutions import convolve
 from jaxbn.accumulate._loop import Inputs
@@ -176,12 +176,12 @@ def _equation(
         return program.add(name, run, inputs, kinds, cheap=True, floor=floor)
     if program.axis_name in named_axes(eqn):
         return add_collective(program, eqn, inputs, floor)
-    if _communicates_inside(program, eqn):
+    if communicates_inside(program, eqn):
         if name == "cond" and not program.stacked[inputs[0]]:
             return add_branches(program, eqn, inputs, floor, _inline)
         if name == "scan":
             return add_scan(program, eqn, inputs, floor, _inline)
-        _refuse(program, eqn)
+        refuse(program, eqn)
     if name == "conv_general_dilated":
         run = functools.partial(convolve, eqn.primitive, params)
     elif name in REBUILD and is_typed():
@@ -246,45 +246,6 @@ def _body(eqn: jex.JaxprEqn) -> tuple[jex.Jaxpr, Sequence[Any]]:
         if isinstance(value, jex.Jaxpr):
             return value, ()
     raise ValueError(f"{eqn.primitive.name} holds no code to run in lockstep.")
-
-
-def _communicates_inside(program: Program, eqn: jex.JaxprEqn) -> bool:
-    return any(
-        program.axis_name in named_axes(inner)
-        for jaxpr in jex.jaxprs_in_params(eqn.params)
-        for inner in inner_equations(jaxpr)
-    )
-
-
-def _refuse(program: Program, eqn: jex.JaxprEqn) -> None:
-    for jaxpr in jex.jaxprs_in_params(eqn.params):
-        for inner, scopes in _inner_scopes(jaxpr, _scopes(eqn)):
-            if program.axis_name in named_axes(inner):
-                of = f", of layer {'/'.join(scopes)!r}," if scopes else ""
-                raise ValueError(
-                    f"{inner.primitive.name} over {program.axis_name!r}{of} "
-                    f"stands inside {eqn.primitive.name}, which cannot be cut "
-                    "there. Write the loop or the branch in Python, or keep "
-                    "layers that synchronize out of it."
-                )
-
-
-def _inner_scopes(
-    jaxpr: jex.Jaxpr, scopes: tuple[str, ...]
-) -> Iterator[tuple[jex.JaxprEqn, tuple[str, ...]]]:
-    """Returns all equations, with the names of the modules they belong to."""
-    for eqn in jaxpr.eqns:
-        here = scopes + _scopes(eqn)
-        yield eqn, here
-        for inner in jex.jaxprs_in_params(eqn.params):
-            yield from _inner_scopes(inner, here)
-
-
-def _scopes(eqn: jex.JaxprEqn) -> tuple[str, ...]:
-    # Names of jax.named_scope, as flax sets them; transformations wrap them.
-    found = str(eqn.source_info.name_stack).split("/")
-    names = (re.sub(r"^(\w+\()+|\)+$", "", name) for name in found)
-    return tuple(name for name in names if name)
 
 
 def _evaluate(program: Program, closed: Any, *inputs: Any) -> list[Any]:
