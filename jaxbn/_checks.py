@@ -18,7 +18,7 @@ Axes = int | Sequence[int]
 
 def describe(x: jax.Array) -> str:
     """Returns dtype and shape as they stand in messages: float32[8, 4]."""
-    return f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
+    return f"{x.dtype.name}{list(x.shape)}"
 
 
 def check_input(x: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,17 @@ class Devices(NamedTuple):
         if self.groups is not None:
             return len(self.groups[0])
         return math.prod(self.sizes)
+
+    def without(self, names: Names) -> Devices:
+        """Returns the devices along the other axes."""
+        rest = [
+            (name, size)
+            for name, size in zip(self.names, self.sizes)
+            if name not in names
+        ]
+        return Devices(
+            tuple(name for name, _ in rest), tuple(size for _, size in rest)
+        )
 
 
 THIS_DEVICE = Devices()
@@ -88,20 +99,28 @@ def _takes_groups(names: Names) -> bool:
     does.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    return not _lockstep.get() and set(names) <= set(manual)
+    return _microbatches.get() is None and set(names) <= set(manual)
 
 
-_lockstep = contextvars.ContextVar("lockstep", default=False)
+_microbatches: contextvars.ContextVar[Hashable | None] = contextvars.ContextVar(
+    "microbatches", default=None
+)
 
 
 @contextlib.contextmanager
-def lockstep() -> Iterator[None]:
-    """While a function is traced one of whose axes is that of microbatches."""
-    token = _lockstep.set(True)
+def lockstep(axis_name: Hashable) -> Iterator[None]:
+    """While a function is traced of which axis_name names the microbatches."""
+    token = _microbatches.set(axis_name)
     try:
         yield
     finally:
-        _lockstep.reset(token)
+        _microbatches.reset(token)
+
+
+def microbatches_among(devices: Devices) -> Hashable | None:
+    """Returns which of the axes is that of the microbatches."""
+    name = _microbatches.get()
+    return name if name in devices.names else None
 
 
 def _gather(flat: jax.Array, names: Names, groups: Partition) -> jax.Array:

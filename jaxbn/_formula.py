@@ -255,12 +255,15 @@ def _of_all_examples(
     start = jnp.broadcast_to(
         jax.lax.stop_gradient(start), parts.shift.shape[1:]
     )
+    copies = spec.devices.size
+    if spec.devices.groups is None:
+        # Along the axes that were summed over, the moments are the same.
+        everyone, copies = everyone.without(spec.devices.names), 1
     total = merge_parts(parts, start, devices=everyone).moments
     count = total.count
     if num_ids is None and count.size == 1:
         count = count.reshape(())
     # The members of a group have the same moments, each counted as often.
-    copies = spec.devices.size
     return Moments(count / copies, total.mean, total.m2 / copies)
 
 

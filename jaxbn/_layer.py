@@ -259,7 +259,7 @@ class Layer:
         skipped = state.skipped
         if skipped is not None:
             skipped = skipped + jnp.where(is_finite(batch), 0, 1)
-        stored = _as_stored(_put(state.running, new, row), state.running)
+        stored = as_stored(_put(state.running, new, row), state.running)
         return y, State(stored, skipped), handed
 
     def _infer(
@@ -352,7 +352,7 @@ def _widened(running: RunningStats) -> RunningStats:
     return running._replace(mean=widen(running.mean), var=widen(running.var))
 
 
-def _as_stored(new: RunningStats, old: RunningStats) -> RunningStats:
+def as_stored(new: RunningStats, old: RunningStats) -> RunningStats:
     """Rounds to the dtype of old where its owner has cast it below float32.
 
     A loop that carries the state keeps its dtypes. The layer makes no state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import jax
 
@@ -13,6 +13,7 @@ from jaxbn._collectives import (
     Devices,
     Partition,
     devices_along,
+    microbatches_among,
 )
 from jaxbn._reduction import Reduction
 
@@ -92,6 +93,9 @@ class Scope:
             _check_share(size, on_mesh, examples)
             over = examples * size // on_mesh
             size = None
+        micro = microbatches_among(devices) if axes else None
+        if over is not None and micro is not None:
+            return _over_microbatches(over, reduction, devices, micro)
         if over is not None:
             chunks, size = _split_or_join(over, examples, devices.size)
             reduction = reduction._replace(chunks=chunks)
@@ -101,9 +105,49 @@ class Scope:
             return reduction, devices
         if devices.size % size:
             raise ValueError(_uneven(size, devices.size, axis_name))
-        neighbours = range(0, devices.size, size)
-        groups = tuple(tuple(range(i, i + size)) for i in neighbours)
-        return reduction, devices._replace(groups=groups)
+        return reduction, _in_groups(devices, size)
+
+
+def _in_groups(devices: Devices, size: int) -> Devices:
+    """Puts neighbours into groups of a size that divides their number."""
+    if size == devices.size:
+        return devices
+    starts = range(0, devices.size, size)
+    groups = tuple(tuple(range(i, i + size)) for i in starts)
+    return devices._replace(groups=groups)
+
+
+def _over_microbatches(
+    over: int, reduction: Reduction, devices: Devices, micro: Hashable
+) -> tuple[Reduction, Devices]:
+    """`normalize_over` where microbatch i of k holds examples i, i + k, ...
+
+    Neighbours in the batch are then the same rows of several microbatches.
+    """
+    rest = tuple(name for name in devices.names if name != micro)
+    devices, others = devices_along((*rest, micro)), devices_along(rest)
+    here = devices_along((micro,))
+    rows = reduction.examples
+    k, examples = here.size, here.size * rows
+    if over % examples == 0 and others.size % (over // examples) == 0:
+        return reduction, _in_groups(devices, over // rows)
+    if examples % over == 0 and over % k == 0:
+        return reduction._replace(chunks=examples // over), here
+    if examples % over == 0 and k % over == 0:
+        return reduction._replace(chunks=rows), _in_groups(here, over)
+    possible = {n for n in range(1, examples + 1) if examples % n == 0}
+    possible = {n for n in possible if n % k == 0 or k % n == 0}
+    possible |= {
+        n * examples for n in range(1, others.size + 1) if others.size % n == 0
+    }
+    nearest = min(possible, key=lambda n: (abs(n - over), n))
+    raise ValueError(
+        f"normalize_over={over} does not fit {k} microbatches of {rows} "
+        f"examples on each of {others.size} devices: it has to divide the "
+        f"{examples} examples of a device, and be a multiple or a divisor of "
+        f"{k}; or be a multiple of {examples} that divides the devices. The "
+        f"nearest that works is {nearest}."
+    )
 
 
 def _split_or_join(over: int, examples: int, devices: int) -> tuple[int, int]:

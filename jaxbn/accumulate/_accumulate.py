@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxbn._layer import as_stored
 from jaxbn._moments import Moments
 from jaxbn._running import RunningStats, is_finite, update_running
 from jaxbn.accumulate._lockstep import check_unbound
+from jaxbn.accumulate._loop import Inputs, Stack
 from jaxbn.accumulate._microbatches import (
-    Work,
-    apart,
-    exactly,
     gradient_like,
     gradient_of_one,
+    is_array,
+    means,
     split,
     vary_some,
 )
@@ -31,25 +33,27 @@ def value_and_grad(
     exact: bool = True,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    unroll: bool | None = None,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` of loss over a batch, in microbatches.
 
     The last argument of loss is the batch, a tree of arrays with the examples
-    on axis 0. Microbatch i of k holds the examples i, i + k, i + 2k, ..., so
-    that a batch which is sharded over devices stays where it is. All other
-    arguments are the same for every microbatch.
+    on axis 0; arrays of random keys may be among them. Microbatch i of k holds
+    the examples i, i + k, i + 2k, ..., so that a batch which is sharded over
+    devices stays where it is. All other arguments are the same for every
+    microbatch.
 
     exact=True: the microbatches advance together from one normalization to the
     next and share its statistics. Value, gradient and new running statistics
-    are those of the whole batch, for any number of microbatches. Layers need
-    axis_name="micro", under shard_map ("data", "micro").
+    are those of the whole batch, for any number of microbatches; so they are
+    with `normalize_over`, whose groups are runs of neighbours in the batch.
+    Layers need axis_name="micro", under shard_map ("data", "micro").
 
     exact=False: every microbatch is normalized with its own statistics, which
     is cheaper, and another network. Layers need no axis, under shard_map
-    "data". Let loss return the `Moments` of the layers as aux: they come back
-    merged, exactly those of the whole batch, for one update of the running
-    statistics; see `update_batch_stats`.
+    "data"; groups of `normalize_over` are taken from the examples of a
+    microbatch, which are no neighbours. Let loss return the `Moments` of the
+    layers as aux: they come back merged, exactly those of the whole batch, for
+    one update of the running statistics; see `update_batch_stats`.
 
     Value and gradient are means over the microbatches: of a loss that is a
     mean over examples, the mean over the batch. Where a mask leaves
@@ -61,40 +65,41 @@ def value_and_grad(
     pass for all microbatches, and in residual networks every few blocks their
     sum. All else exists for one microbatch at a time: what layers return,
     inputs of convolutions, gradients of activations (of one layer for all).
-    Six convolutions of one width with 4 microbatches took 0.53 of the memory
-    of the whole batch, with 16 0.48, and exact=False 0.25 and 0.07. Code in
+    Six convolutions of one width with 4 microbatches took 0.49 of the memory
+    of the whole batch, with 16 0.42, and exact=False 0.24 and 0.07. Code in
     jax.checkpoint is computed again, with its collectives, as it asks for:
-    three convolutions in each took 0.40 and 0.39.
+    three convolutions in each took 0.37 and 0.34.
 
     Args:
       loss: (params, ..., batch) -> () array, or with has_aux (() array, aux).
         Over axis_name it may use psum, pmean, pmax, pmin, all_gather,
-        psum_scatter and axis_index, but not inside scan, while_loop or cond.
+        psum_scatter and axis_index, but not inside while_loop, nor in a cond
+        that microbatches decide for themselves. A scan of layers with batch
+        norm, such as nn.scan, is written out, to be compiled step by step.
         A random key is the same for all microbatches: fold
-        jax.lax.axis_index("micro") into it. Under shard_map with
-        check_vma=True arrays have to be arguments, not closed over.
+        jax.lax.axis_index("micro") into it, or give every example its own in
+        the batch. Under shard_map with check_vma=True arrays have to be
+        arguments, not closed over.
       microbatches: k, a divisor of the number of examples (of a device under
         shard_map).
       axis_name: what layers and loss call the microbatches if exact.
       exact: whether microbatches share statistics.
       argnums: arguments to differentiate, counted from 0.
       has_aux: whether loss returns aux too.
-      unroll: True writes all microbatches out, which takes long to compile,
-        False makes loops. None: loops, but on a CPU no convolution in them,
-        whose derivative would take 20 times as long there.
 
     Returns:
       Function of the arguments of loss, to be used under jax.jit, that returns
       (value, gradient), with has_aux ((value, aux), gradient). An array of aux
       that microbatches share, such as new running statistics, comes back as it
       is; `Moments` that they do not share are merged; any other array gets a
-      new axis 0 for the microbatches.
+      new axis 0 for the microbatches, so that the output of example i + j k is
+      aux[i, j].
 
     Raises:
       ValueError: microbatches does not divide the examples; a leaf of the batch
         has no examples, or another number of them; argnums names the batch;
         exact and nothing in loss uses axis_name; axis_name is bound already; a
-        collective that does not run in lockstep, or inside a loop; an array
+        collective that does not run in lockstep, or inside while_loop; an array
         that is closed over.
     """
     nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
@@ -108,28 +113,30 @@ def value_and_grad(
             )
         if exact:
             check_unbound(axis_name)
-        batch = split(batch, microbatches)
+        for n in nums:
+            shared[n] = jax.tree.map(jnp.asarray, shared[n])
+        rows, batch_tree = jax.tree.flatten(split(batch, microbatches))
         # Devices sum their gradients in the end, not in every microbatch.
-        over = set().union(*map(varies_over, jax.tree.leaves(batch)))
-        local = vary_some(shared, nums, over)
-        leaves, treedef = jax.tree.flatten((local, batch))
-        rows = len(jax.tree.leaves(batch))
+        over = set().union(*map(varies_over, rows))
+        leaves, tree = jax.tree.flatten(vary_some(shared, nums, over))
+        traced = [leaf for leaf in leaves if is_array(leaf)]
 
-        def of_one(*leaves: jax.Array) -> Any:
-            local, micro = jax.tree.unflatten(treedef, leaves)
+        def of_one(*arrays: jax.Array) -> Any:
+            left = iter(arrays)
+            local = jax.tree.unflatten(
+                tree, [next(left) if is_array(x) else x for x in leaves]
+            )
+            micro = jax.tree.unflatten(batch_tree, left)
             axis = {axis_name} if exact and is_typed() else set()
             both = gradient_of_one(loss, argnums, has_aux, axis)
             return both(*vary_some(local, nums, axis), micro)
 
-        work = Work(
-            of_one,
-            leaves,
-            [None] * (len(leaves) - rows) + [1] * rows,
+        inputs = Inputs(
+            [*traced, *(Stack(row, 1) for row in rows)],
             microbatches,
-            axis_name,
-            unroll,
+            axis_name if exact else None,
         )
-        (value, grads), aux = exactly(work) if exact else apart(work)
+        (value, grads), aux = means(of_one, inputs)
         like = (
             shared[argnums]
             if isinstance(argnums, int)
@@ -164,18 +171,35 @@ def update_batch_stats(
       skip_nonfinite: likewise.
 
     Returns:
-      The tree of batch_stats; batch_stats itself stays.
+      The tree of batch_stats, each array in its dtype: what layers that saw
+      the whole batch would store. batch_stats itself stays.
 
     Raises:
-      ValueError: moments has something that batch_stats has not.
+      ValueError: moments is empty, or has something that batch_stats has not.
     """
-    options: dict[str, Any] = dict(
-        decay=decay, ddof=ddof, debias=debias, skip_nonfinite=skip_nonfinite
+    if not jax.tree.leaves(moments):
+        raise ValueError(
+            f"moments holds none; got {moments}. Layers hand them out where "
+            "mutable names the collection 'batch_moments'. nn.vmap and nn.scan "
+            "pass on what their variable_axes name: add 'batch_moments' to it."
+        )
+    update = functools.partial(
+        update_running,
+        decay=decay,
+        ddof=ddof,
+        debias=debias,
+        skip_nonfinite=skip_nonfinite,
     )
+    return _update_tree(batch_stats, moments, update)
+
+
+def _update_tree(
+    batch_stats: Any, moments: Any, update: Callable[..., RunningStats]
+) -> Any:
     if isinstance(moments, Mapping) and set(moments) == {"moments"}:
         moments = moments["moments"]
     if isinstance(moments, Moments):
-        return _update_layer(batch_stats, moments, options)
+        return _update_layer(batch_stats, moments, update)
     fits = isinstance(moments, Mapping) and isinstance(batch_stats, Mapping)
     if not fits or not set(moments) <= set(batch_stats):
         raise ValueError(
@@ -183,21 +207,23 @@ def update_batch_stats(
             f"{_words(batch_stats)}."
         )
     changed = {
-        name: update_batch_stats(batch_stats[name], moments[name], **options)
+        name: _update_tree(batch_stats[name], moments[name], update)
         for name in moments
     }
     return type(batch_stats)({**batch_stats, **changed})
 
 
-def _update_layer(stats: Any, batch: Moments, options: dict[str, Any]) -> Any:
+def _update_layer(
+    stats: Any, batch: Moments, update: Callable[..., RunningStats]
+) -> Any:
     if isinstance(stats, RunningStats):
-        return update_running(stats, batch, **options)
+        return as_stored(update(stats, batch), stats)
     if not isinstance(stats, Mapping) or not {"mean", "var"} <= set(stats):
         raise ValueError(
             f"moments has Moments where batch_stats has {_words(stats)}."
         )
     old = RunningStats(stats["mean"], stats["var"], stats.get("steps"))
-    new = update_running(old, batch, **options)._asdict()
+    new = as_stored(update(old, batch), old)._asdict()
     if "skipped" in stats:
         skips = jnp.where(is_finite(batch), 0, 1)
         new["skipped"] = stats["skipped"] + skips

@@ -12,22 +12,12 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from jaxbn.accumulate._collectives import inner_equations, named_axes
 from jaxbn.accumulate._loop import Stack
 from jaxbn.accumulate._nodes import Program
 from jaxbn.accumulate._run import evaluate
 
 # (program, jaxpr, constants, inputs, floor) -> outputs
 Inline = Callable[..., list[int]]
-
-
-def communicates(program: Program, eqn: jex.JaxprEqn) -> bool:
-    """Whether a branch of a conditional communicates over the microbatches."""
-    return eqn.primitive.name == "cond" and any(
-        program.axis_name in named_axes(inner)
-        for branch in eqn.params["branches"]
-        for inner in inner_equations(branch.jaxpr)
-    )
 
 
 def add_branches(
@@ -56,12 +46,8 @@ def add_branches(
     ]
 
     def run(index: jax.Array, *values: jax.Array | Stack) -> list[jax.Array]:
-        unroll = any(
-            isinstance(v, Stack) and isinstance(v.array, list) for v in values
-        )
-
         def take(branch: Program) -> list[jax.Array]:
-            out = evaluate(branch, values, unroll=unroll)
+            out = evaluate(branch, values)
             return [
                 jnp.broadcast_to(value, (program.size, *value.shape))
                 if differs and not branch.stacked[i]

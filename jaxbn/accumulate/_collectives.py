@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -37,6 +38,47 @@ def inner_equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
         yield eqn
         for inner in jex.jaxprs_in_params(eqn.params):
             yield from inner_equations(inner)
+
+
+def communicates_inside(program: Program, eqn: jex.JaxprEqn) -> bool:
+    """Whether code that an equation holds is over the microbatches."""
+    return any(
+        program.axis_name in named_axes(inner)
+        for jaxpr in jex.jaxprs_in_params(eqn.params)
+        for inner in inner_equations(jaxpr)
+    )
+
+
+def refuse(program: Program, eqn: jex.JaxprEqn) -> None:
+    """Raises ValueError with the layer that stands where nothing can be cut."""
+    for jaxpr in jex.jaxprs_in_params(eqn.params):
+        for inner, scopes in _inner_scopes(jaxpr, _scopes(eqn)):
+            if program.axis_name in named_axes(inner):
+                of = f", of layer {'/'.join(scopes)!r}," if scopes else ""
+                raise ValueError(
+                    f"{inner.primitive.name} over {program.axis_name!r}{of} "
+                    f"stands inside {eqn.primitive.name}, which cannot be cut "
+                    "there. Write the loop or the branch in Python, or keep "
+                    "layers that synchronize out of it."
+                )
+
+
+def _inner_scopes(
+    jaxpr: jex.Jaxpr, scopes: tuple[str, ...]
+) -> Iterator[tuple[jex.JaxprEqn, tuple[str, ...]]]:
+    """Returns all equations, with the names of the modules they belong to."""
+    for eqn in jaxpr.eqns:
+        here = scopes + _scopes(eqn)
+        yield eqn, here
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from _inner_scopes(inner, here)
+
+
+def _scopes(eqn: jex.JaxprEqn) -> tuple[str, ...]:
+    # Names of jax.named_scope, as flax sets them; transformations wrap them.
+    found = str(eqn.source_info.name_stack).split("/")
+    names = (re.sub(r"^(\w+\()+|\)+$", "", name) for name in found)
+    return tuple(name for name in names if name)
 
 
 def bind(

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._checks import describe
-from jaxbn.accumulate._run import run
+from jaxbn.accumulate._loop import Inputs, Stack
+from jaxbn.accumulate._run import evaluate
 from jaxbn.accumulate._trace import trace
 
 
@@ -19,7 +20,6 @@ def lockstep(
     out_axes: Any = 0,
     *,
     axis_name: Hashable,
-    unroll: bool | None = None,
 ) -> Callable[..., Any]:
     """`jax.vmap` with an axis name, but one row after the other.
 
@@ -37,7 +37,6 @@ def lockstep(
       in_axes: an axis or None for every argument, or trees of them.
       out_axes: likewise for what fn returns; None for what rows share.
       axis_name: name of the rows.
-      unroll: see `value_and_grad`.
 
     Returns:
       Function of the arguments of fn.
@@ -63,18 +62,16 @@ def lockstep(
                 f"in_axes={in_axes} must name axes of one length; got "
                 f"{sorted(lengths)} of {', '.join(map(describe, leaves))}."
             )
-        axes = [
-            None if axis is None else axis % jnp.ndim(leaf)
+        (size,) = lengths
+        values = [
+            leaf if axis is None else Stack(leaf, axis % jnp.ndim(leaf))
             for leaf, axis in zip(leaves, axes)
         ]
 
         def flat(*leaves: jax.Array) -> Any:
             return fn(*jax.tree.unflatten(treedef, leaves))
 
-        (size,) = lengths
-        program, tree = trace(
-            flat, leaves, axes, axis_name=axis_name, size=size
-        )
+        program, tree = trace(flat, Inputs(values, size, axis_name))
         numbers = program.outputs
         wanted = _spread(
             "out_axes", out_axes, jax.tree.unflatten(tree, numbers)
@@ -85,7 +82,7 @@ def lockstep(
                     "out_axes is None for a result that rows do not share, "
                     f"{describe(program.kinds[number])} of each."
                 )
-        results = run(program, leaves, axes, unroll=unroll)
+        results = evaluate(program, values)
         out = [
             _place(array, program.stacked[number], axis, size)
             for array, number, axis in zip(results, numbers, wanted)

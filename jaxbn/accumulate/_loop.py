@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,27 +16,48 @@ Values = dict[Any, Any]
 
 
 class Stack(NamedTuple):
-    """A value of every microbatch, in one array or in a list of them."""
+    """A value of every microbatch, in one array."""
 
-    array: jax.Array | list[jax.Array]
-    axis: int = 0  # of the microbatches, in one array
+    array: jax.Array
+    axis: int = 0  # of the microbatches
 
-    def at(self, index: int | jax.Array, token: jax.Array | None) -> jax.Array:
-        """Returns the value of a microbatch, read after token is known."""
-        if isinstance(self.array, list):
-            return _tied(self.array[index], token)
-        if token is not None and varies_over(token) <= varies_over(self.array):
-            index = _hidden(index, token)
+    def at(self, index: int | jax.Array) -> jax.Array:
+        """Returns the value of a microbatch."""
         value: jax.Array = jax.lax.dynamic_index_in_dim(
-            self.array, index, self.axis, keepdims=False
+            self.array,
+            index,
+            self.axis,
+            keepdims=False,
+            allow_negative_indices=False,
         )
         return value
 
     def together(self) -> jax.Array:
         """Returns the values along a new first axis."""
-        if isinstance(self.array, list):
-            return jnp.stack(self.array)
         return jnp.moveaxis(self.array, self.axis, 0)
+
+
+class Inputs(NamedTuple):
+    """The arguments of all microbatches.
+
+    values: a Stack of what differs between microbatches, arrays for the rest.
+    size: number of microbatches.
+    axis_name: what their collectives call them; None: they have no name.
+    """
+
+    values: Sequence[jax.Array | Stack]
+    size: int
+    axis_name: Hashable
+
+    def stacked(self) -> list[bool]:
+        return [isinstance(value, Stack) for value in self.values]
+
+    def of(self, index: int | jax.Array) -> list[jax.Array]:
+        """Returns the arguments of one microbatch."""
+        return [
+            value.at(index) if isinstance(value, Stack) else value
+            for value in self.values
+        ]
 
 
 class Job(NamedTuple):
@@ -63,7 +85,6 @@ def loop(
     *,
     size: int,
     axis_name: Hashable,
-    unroll: bool,
 ) -> tuple[Values, dict[Any, Stack], jax.Array]:
     """Runs one microbatch after the other.
 
@@ -72,13 +93,10 @@ def loop(
       token: an integer; known when everything is done that comes before.
       size: number of microbatches.
       axis_name: their axis, which types may name; the results do not.
-      unroll: writes the body size times in place of a loop.
 
     Returns:
       (sums, what was kept, token).
     """
-    if unroll:
-        return _unrolled(job, token, size)
     totals = {
         key: _zeros(kind, (), axis_name, token)
         for key, kind in job.sums.items()
@@ -89,45 +107,41 @@ def loop(
         else _zeros(kind, (size,), axis_name, token)
         for key, kind in job.keeps.items()
     }
-    in_place = set(job.places.values())
+    # What takes the place of something read is written a microbatch later, so
+    # that all that is read comes after what is written. Else compilers copy the
+    # stack for every microbatch.
+    late = {
+        key: Stack(kept[key]).at(_zero_after(token, varies_over(kept[key])))
+        for key in job.places
+    }
 
-    def step(state: Any, index: jax.Array) -> tuple[Any, None]:
-        totals, kept = state
-        values = {
-            key: stack.at(index, None)
-            for key, stack in job.reads.items()
-            if key not in in_place
-        }
+    def step(index: jax.Array, state: Any) -> Any:
+        totals, kept, late = state
+        index = index.astype(jnp.int32)
+        kept = {**kept, **_written(kept, late, jnp.maximum(index - 1, 0))}
+        reads = dict(job.reads)
         for key, old in job.places.items():
-            values[old] = Stack(kept[key]).at(index, None)
+            reads[old] = Stack(kept[key])
+        values = {key: stack.at(index) for key, stack in reads.items()}
         more, new = job.body(index, values)
         totals = {key: totals[key] + more[key] for key in totals}
-        update = jax.lax.dynamic_update_index_in_dim
-        kept = {key: update(kept[key], new[key], index, 0) for key in kept}
-        return (totals, kept), None
+        late = {key: new.pop(key) for key in late}
+        return totals, {**kept, **_written(kept, new, index)}, late
 
-    indices = jnp.arange(size, dtype=jnp.int32)
-    (totals, kept), _ = jax.lax.scan(step, (totals, kept), indices)
+    totals, kept, late = jax.lax.fori_loop(0, size, step, (totals, kept, late))
+    kept.update(_written(kept, late, size - 1))
     stacks = {key: Stack(array) for key, array in kept.items()}
     return totals, stacks, _known_after(totals, kept)
 
 
-def _unrolled(
-    job: Job, token: jax.Array, size: int
-) -> tuple[Values, dict[Any, Stack], jax.Array]:
-    totals: Values = {}
-    kept: list[Values] = []
-    for i in range(size):
-        values = {key: stack.at(i, token) for key, stack in job.reads.items()}
-        more, new = job.body(jnp.int32(i), values)
-        more, new = jax.lax.optimization_barrier((more, new))
-        if i:
-            more = {key: totals[key] + more[key] for key in totals}
-        totals = more
-        kept.append(new)
-        token = _known_after(totals, new)
-    stacks = {key: Stack([new[key] for new in kept]) for key in job.keeps}
-    return totals, stacks, token
+def _written(stacks: Values, values: Values, index: int | jax.Array) -> Values:
+    update = functools.partial(
+        jax.lax.dynamic_update_index_in_dim, allow_negative_indices=False
+    )
+    return {
+        key: update(stacks[key], value, index, 0)
+        for key, value in values.items()
+    }
 
 
 def _zeros(
@@ -141,16 +155,14 @@ def _zeros(
     shape = (*size, *kind.shape)
     if not _is_plain(kind.dtype):
         return vary(jnp.zeros(shape, kind.dtype), over)
-    zero = jnp.int32(0)
-    if varies_over(token) <= over:
-        zero = _hidden(0, token)
+    zero = _zero_after(token, over)
     spec = _explicit_spec(kind)
-    zeros = jax.lax.broadcast(
+    array = jax.lax.broadcast(
         zero.astype(kind.dtype),
         shape,
         out_sharding=spec and PartitionSpec(*(None for _ in size), *spec),
     )
-    return vary(zeros, over)
+    return vary(array, over)
 
 
 def _is_plain(dtype: Any) -> bool:
@@ -170,32 +182,23 @@ def _explicit_spec(kind: Any) -> PartitionSpec | None:
 
 def _known_after(totals: Values, kept: Values) -> jax.Array:
     """Returns an integer that is known once the arrays are."""
-    token: jax.Array = jnp.int32(0)
-    # What is kept is as a rule on the way to what is summed, which is small,
-    # and the same on all devices.
-    for array in (totals or kept).values():
-        numeric = _is_plain(array.dtype)
+    # All come out of one loop, so any will do. Sums are small, and the same on
+    # all devices.
+    for array in (*totals.values(), *kept.values()):
         sharded = any(_explicit_spec(jax.typeof(array)) or ())
-        if array.size and numeric and not sharded:
-            first = array[(0,) * array.ndim]
-            token = token + (first != 0).astype(jnp.int32)
-    return token
+        if array.size and _is_plain(array.dtype) and not sharded:
+            token: jax.Array = array[(0,) * array.ndim] != 0
+            return token.astype(jnp.int32)
+    return jnp.zeros((), jnp.int32)
 
 
-def _hidden(number: int | jax.Array, token: jax.Array) -> jax.Array:
-    """Returns number, but compilers think that it hangs on token.
+def _zero_after(token: jax.Array, over: set[Hashable]) -> jax.Array:
+    """Returns 0, but compilers think that it hangs on token.
 
     An optimization_barrier says so too, but is gone before operations are put
-    in order. Free to choose, some interleave the microbatches and hold all of
-    them in memory.
+    in order. A token that varies over other axes than `over` would make what
+    is made of it do so.
     """
-    number = jnp.int32(number)
-    return jax.lax.clamp(number, token, number)
-
-
-def _tied(x: jax.Array, token: jax.Array | None) -> jax.Array:
-    if token is None or not _is_plain(x.dtype):
-        return x
-    if not varies_over(token) <= varies_over(x):
-        return x
-    return jnp.where(_hidden(0, token) == 0, x, jnp.zeros_like(x))
+    if not varies_over(token) <= over:
+        token = jnp.zeros((), jnp.int32)
+    return jnp.minimum(token, 0)  # a token is never negative

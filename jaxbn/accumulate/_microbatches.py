@@ -3,106 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn._checks import describe
 from jaxbn._moments import Moments, merge
-from jaxbn.accumulate._collectives import inner_equations
-from jaxbn.accumulate._loop import Job, Stack, loop
-from jaxbn.accumulate._run import loops_are_slow, run
+from jaxbn.accumulate._loop import Inputs
+from jaxbn.accumulate._run import evaluate
 from jaxbn.accumulate._trace import trace
 from jaxbn.accumulate._types import varies_over, vary
 
 
-class Work(NamedTuple):
-    """A function of one microbatch, and all microbatches.
+def means(
+    fn: Callable[..., tuple[Any, Any]], inputs: Inputs
+) -> tuple[Any, Any]:
+    """Returns (means over the microbatches, aux).
 
-    fn: takes the leaves, those with an axis without it; returns (tree to take
-      the mean of, aux).
-    leaves: arrays.
-    axes: of the microbatches, for every leaf; None: they share it.
-    size: number of microbatches.
-    axis_name: of the microbatches.
-    unroll: whether to write them out; None: where loops are slow.
+    Args:
+      fn: takes the inputs of one microbatch; returns (tree to take the mean of,
+        aux).
+      inputs: of all microbatches; where their axis has a name, fn has to use
+        it.
     """
-
-    fn: Callable[..., tuple[Any, Any]]
-    leaves: Sequence[jax.Array]
-    axes: Sequence[int | None]
-    size: int
-    axis_name: Hashable
-    unroll: bool | None
-
-
-def exactly(work: Work) -> tuple[Any, Any]:
-    """Returns (means, aux) with the microbatches in lockstep."""
-    program, tree = trace(
-        work.fn,
-        work.leaves,
-        work.axes,
-        axis_name=work.axis_name,
-        size=work.size,
-    )
-    if not any(node.collective for node in program.nodes):
+    program, tree = trace(fn, inputs)
+    name = inputs.axis_name
+    if name is not None and not any(n.collective for n in program.nodes):
         raise ValueError(
-            f"loss does nothing over axis_name={work.axis_name!r}, so no layer "
-            "normalizes with the statistics of all microbatches. Give the "
-            f"layers axis_name={work.axis_name!r}, under shard_map a tuple "
-            "with the mesh axis, or use exact=False."
+            f"loss does nothing over axis_name={name!r}, so no layer normalizes "
+            "with the statistics of all microbatches. Give the layers "
+            f"axis_name={name!r}, under shard_map a tuple with the mesh axis, or "
+            "use exact=False."
         )
     to_mean, aux = jax.tree.unflatten(tree, program.outputs)
     to_mean = jax.tree.map(program.add_mean, to_mean)
     program.outputs = jax.tree.leaves((to_mean, aux))
-    out = run(program, work.leaves, work.axes, unroll=work.unroll)
-    means, values = jax.tree.unflatten(tree, out)
+    out = evaluate(program, inputs.values)
+    found, values = jax.tree.unflatten(tree, out)
     differs = jax.tree.map(program.stacked.__getitem__, aux)
-    return means, _merge_moments(values, differs, work.size)
-
-
-def apart(work: Work) -> tuple[Any, Any]:
-    """Returns (means, aux) with every microbatch on its own."""
-    stacks = {
-        i: Stack(leaf, axis)
-        for i, (leaf, axis) in enumerate(zip(work.leaves, work.axes))
-        if axis is not None
-    }
-
-    def own(values: dict[int, Any]) -> list[jax.Array]:
-        return [values.get(i, leaf) for i, leaf in enumerate(work.leaves)]
-
-    first = own({i: stack.at(0, None) for i, stack in stacks.items()})
-    closed, shapes = jax.make_jaxpr(work.fn, return_shape=True)(*first)
-    count = len(jax.tree.leaves(shapes[0]))
-
-    def body(_: jax.Array, values: dict[int, Any]) -> Any:
-        out = jex.jaxpr_as_fun(closed)(*own(values))
-        return dict(enumerate(out[:count])), dict(enumerate(out[count:]))
-
-    unroll = work.unroll
-    if unroll is None:
-        names = (e.primitive.name for e in inner_equations(closed.jaxpr))
-        unroll = loops_are_slow(names)
-    sums, kept, _ = loop(
-        Job(
-            body,
-            stacks,
-            sums=dict(enumerate(closed.out_avals[:count])),
-            keeps=dict(enumerate(closed.out_avals[count:])),
-        ),
-        jnp.int32(0),
-        size=work.size,
-        axis_name=work.axis_name,
-        unroll=unroll,
-    )
-    out = [sums[i] / work.size for i in range(count)]
-    out += [kept[i].together() for i in range(len(kept))]
-    means, values = jax.tree.unflatten(jax.tree.structure(shapes), out)
-    differs = jax.tree.map(lambda _: True, values)
-    return means, _merge_moments(values, differs, work.size)
+    return found, _merge_moments(values, differs, inputs.size)
 
 
 def _merge_moments(aux: Any, differs: Any, size: int) -> Any:
@@ -139,6 +80,11 @@ def gradient_of_one(
 
     def scalar(*args: Any) -> Any:
         value, aux = loss(*args) if has_aux else (loss(*args), None)
+        if isinstance(value, tuple):
+            raise ValueError(
+                f"loss returned a tuple of {len(value)} in place of one value. "
+                "With has_aux=True it returns (value, aux)."
+            )
         return vary(jnp.asarray(value), axis), aux
 
     def both(*args: Any) -> Any:
@@ -155,14 +101,26 @@ def _widen(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def is_array(x: Any) -> bool:
+    """Whether jax.grad would trace x; Python values reach the loss as such."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
 def split(batch: Any, microbatches: int) -> Any:
     """Gives every leaf the microbatches as its axis 1, or raises."""
-    leaves = jax.tree.leaves(batch)
-    words = ", ".join(map(describe, leaves)) or "no leaf"
-    if not leaves or any(leaf.ndim == 0 for leaf in leaves):
+    if not isinstance(microbatches, int | np.integer):
         raise ValueError(
-            "Every leaf of the batch, the last argument, needs the examples on "
-            f"axis 0; got {words}."
+            f"microbatches must be an integer; got {microbatches}."
+        )
+    leaves = jax.tree.leaves(batch)
+    words = ", ".join(
+        describe(leaf) if is_array(leaf) else type(leaf).__name__
+        for leaf in leaves[:8]
+    ) + (", ..." if leaves[8:] else "")
+    if not leaves or not all(is_array(x) and x.ndim for x in leaves):
+        raise ValueError(
+            "Every leaf of the batch, the last argument, must be an array with "
+            f"the examples on axis 0; got {words or 'no leaf'}."
         )
     sizes = {leaf.shape[0] for leaf in leaves}
     if len(sizes) != 1:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Run = Callable[..., Sequence[Any]]
@@ -47,6 +48,7 @@ class Program:
       levels: see Node, by number.
       inline: unstacked values so large and cheap that every microbatch makes
         its own.
+      rows: what values made by `add_stack` are made of, by number.
       constants: values known while tracing.
       index: the value that is the number of the microbatch.
       inputs: values of the arguments.
@@ -62,6 +64,7 @@ class Program:
         self.stacked: list[bool] = []
         self.levels: list[int] = []
         self.inline: set[int] = set()
+        self.rows: dict[int, list[int]] = {}
         self.constants: dict[int, Any] = {}
         self.index = self.value(jax.typeof(np.int32(0)), True)
         self.inputs: list[int] = []
@@ -144,10 +147,20 @@ class Program:
             )
         )
 
+    def add_stack(self, rows: list[int], kind: Any) -> int:
+        """Appends a value whose rows, along a new first axis, are others."""
+        (number,) = self.add("stack", _stack, rows, [kind])
+        self.rows[number] = rows
+        return number
+
     def add_mean(self, number: int) -> int:
         """Appends the mean of a value over the microbatches."""
         if not self.stacked[number]:
             return number
+        if number in self.rows:
+            # Row by row, so that none waits for the last in all microbatches.
+            means = [self.add_mean(row) for row in self.rows[number]]
+            return self.add_stack(means, self.kinds[number])
         (mean,) = self.add_collective(
             "mean",
             lambda total: [total / self.size],
@@ -167,3 +180,7 @@ class Program:
         self.nodes.append(node)
         self.maker.update(dict.fromkeys(node.outputs, node))
         return list(node.outputs)
+
+
+def _stack(*rows: jax.Array) -> list[jax.Array]:
+    return [jnp.stack(rows)]

@@ -43,12 +43,6 @@ def plan(program: Program) -> list[Segment]:
         ends = [node for node in here if node.collective]
         effects = [node for node in here if node.stacked and not node.outputs]
         keep -= {i for node in ends for i in node.outputs}
-        work, loads = _slice(
-            program,
-            level,
-            keep.union(*(node.inputs for node in (*ends, *effects))),
-        )
-        work.update(effects)
         summed, stacked = (
             {
                 i
@@ -59,6 +53,12 @@ def plan(program: Program) -> list[Segment]:
             }
             for is_sum in (True, False)
         )
+        work, loads = _slice(
+            program,
+            level,
+            keep.union(summed, stacked, *(node.inputs for node in effects)),
+        )
+        work.update(effects)
         reads = loads & summed.union(*(node.inputs for node in work))
         writes = (keep | stacked) - loads - inputs
         dying = reads - keep - stacked - inputs
@@ -68,7 +68,7 @@ def plan(program: Program) -> list[Segment]:
                 reads=tuple(sorted(reads)),
                 nodes=tuple(node for node in program.nodes if node in work),
                 keeps=tuple(sorted(writes)),
-                places=_places(program, writes, dying),
+                places=_places(program, work, writes, dying),
                 sums=tuple(sorted(summed)),
                 ends=tuple(ends),
             )
@@ -146,15 +146,23 @@ def _walk(
 
 
 def _places(
-    program: Program, writes: Iterable[int], dying: Iterable[int]
+    program: Program,
+    work: set[Node],
+    writes: Iterable[int],
+    dying: Iterable[int],
 ) -> dict[int, int]:
-    """Finds arrays of the same type to write into."""
+    """Finds arrays of the same type to write into.
+
+    Only in place of what the new value is made of: a compiler that sees no
+    order between a read and a write copies the array.
+    """
     places: dict[int, int] = {}
-    dying = sorted(dying)
+    left = set(dying)
     for value in sorted(writes):
-        for old in dying:
+        _, made_of = _walk(program, [value], work.__contains__)
+        for old in sorted(left & made_of):
             if program.kinds[old] == program.kinds[value]:
                 places[value] = old
-                dying.remove(old)
+                left.remove(old)
                 break
     return places

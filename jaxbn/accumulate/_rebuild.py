@@ -15,7 +15,7 @@ Evaluate = Callable[..., list[Any]]
 def _scan(
     evaluate: Evaluate, params: dict[str, Any], *inputs: Any
 ) -> list[Any]:
-    first, carried = _scan_lengths(params)
+    first, carried = scan_lengths(params)
     last = first + carried
 
     def step(carry: Sequence[Any], x: Sequence[Any]) -> Any:
@@ -33,7 +33,7 @@ def _scan(
     return [*carry, *out]
 
 
-def _scan_lengths(params: dict[str, Any]) -> tuple[int, int]:
+def scan_lengths(params: dict[str, Any]) -> tuple[int, int]:
     """How many inputs are the same in every step, and how many are carried."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,40 +13,18 @@ from jaxbn.accumulate._nodes import Node, Program
 from jaxbn.accumulate._plan import Segment, plan
 
 
-def run(
-    program: Program,
-    leaves: Sequence[jax.Array],
-    axes: Sequence[int | None],
-    *,
-    unroll: bool | None,
+def evaluate(
+    program: Program, values: Sequence[jax.Array | Stack]
 ) -> list[jax.Array]:
     """Evaluates a program; stacked results get a new first axis.
 
     Args:
       program: of `trace`.
-      leaves: all arguments of all microbatches.
-      axes: the axis of the microbatches of every leaf, or None.
-      unroll: see `loop`; None unrolls where loops are slow.
+      values: of its inputs; a Stack where it differs between microbatches.
 
     Returns:
       The results.
     """
-    if unroll is None:
-        unroll = loops_are_slow(node.name for node in program.nodes)
-    values = [
-        leaf if axis is None else Stack(leaf, axis)
-        for leaf, axis in zip(leaves, axes)
-    ]
-    return evaluate(program, values, unroll=unroll)
-
-
-def evaluate(
-    program: Program,
-    values: Sequence[jax.Array | Stack],
-    *,
-    unroll: bool,
-) -> list[jax.Array]:
-    """`run` of arguments of which stacked ones are a Stack."""
     shared = dict(program.constants)
     stacks: dict[int, Stack] = {}
     for number, value in zip(program.inputs, values):
@@ -58,9 +36,7 @@ def evaluate(
     for segment in plan(program):
         for node in segment.shared:
             _evaluate(node, shared, shared)
-        totals, token = _run_segment(
-            program, segment, shared, stacks, token, unroll
-        )
+        totals, token = _run_segment(program, segment, shared, stacks, token)
         for node in segment.ends:
             operands: list[Any] = [
                 totals[i]
@@ -81,15 +57,6 @@ def evaluate(
         else shared[i]
         for i in program.outputs
     ]
-
-
-def loops_are_slow(names: Iterable[str]) -> bool:
-    """Returns whether the compiler is bad at these operations in loops."""
-    # XLA's for CPUs prepares convolutions for its fast code outside of loops
-    # only: inside, their derivatives take 20 times longer.
-    return jax.default_backend() == "cpu" and "conv_general_dilated" in set(
-        names
-    )
 
 
 def _evaluate(
@@ -131,7 +98,6 @@ def _run_segment(
     shared: dict[int, Any],
     stacks: dict[int, Stack],
     token: jax.Array,
-    unroll: bool,
 ) -> tuple[dict[int, jax.Array], jax.Array]:
     """Returns the sums of a segment; what it keeps is added to stacks."""
     if not (segment.nodes or segment.sums or segment.keeps):
@@ -153,11 +119,7 @@ def _run_segment(
         places=segment.places,
     )
     totals, kept, token = loop(
-        job,
-        token,
-        size=program.size,
-        axis_name=program.axis_name,
-        unroll=unroll,
+        job, token, size=program.size, axis_name=program.axis_name
     )
     stacks.update(kept)
     return totals, token

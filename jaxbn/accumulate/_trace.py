@@ -11,16 +11,20 @@ import jax.extend.core as jex
 import numpy as np
 
 from jaxbn._collectives import lockstep
-from jaxbn.accumulate._branches import add_branches, communicates
+from jaxbn.accumulate._branches import add_branches
 from jaxbn.accumulate._collectives import (
     add_collective,
     bind,
-    inner_equations,
+    communicates_inside,
     named_axes,
     other_axes,
+    refuse,
 )
+from jaxbn.accumulate._convolutions import convolve
+from jaxbn.accumulate._loop import Inputs
 from jaxbn.accumulate._nodes import Program
 from jaxbn.accumulate._rebuild import REBUILD
+from jaxbn.accumulate._scans import add_scan
 from jaxbn.accumulate._types import is_typed, varies_over, vary
 
 # Equations that only wrap the ones that count.
@@ -45,46 +49,33 @@ _CALLS = frozenset(_CALL_NAMES.split())
 _CHEAP = frozenset(_CHEAP_NAMES.split())
 
 
-def trace(
-    fn: Callable[..., Any],
-    leaves: Sequence[jax.Array],
-    axes: Sequence[int | None],
-    *,
-    axis_name: Hashable,
-    size: int,
-) -> tuple[Program, Any]:
-    """Traces fn of one microbatch with axis_name in scope.
+def trace(fn: Callable[..., Any], inputs: Inputs) -> tuple[Program, Any]:
+    """Traces fn of one microbatch with the name of the axis in scope.
 
     Args:
-      fn: takes the leaves, those with an axis without it.
-      leaves: all arguments of all microbatches.
-      axes: the axis of the microbatches of every leaf; None: they share it.
-      axis_name: what fn's collectives call the microbatches.
-      size: number of microbatches.
+      fn: takes the inputs of one microbatch.
+      inputs: of all of them.
 
     Returns:
       (Program, tree of what fn returns).
     """
-    examples = [
-        leaf
-        if axis is None
-        else jax.lax.index_in_dim(leaf, 0, axis, keepdims=False)
-        for leaf, axis in zip(leaves, axes)
-    ]
+    axis_name, size = inputs.axis_name, inputs.size
     make: Callable[..., Any] = functools.partial(
-        jax.make_jaxpr, axis_env=[(axis_name, size)], return_shape=True
+        jax.make_jaxpr, return_shape=True
     )
-    with lockstep():
-        if is_typed():
-            closed, shapes = _trace_typed(
-                make, fn, examples, axes, axis_name, size
-            )
-        else:
-            closed, shapes = make(fn)(*examples)
+    if axis_name is None:
+        closed, shapes = make(fn)(*inputs.of(0))
+    else:
+        make = functools.partial(make, axis_env=[(axis_name, size)])
+        with lockstep(axis_name):
+            if is_typed():
+                closed, shapes = _trace_typed(make, fn, inputs)
+            else:
+                closed, shapes = make(fn)(*inputs.of(0))
     program = Program(axis_name, size)
     program.inputs = [
-        program.value(var.aval, axis is not None)
-        for var, axis in zip(closed.jaxpr.invars, axes)
+        program.value(var.aval, stacked)
+        for var, stacked in zip(closed.jaxpr.invars, inputs.stacked())
     ]
     program.outputs = _inline(
         program, closed.jaxpr, closed.consts, program.inputs, 0
@@ -93,12 +84,7 @@ def trace(
 
 
 def _trace_typed(
-    make: Callable[..., Any],
-    fn: Callable[..., Any],
-    examples: Sequence[jax.Array],
-    axes: Sequence[int | None],
-    axis_name: Hashable,
-    size: int,
+    make: Callable[..., Any], fn: Callable[..., Any], inputs: Inputs
 ) -> Any:
     """Traces under shard_map with check_vma=True.
 
@@ -106,15 +92,17 @@ def _trace_typed(
     never run on; every equation is evaluated on the real one, without it.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    names: Any = (*mesh.axis_names, axis_name)
+    axis = {inputs.axis_name}
+    names: Any = (*mesh.axis_names, *axis)
     wider = jax.sharding.AbstractMesh(
-        (*mesh.axis_sizes, size),
+        (*mesh.axis_sizes, inputs.size),
         names,
         axis_types=(*mesh.axis_types, jax.sharding.AxisType.Manual),
     )
+    examples = inputs.of(0)
     over = [
-        varies_over(example) | (set() if axis is None else {axis_name})
-        for example, axis in zip(examples, axes)
+        varies_over(example) | (axis if stacked else set())
+        for example, stacked in zip(examples, inputs.stacked())
     ]
 
     def typed(*plain: jax.Array) -> Any:
@@ -173,15 +161,13 @@ def _equation(
             # jax.checkpoint: to be recomputed once the cotangent is there,
             # not kept since the first time.
             floor = max([floor, *(program.levels[i] for i in inputs)])
+            if params.get("prevent_cse"):
+                inputs = _add_barriers(program, inputs, floor)
         return _inline(program, *_body(eqn), inputs, floor)
     if name == "name":  # a label for policies of jax.checkpoint
         return inputs
     if name == "optimization_barrier":
-        # Each operand has its own, so that what is shared stays shared.
-        return [
-            program.add(name, _barrier, [i], [kind], cheap=True, floor=floor)[0]
-            for i, kind in zip(inputs, kinds)
-        ]
+        return _add_barriers(program, inputs, floor)
     if name == "pvary":
         rest = other_axes(program, eqn)
         if not rest:
@@ -190,10 +176,15 @@ def _equation(
         return program.add(name, run, inputs, kinds, cheap=True, floor=floor)
     if program.axis_name in named_axes(eqn):
         return add_collective(program, eqn, inputs, floor)
-    if communicates(program, eqn) and not program.stacked[inputs[0]]:
-        return add_branches(program, eqn, inputs, floor, _inline)
-    _check_inside(program, eqn)
-    if name in REBUILD and is_typed():
+    if communicates_inside(program, eqn):
+        if name == "cond" and not program.stacked[inputs[0]]:
+            return add_branches(program, eqn, inputs, floor, _inline)
+        if name == "scan":
+            return add_scan(program, eqn, inputs, floor, _inline)
+        refuse(program, eqn)
+    if name == "conv_general_dilated":
+        run = functools.partial(convolve, eqn.primitive, params)
+    elif name in REBUILD and is_typed():
         # Types inside of it name the axis; see _trace_typed.
         evaluate = functools.partial(_evaluate, program)
         run = functools.partial(REBUILD[name], evaluate, params)
@@ -222,6 +213,23 @@ def _on_real_mesh(program: Program, params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _add_barriers(
+    program: Program, inputs: Sequence[int], floor: int
+) -> list[int]:
+    """Appends a barrier for each value, so that what is shared stays shared."""
+    return [
+        program.add(
+            "optimization_barrier",
+            _barrier,
+            [i],
+            [program.kinds[i]],
+            cheap=True,
+            floor=floor,
+        )[0]
+        for i in inputs
+    ]
+
+
 def _barrier(x: jax.Array) -> list[jax.Array]:
     return [jax.lax.optimization_barrier(x)]
 
@@ -238,18 +246,6 @@ def _body(eqn: jex.JaxprEqn) -> tuple[jex.Jaxpr, Sequence[Any]]:
         if isinstance(value, jex.Jaxpr):
             return value, ()
     raise ValueError(f"{eqn.primitive.name} holds no code to run in lockstep.")
-
-
-def _check_inside(program: Program, eqn: jex.JaxprEqn) -> None:
-    for jaxpr in jex.jaxprs_in_params(eqn.params):
-        for inner in inner_equations(jaxpr):
-            if program.axis_name in named_axes(inner):
-                raise ValueError(
-                    f"{inner.primitive.name} over {program.axis_name!r} stands "
-                    f"inside {eqn.primitive.name}, which cannot be cut there. "
-                    "Write the loop or the branch in Python, or keep layers "
-                    "that synchronize out of it."
-                )
 
 
 def _evaluate(program: Program, closed: Any, *inputs: Any) -> list[Any]:
