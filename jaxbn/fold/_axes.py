@@ -25,7 +25,7 @@ MOVES = frozenset(
         "transpose",
     ]
 )
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     [
         "abs",
         "add",
@@ -188,7 +188,7 @@ def varying(program: Program, ops: Iterable[Op]) -> list[frozenset[int]]:
         found: set[int | None] = {None}
         if op.name in MOVES - {"rev"}:
             found = {follow(program, op, axis) for axis in axes[op.inputs[0]]}
-        elif op.name in _ELEMENTWISE:
+        elif op.name in ELEMENTWISE:
             found = set().union(*(axes[v] for v in op.inputs))
         if None not in found:
             axes[op.outputs[0]] = frozenset(a for a in found if a is not None)

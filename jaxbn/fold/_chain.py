@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.extend.core
-import numpy as np
 
 from jaxbn.fold._axes import MOVES, Axes, Product, find_product
+from jaxbn.fold._formula import Formula, Formulas
 from jaxbn.fold._trace import PRODUCTS, Op, Program
 from jaxbn.fold._walk import AFFINE, Step, Unfoldable, Walker, between, two
 
@@ -43,7 +43,18 @@ class Fold(NamedTuple):
     leaf: int  # the kernel, as an index among the variables
     leaf_axes: Axes
     steps: tuple[Step, ...]
-    norms: tuple[str, ...]
+    formula: Formula  # equal for all products of one kernel
+
+
+class _Chain(NamedTuple):
+    """A product with whole normalizations behind it."""
+
+    product: Product
+    leaf: int
+    leaf_axes: Axes
+    steps: tuple[Step, ...]
+    ends: tuple[int, ...]  # numbers of steps that no normalization is cut by
+    formula: Formula
 
 
 class Analysis:
@@ -69,8 +80,15 @@ class Analysis:
             for leaf in self._statistics(op):
                 self._leaves[norm_of[leaf]].add(leaf)
         self._stops: dict[int, str] = {}  # by the output of the product
-        found = [self._fold(op) for op in live if op.name in PRODUCTS]
-        self.folds = tuple(fold for fold in found if fold)
+        self._formulas = Formulas(program)
+        chains = collections.defaultdict(list)
+        for op in live:
+            chain = self._chain(op) if op.name in PRODUCTS else None
+            if chain:
+                chains[chain.leaf].append(chain)
+        found = [fold for c in chains.values() for fold in self._folds(c)]
+        order = {op: i for i, op in enumerate(live)}
+        self.folds = tuple(sorted(found, key=lambda f: order[f.product.op]))
         self.layers = self._report()
 
     def _statistics(self, op: Op) -> frozenset[int]:
@@ -83,27 +101,57 @@ class Analysis:
     def _norms(self, leaves: Iterable[int]) -> list[str]:
         return sorted({self._norm_of[leaf] for leaf in leaves})
 
-    def _fold(self, op: Op) -> Fold | None:
+    def _chain(self, op: Op) -> _Chain | None:
         product = find_product(self.program, op)
         if product is None:
             return None
         steps, stop = self._walker.walk(product)
         seen: set[int] = set()
-        end, norms = 0, []
+        ends = []
         for i, step in enumerate(steps):
             seen |= self._statistics(step.op)
             # Half a normalization would be right too, and help nobody.
             if seen and all(self._leaves[n] <= seen for n in self._norms(seen)):
-                end, norms = i + 1, self._norms(seen)
+                ends.append(i + 1)
         self._stops[op.outputs[0]] = stop
-        if not end:
+        if not ends:
             return None
         try:
             leaf, axes = self._walker.kernel(product)
         except Unfoldable as reason:
             self._stops[op.outputs[0]] = str(reason)
             return None
-        return Fold(product, leaf, axes, tuple(steps[:end]), tuple(norms))
+        formula = self._formulas.of(steps)
+        return _Chain(product, leaf, axes, tuple(steps), tuple(ends), formula)
+
+    def _folds(self, chains: Sequence[_Chain]) -> list[Fold]:
+        """Returns the folds of the products that share a kernel."""
+        first = chains[0]
+        uses = self._walker.destinations(self.program.leaves[first.leaf])
+        alike = len(uses) == len(chains) and all(
+            chain.leaf_axes == first.leaf_axes for chain in chains
+        )
+        ends = [
+            end
+            for end in first.ends
+            if all(c.formula[:end] == first.formula[:end] for c in chains)
+        ]
+        if alike and ends:
+            return [
+                Fold(
+                    *chain[:3],
+                    chain.steps[: ends[-1]],
+                    first.formula[: ends[-1]],
+                )
+                for chain in chains
+            ]
+        for chain in chains:
+            self._stops[chain.product.op.outputs[0]] = (
+                f"follows a layer whose kernel {self.names[first.leaf]!r} is "
+                f"also used elsewhere: it goes into {' and '.join(uses)}. One "
+                "kernel folds only if the same normalization follows every use"
+            )
+        return []
 
     def _report(self) -> tuple[Layer, ...]:
         taken = {step.op: fold for fold in self.folds for step in fold.steps}
@@ -154,24 +202,3 @@ class Analysis:
         return self._stops.get(
             value, "normalizes an input: no layer stands in front of it"
         )
-
-    def formula(self, fold: Fold) -> tuple[Any, ...]:
-        """What slope and offset are computed from, whatever the batch size."""
-        operands = [s.operand for s in fold.steps if s.operand is not None]
-        ops = self.program.live(operands, effects=False)
-        ops += [step.op for step in fold.steps]
-        return tuple(
-            (op.name, *map(self._known, op.inputs))
-            for op in ops
-            if op.name not in MOVES
-        )
-
-    def _known(self, value: int) -> Any:
-        while value in self.program.producer:
-            op = self.program.producer[value]
-            if op.name not in MOVES:
-                return None
-            value = op.inputs[0]
-        if value in self.program.constants:
-            return np.asarray(self.program.constants[value]).tobytes()
-        return value  # leaves and arguments have the same numbers every time

@@ -33,21 +33,23 @@ class Rewritten:
         needed = set(self._program.outputs)
         for op in self._ops:
             needed.update([only[op]] if op in only else op.inputs)
-        folded = {fold.leaf for fold in self._folds}
+        kernels = {fold.leaf for fold in self._folds}
         self.kept = {
             i: self._names[i]
             for i, v in enumerate(self._program.leaves)
-            if v in needed and i not in folded
+            if v in needed and i not in kernels
         }
-        self._biases: list[str] = []
-        for fold in self._folds:
-            taken = {*self.kept.values(), *self._biases}
-            self._biases.append(_bias_name(self._names[fold.leaf], taken))
+        # Products that share a kernel share its bias.
+        self._kernels = {fold.leaf: fold for fold in self._folds}
+        self._biases: dict[int, str] = {}
+        for leaf in self._kernels:
+            taken = {*self.kept.values(), *self._biases.values()}
+            self._biases[leaf] = _bias_name(self._names[leaf], taken)
         self.signature = (
             tuple(self.kept),
             tuple(
-                (fold.leaf, fold.leaf_axes, bias, analysis.formula(fold))
-                for fold, bias in zip(self._folds, self._biases)
+                (leaf, fold.leaf_axes, self._biases[leaf], fold.formula)
+                for leaf, fold in self._kernels.items()
             ),
         )
 
@@ -55,7 +57,7 @@ class Rewritten:
         """Returns the folded kernels and their biases."""
         operands = [
             step.operand
-            for fold in self._folds
+            for fold in self._kernels.values()
             for step in fold.steps
             if step.operand is not None
         ]
@@ -64,7 +66,7 @@ class Rewritten:
             dict(zip(self._program.leaves, leaves)),
         )
         found = {}
-        for fold, bias in zip(self._folds, self._biases):
+        for fold in self._kernels.values():
             kernel = jnp.asarray(leaves[fold.leaf])
             values = [self._program.values[step.data] for step in fold.steps]
             dtypes = {value.aval.dtype for value in values}
@@ -74,7 +76,7 @@ class Rewritten:
             # Rounded once, here.
             scaled = (kernel.astype(wide) * slope).astype(kernel.dtype)
             found[self._names[fold.leaf]] = scaled
-            found[bias] = offset
+            found[self._biases[fold.leaf]] = offset
         return found
 
     def _slope_and_offset(
@@ -103,14 +105,15 @@ class Rewritten:
     def run(self, params: dict[str, Any], inputs: Sequence[Any]) -> list[Any]:
         """Returns the leaves of the result."""
         given = dict(zip(self._program.arguments, inputs))
-        names = self.kept | {f.leaf: self._names[f.leaf] for f in self._folds}
+        names = self.kept | {leaf: self._names[leaf] for leaf in self._kernels}
         for leaf, name in names.items():
             given[self._program.leaves[leaf]] = params[name]
         instead: dict[Op, Any] = {}
-        for fold, bias in zip(self._folds, self._biases):
+        for fold in self._folds:
             for step in fold.steps:
                 instead[step.op] = operator.itemgetter(step.data)
-            instead[step.op] = functools.partial(_shift, step, params[bias])
+            bias = params[self._biases[fold.leaf]]
+            instead[step.op] = functools.partial(_shift, step, bias)
         env = self._program.evaluate(self._ops, given, instead)
         return [env[v] for v in self._program.outputs]
 

@@ -46,16 +46,13 @@ class Walker:
         self._program, self._names = program, names
         live = program.live(program.outputs)
         self._varying = varying(program, live)
-        self._user = {v: op for op in live for v in op.inputs}
-        self._uses = collections.defaultdict(list)
+        self._users = collections.defaultdict(list)
         for op in live:
             for v in op.inputs:
-                self._uses[v].append(f"`{op.label}`")
-        for v in program.outputs:
-            self._uses[v].append("the result")
+                self._users[v].append(op)
 
     def is_used(self, value: int) -> bool:
-        return bool(self._uses.get(value))
+        return value in self._users or value in self._program.outputs
 
     def kernel(self, product: Product) -> tuple[int, Axes]:
         """Returns the leaf that is the kernel, and where it has the features."""
@@ -73,22 +70,26 @@ class Walker:
             path.insert(0, op)
             value = op.inputs[0]
         leaf = self._program.leaves.index(value)
-        kernel = f"follows a layer whose kernel {self._names[leaf]!r}"
-        for v in (value, *(op.outputs[0] for op in path)):
-            if len(self._uses[v]) > 1:
-                raise Unfoldable(
-                    f"{kernel} is also used elsewhere: it goes into "
-                    f"{' and '.join(self._uses[v])}"
-                )
         axes = axes_at_leaf(self._program, value, path, product)
         real = map(self._program.is_real, (value, product.op.outputs[0]))
         if axes is None or not all(real):
             dtype = self._program.values[value].aval.dtype
             raise Unfoldable(
-                f"{kernel}, {dtype}{list(self._program.shape(value))}, is not "
+                f"follows a layer whose kernel {self._names[leaf]!r}, "
+                f"{dtype}{list(self._program.shape(value))}, is not "
                 "floating or has no axis for the features alone"
             )
         return leaf, axes
+
+    def destinations(self, value: int) -> list[str]:
+        """Returns the labels of all that a value goes into, moved or not."""
+        ops = [op for op in self._users[value] if op.name in MOVES]
+        found = [
+            f"`{op.label}`" for op in self._users[value] if op not in ops
+        ] + ["the result"] * self._program.outputs.count(value)
+        for op in ops:
+            found += self.destinations(op.outputs[0])
+        return found
 
     def walk(self, product: Product) -> tuple[list[Step], str]:
         """Follows the output of a product; returns steps and what ends them."""
@@ -106,14 +107,16 @@ class Walker:
             value = op.outputs[0]
 
     def _next(self, value: int) -> Op:
-        uses = self._uses[value]
-        if len(uses) != 1 or value not in self._user:
+        users = self._users[value]
+        uses = [f"`{op.label}`" for op in users]
+        uses += ["the result"] * self._program.outputs.count(value)
+        if len(uses) != 1 or not users:
             raise Unfoldable(
                 "takes in a value that is also used elsewhere: it goes into "
                 + " and ".join(uses)
                 + _hint("".join(uses))
             )
-        return self._user[value]
+        return users[0]
 
     def _moved(self, op: Op, axes: Axes) -> Axes:
         if not self._program.is_real(op.outputs[0]):
