@@ -69,7 +69,10 @@ class Analysis:
     """
 
     def __init__(
-        self, program: Program, names: Sequence[str], norm_of: dict[int, str]
+        self,
+        program: Program,
+        names: Sequence[str],
+        norm_of: dict[int, str],
     ):
         self.program, self.names, self._norm_of = program, names, norm_of
         self._walker = Walker(program, names)
@@ -93,10 +96,7 @@ class Analysis:
 
     def _statistics(self, op: Op) -> frozenset[int]:
         """The leaves that an op brings together with the data."""
-        if not self.program.data(op):
-            return frozenset()
-        facts = [self.program.values[v] for v in op.inputs]
-        return frozenset().union(*(fact.statistics for fact in facts))
+        return self.program.statistics(op) & self._norm_of.keys()
 
     def _norms(self, leaves: Iterable[int]) -> list[str]:
         return sorted({self._norm_of[leaf] for leaf in leaves})

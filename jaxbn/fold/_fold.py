@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.fold._chain import Layer
-from jaxbn.fold._model import Model
+from jaxbn.fold._model import FoldedModel, Model
 from jaxbn.fold._rewrite import Rewritten
 from jaxbn.fold._trace import Program
 
@@ -105,26 +105,29 @@ def fold(
     leaves = jax.tree.leaves(variables)
     model = Model(apply, variables, is_statistic)
     inputs = jax.tree.map(_random(np.random.default_rng(0)), examples)
-    analysis, _ = model.analyse(leaves, inputs)
-    if not analysis.layers:
+    traced = model.trace(leaves, inputs)
+    layers = traced.analysis.layers
+    if not layers:
         raise ValueError(
             "apply calls none of the normalizations that variables hold."
         )
-    complete = all(layer.kernel for layer in analysis.layers)
+    complete = all(layer.kernel for layer in layers)
     if on_unfoldable == "raise" and not complete:
-        raise ValueError(_refusal(analysis.layers))
-    rewritten = Rewritten(analysis)
+        raise ValueError(_refusal(layers))
+    rewritten = Rewritten(traced.analysis)
     params = {name: leaves[i] for i, name in rewritten.kept.items()}
     params = jax.tree.map(jnp.asarray, params)
     params |= jax.jit(rewritten.parameters)(leaves)
-    folded = jax.jit(model.folded(set(params), rewritten.signature))
+    program = FoldedModel(model, params, rewritten.signature, inputs)
+    program.keep(inputs, traced)
+    folded = jax.jit(program)
     # What is checked is the algebra, not the hardware's fast products.
     with jax.default_matmul_precision("highest"):
         want = jax.jit(model.original)(leaves, inputs)
         got = folded(params, *inputs)
     difference = _difference(got, want)
     if tolerance is None:
-        tolerance = _half_the_digits(analysis.program)
+        tolerance = _half_the_digits(traced.analysis.program)
     if not difference.relative <= tolerance:  # so that a NaN fails
         raise ValueError(
             f"The folded function differs from the original by "
@@ -133,7 +136,7 @@ def fold(
             "standard deviation can do that. Give a larger tolerance, or fold "
             "in a wider dtype."
         )
-    return Folded(folded, params, analysis.layers, difference)
+    return Folded(folded, params, layers, difference)
 
 
 def _refusal(layers: Sequence[Layer]) -> str:
@@ -156,7 +159,10 @@ def _random(rng: np.random.Generator) -> Callable[[Any], jax.Array]:
             if isinstance(example, jax.ShapeDtypeStruct):
                 return jnp.zeros(example.shape, example.dtype)
             return jnp.asarray(example)
-        return jnp.asarray(rng.normal(size=example.shape), example.dtype)
+        drawn = rng.normal(size=example.shape)
+        if getattr(example, "weak_type", False) and not example.shape:
+            return jnp.asarray(float(drawn))  # as a Python number is
+        return jnp.asarray(drawn, example.dtype)
 
     return draw
 
