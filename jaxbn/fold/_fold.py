@@ -13,6 +13,7 @@ import numpy as np
 from jaxbn.fold._chain import Layer
 from jaxbn.fold._model import FoldedModel, Model
 from jaxbn.fold._rewrite import Rewritten
+from jaxbn.fold._saved import Restored, Saved, save
 from jaxbn.fold._trace import Program
 
 
@@ -34,17 +35,34 @@ class Folded(NamedTuple):
 
     Attributes:
       apply: (params, *inputs) -> what the original returns, under `jax.jit`.
-        Inputs may have other shapes than the examples.
+        For inputs of the examples' shapes it is the program that was verified;
+        for others the model is traced and folded again.
       params: arrays by the path of the leaf they replace: folded kernels, their
         biases, and every other leaf that is still needed.
       layers: a Layer for every use of a normalization.
       max_difference: measured on random inputs of the examples' shapes.
+
+    Can be pickled where `flatbuffers` is installed. What is loaded does not need
+    the model: apply is a program of `jax.export`, for any number of examples if
+    the model can be traced so, else for the examples' shapes.
     """
 
     apply: Callable[..., Any]
     params: dict[str, jax.Array]
     layers: tuple[Layer, ...]
     max_difference: Difference
+
+    def __reduce__(self) -> Any:
+        run = self.apply.__wrapped__  # type: ignore[attr-defined]
+        if isinstance(run, FoldedModel):
+            saved = save(self.apply, self.params, run.inputs)
+        else:
+            saved = run.saved
+        return _restore, (saved, *self[1:])
+
+
+def _restore(saved: Saved, *fields: Any) -> Folded:
+    return Folded(jax.jit(Restored(saved)), *fields)
 
 
 def fold(
@@ -77,8 +95,9 @@ def fold(
         A few examples are enough.
       is_statistic: tells the path of a running statistic, such as
         "bn/mean", from that of another leaf. None takes every leaf below a
-        top-level "batch_stats"; where there is none, leaves named mean and
-        var that lie next to each other.
+        top-level "batch_stats", but state that goes into kernels and counters;
+        where there is none, leaves named mean and var that lie next to each
+        other.
       on_unfoldable: "raise", or "keep" to leave as it is what does not fold.
       tolerance: largest relative difference allowed. None takes sqrt(eps) of
         the narrowest float in the program: float32 3e-4, bfloat16 9e-2. Half

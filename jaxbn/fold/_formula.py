@@ -59,15 +59,15 @@ class Formulas:
             before = self._before(op, axes)
             if before is not None and op.name != "convert_element_type":
                 return self._value(op.inputs[0], before)
-        words = repr((axes, *self._words(value, axes))).encode()
+        words = repr(self._words(value, axes)).encode()
         return hashlib.blake2b(words, digest_size=16).hexdigest()
 
     def _words(self, value: int, axes: Axes) -> tuple[Any, ...]:
         program = self._program
         if value in program.leaves:
-            return ("variable", program.leaves.index(value))
+            return ("variable", program.leaves.index(value), axes)
         if value in program.constants:
-            return ("constant", *_content(program.constants[value]))
+            return ("constant", *_content(program.constants[value]), axes)
         op = program.producer[value]
         shape = program.shape(value)
         shapes = [program.shape(v) for v in op.inputs]
@@ -81,7 +81,14 @@ class Formulas:
             self._value(v, tuple(range(len(program.shape(v)))))
             for v in op.inputs
         ]
-        return (op.name, _settings(op), op.outputs.index(value), shapes, *whole)
+        return (
+            op.name,
+            _settings(op),
+            op.outputs.index(value),
+            shapes,
+            axes,
+            *whole,
+        )
 
     def _before(self, op: Op, axes: Axes) -> Axes | None:
         """Returns where the features were; None where other axes came in."""
