@@ -116,11 +116,12 @@ def _kind(x: Any) -> tuple[Any, ...]:
 def _key(inputs: Any) -> Any:
     """Inputs and settings that a model is traced alike for."""
     leaves, structure = jax.tree.flatten(inputs)
+    config: Any = jax.config  # its types leave the options out
     return (
         structure,
         tuple(map(_kind, leaves)),
-        jax.config.jax_enable_x64,
-        jax.config.jax_default_matmul_precision,
+        config.jax_enable_x64,
+        config.jax_default_matmul_precision,
     )
 
 

@@ -34,6 +34,7 @@ class Restored:
         self._outputs = jax.tree.structure(saved.outputs)
 
     def __call__(self, params: dict[str, jax.Array], *inputs: Any) -> Any:
+        structure: Any
         leaves, structure = jax.tree.flatten(inputs)
         if structure != self._inputs:
             raise ValueError(
