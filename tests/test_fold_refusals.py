@@ -56,7 +56,16 @@ def after_skip(x):
 
 
 def on_input(x):
-    return dense(norm()(x))
+    return dense(nn.relu(norm()(x)))
+
+
+def before_padding(x):
+    return nn.Conv(3, (3,), name="layer")(norm()(x)[..., None]).sum(-1)
+
+
+def before_two_layers(x):
+    y = norm()(x)
+    return dense(y, "a") + dense(y, "b")
 
 
 class Cell(nn.Module):
@@ -115,6 +124,8 @@ REFUSALS = {
     computed_kernel: "a layer whose kernel is computed (`",
     after_skip: "'norm' follows `add` of two values that depend on the input",
     on_input: "'norm' normalizes an input: no layer stands in front of it",
+    before_padding: "'norm' normalizes an input: no layer stands in front of it",
+    before_two_layers: "'norm' normalizes an input: no layer stands in front",
     in_scan: "'cells/norm' lies inside `scan`, whose body is left alone",
     in_cond: "'norm' lies inside `cond`, whose body is left alone",
     other_axis: "axis 1 of [4, 3, 4], in `sub`, is none of them",

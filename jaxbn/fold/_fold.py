@@ -1,4 +1,4 @@
-"""Folds batch normalization of inference into the layer in front of it."""
+"""Folds batch normalization of inference into the layer next to it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.fold._chain import Layer
 from jaxbn.fold._model import FoldedModel, Model
+from jaxbn.fold._report import Layer, report
 from jaxbn.fold._rewrite import Rewritten
 from jaxbn.fold._saved import Restored, Saved, save
 from jaxbn.fold._trace import Program
@@ -73,15 +73,22 @@ def fold(
     on_unfoldable: Literal["raise", "keep"] = "raise",
     tolerance: float | None = None,
 ) -> Folded:
-    """Folds each batch normalization into the kernel in front of it.
+    """Folds each batch normalization into the kernel of the layer next to it.
 
     With slope = scale / sqrt(var + epsilon), a convolution or dense layer
     followed by its normalization, (x * k + b - mean) * slope + shift, is the
     layer with kernel k * slope, feature by feature, and bias
-    (b - mean) * slope + shift. Which layers these are is read off the traced
-    program, not off names or modules; whatever else scales and shifts features
-    on the way is taken in too. Computed in float32 or wider; a kernel is
-    rounded once, to its own dtype.
+    (b - mean) * slope + shift. Layers that share a kernel fold if the same
+    normalization follows each of them.
+
+    A normalization without a layer in front folds into the one behind it, if
+    that is a dense layer or a convolution without padding: with offset = shift
+    - mean * slope, (x * slope + offset) k + b is x (slope * k) + offset k + b.
+
+    Which layers these are is read off the traced program, not off names or
+    modules; whatever else scales and shifts features on the way is taken in
+    too. Computed in float32 or wider; a kernel is rounded once, to its own
+    dtype.
 
     The result is compared with the original on normally distributed inputs,
     with exact products (`jax.default_matmul_precision("highest")`). Integers,
@@ -125,7 +132,7 @@ def fold(
     model = Model(apply, variables, is_statistic)
     inputs = jax.tree.map(_random(np.random.default_rng(0)), examples)
     traced = model.trace(leaves, inputs)
-    layers = traced.analysis.layers
+    layers = report(traced.analysis)
     if not layers:
         raise ValueError(
             "apply calls none of the normalizations that variables hold."
@@ -137,7 +144,7 @@ def fold(
     params = {name: leaves[i] for i, name in rewritten.kept.items()}
     params = jax.tree.map(jnp.asarray, params)
     params |= jax.jit(rewritten.parameters)(leaves)
-    program = FoldedModel(model, params, rewritten.signature, inputs)
+    program = FoldedModel(model, params, rewritten, inputs)
     program.keep(inputs, traced)
     folded = jax.jit(program)
     # What is checked is the algebra, not the hardware's fast products.

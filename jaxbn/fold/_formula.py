@@ -69,9 +69,9 @@ class Formulas:
         if value in program.constants:
             return ("constant", *_content(program.constants[value]), axes)
         op = program.producer[value]
-        shape = program.shape(value)
+        rank = len(program.shape(value))
         shapes = [program.shape(v) for v in op.inputs]
-        if op.name in _POINTWISE and all(s in (shape, ()) for s in shapes):
+        if op.name in _POINTWISE and all(len(s) in (0, rank) for s in shapes):
             inputs = [
                 self._value(v, axes if s else (None,) * len(axes))
                 for v, s in zip(op.inputs, shapes)

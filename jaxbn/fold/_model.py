@@ -65,8 +65,12 @@ class FoldedModel:
       inputs: shapes and dtypes of the inputs that it was made for.
     """
 
-    def __init__(self, model: Model, params: Any, signature: Any, inputs: Any):
-        self._model, self._signature = model, signature
+    def __init__(
+        self, model: Model, params: Any, rewritten: Rewritten, inputs: Any
+    ):
+        self._model, self._signature = model, rewritten.signature
+        # A folded bias may have the name, not the type, of one that is gone.
+        self._given = rewritten.taken
         self.inputs = jax.eval_shape(lambda inputs: inputs, inputs)
         self._params = {name: _kind(leaf) for name, leaf in params.items()}
         self._known: dict[Any, tuple[Rewritten, Any]] = {}
@@ -88,7 +92,8 @@ class FoldedModel:
         if found is None or not _is_plain((params, inputs)):
             model = self._model
             given = [
-                params.get(*pair) for pair in zip(model.names, model.specs)
+                params[name] if name in self._given else spec
+                for name, spec in zip(model.names, model.specs)
             ]
             traced = model.trace(given, inputs)
             found = self._checked(traced), traced.outputs

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
+import jax.numpy as jnp
 
 # As jax.export names them. What is lowered for one alone is kept for that one.
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -70,21 +71,31 @@ def save(apply: Callable[..., Any], params: Any, inputs: Any) -> Saved:
 
 def _exported(flat: Any, kinds: Any, specs: list[Any]) -> bytes:
     """Returns the program for any number of examples, if there is one."""
-    attempts = [(specs, _PLATFORMS), (specs, None)]
-    batched = [spec for spec in specs if spec.shape]
-    if len({spec.shape[0] for spec in batched}) == 1:
-        (examples,) = jax.export.symbolic_shape("examples")
-        more = [
+    (examples,) = jax.export.symbolic_shape("examples")
+    real = [
+        s for s in specs if jnp.issubdtype(s.dtype, jnp.inexact) and s.shape
+    ]
+    number = real[0].shape[0] if real else None
+
+    def batched(chosen: Callable[[Any], bool]) -> list[Any]:
+        return [
             jax.ShapeDtypeStruct(
                 (examples, *spec.shape[1:]),
                 spec.dtype,
                 weak_type=spec.weak_type,
             )
-            if spec.shape
+            if spec.shape[:1] == (number,) and chosen(spec)
             else spec
             for spec in specs
         ]
-        attempts = [(more, _PLATFORMS), (more, None), *attempts]
+
+    # Two numbers of a random key are not two examples.
+    options = [
+        batched(lambda spec: True),
+        batched(lambda spec: spec in real),
+        specs,
+    ]
+    attempts = [(o, p) for o in options for p in (_PLATFORMS, None)]
     for shapes, platforms in attempts:
         try:
             exported = jax.export.export(flat, platforms=platforms)

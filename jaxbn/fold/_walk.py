@@ -12,6 +12,7 @@ from jaxbn.fold._axes import (
     Product,
     axes_at_leaf,
     follow,
+    follow_back,
     varying,
 )
 from jaxbn.fold._trace import Op, Program
@@ -106,6 +107,34 @@ class Walker:
                 return steps, str(reason)
             value = op.outputs[0]
 
+    def walk_back(self, side: Product) -> list[Step]:
+        """Follows the data of a product back; the last step comes first."""
+        steps: list[Step] = []
+        value, axes = side.op.inputs[1 - side.slot], side.axes
+        while value in self._program.producer:
+            op = self._program.producer[value]
+            data = self._program.data(op)
+            try:
+                self._next(value)
+                if len(data) != 1 or not self._program.is_real(data[0]):
+                    raise Unfoldable(between(op))
+                if op.name in MOVES:
+                    before = follow_back(self._program, op, axes)
+                    if before is None:
+                        raise Unfoldable(between(op))
+                    axes = before
+                else:
+                    steps.append(self._step(op, data[0], axes, spreads=True))
+            except Unfoldable:
+                break
+            value = data[0]
+            shape = self._program.shape(value)
+            axes = tuple(
+                None if axis is None or shape[axis] == 1 else axis
+                for axis in axes
+            )
+        return steps
+
     def _next(self, value: int) -> Op:
         users = self._users[value]
         uses = [f"`{op.label}`" for op in users]
@@ -132,7 +161,10 @@ class Walker:
             )
         return moved
 
-    def _step(self, op: Op, value: int, axes: Axes) -> Step:
+    def _step(
+        self, op: Op, value: int, axes: Axes, *, spreads: bool = False
+    ) -> Step:
+        """spreads: a feature of length 1 may become as long as the operand."""
         step = Step(op, op.inputs.index(value), axes)
         if len(self._program.data(op)) > 1:
             raise Unfoldable(two(op))
@@ -141,7 +173,11 @@ class Walker:
         if step.operand is None:
             return step
         shape = self._program.shape(value)
-        if self._program.shape(op.outputs[0]) != shape:
+        after = self._program.shape(op.outputs[0])
+        grown = {i for i, (a, b) in enumerate(zip(shape, after)) if a != b}
+        if len(shape) != len(after) or not grown <= set(
+            axes if spreads else ()
+        ):
             raise Unfoldable(between(op))
         others = sorted(self._varying[step.operand] - set(axes))
         if others:
