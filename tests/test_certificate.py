@@ -247,3 +247,59 @@ def test_every_kind_of_operation_runs_in_float64():
     shifted[1, 2] += 1e-6  # which is nothing in bfloat16
     difference = (in_float64(closed)([shifted])[0] - value) / 1e-6
     assert 0.1 < abs(difference / grad[1, 2]) < 10
+
+
+def test_rounding_that_ruins_values_is_raised_as_such():
+    def apply(variables, x):
+        n, total, squares = jax.lax.psum(
+            (jnp.float32(len(x)), x.sum(0), (x * x).sum(0)), "data"
+        )
+        mean = total / n
+        var = squares / n - mean**2  # which is nothing but rounding here
+        y = (x - mean) * jax.lax.rsqrt(jnp.abs(var) + 1e-5)
+        return y * variables["scale"], {"bn": {"mean": mean, "var": var}}
+
+    message = (
+        "layer 'bn' differs on 4 devices: .* In float64 it does not: it is"
+    )
+    with pytest.raises(AssertionError, match=message):
+        assert_shard_invariant(
+            apply, {"scale": jnp.ones(3)}, normal(64, 3) + 1e4, devices=[4]
+        )
+
+
+def test_parameters_that_each_device_trained_alone():
+    def apply(variables, x):
+        slope = jax.grad(lambda w: jnp.tanh(x @ w).mean())(variables["w"])
+        return x @ variables["w"], {"w": variables["w"] - slope}
+
+    message = "new variable 'w' differs .* may need a mean over that axis"
+    with pytest.raises(AssertionError, match=message):
+        assert_shard_invariant(
+            apply,
+            {"w": normal(4, 3)},
+            normal(8, 4),
+            devices=[2],
+            check_vma=False,
+        )
+
+
+def test_random_keys_among_the_variables():
+    """Their words, millions and more, hide no difference of a statistic."""
+
+    def apply(variables, x, axis_name="data"):
+        mean = x.mean(0)
+        if axis_name:
+            mean = jax.lax.pmean(mean, axis_name)
+        key = jax.random.split(variables["key"])[0]
+        return jnp.tanh(x), {"key": key, "bn": {"mean": mean, "var": mean**2}}
+
+    check = functools.partial(
+        assert_shard_invariant,
+        variables={"key": jax.random.key(0)},
+        batch=normal(8, 4),
+        devices=[2],
+    )
+    check(apply)
+    with pytest.raises(AssertionError, match="layer 'bn' differs on 2 devices"):
+        check(functools.partial(apply, axis_name=None))

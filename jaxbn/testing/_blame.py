@@ -42,7 +42,7 @@ def blame(
 ) -> Blame:
     """wrong: the arrays that differ and by how much."""
     axis = split.names if len(split.names) > 1 else split.names[0]
-    found = _first_call(split, wrong, axis, rtol)
+    found = _first_call(split, got, wrong, axis, rtol)
     return found or _first_array(split, got, wrong, axis, rtol)
 
 
@@ -60,20 +60,22 @@ def _why(varying: bool, axis: Hashable) -> str:
     return (
         "Its statistics are the same on every device, but not those of the "
         "whole batch. A mean of the devices' means forgets how many values "
-        "each has kept."
+        "each has kept; or what it normalizes depends on the split already."
     )
 
 
 def _first_call(
     split: Split,
+    got: Sequence[Array],
     wrong: Sequence[tuple[Array, float]],
     axis: Hashable,
     rtol: float,
 ) -> Blame | None:
     """Of the layers of flax.linen, in the order in which they finished."""
+    statistics = [(a, e) for a, e in wrong if _is_statistic(a.path, got)]
     found = None
     for i, call in enumerate(split.calls):
-        own = [(a, e) for a, e in wrong if _owns(call.path, a)]
+        own = [(a, e) for a, e in statistics if _owns(call.path, a)]
         errors = [e for a, e in wrong if a.call == i] + [e for _, e in own]
         if not errors or (found and not call.inside):
             continue
@@ -135,6 +137,8 @@ def _first_array(
     why = "Every device has the same, but not that of the whole batch."
     if _varies(first, rtol):
         why = f"It is not the same on all devices along {axis!r}."
+        if first.role == "new variable":
+            why += " It may need a mean over that axis."
     elif first.role in ROLES[2:]:
         why = "Outputs agree: a derivative does not reach the other devices."
     return Blame(str(first), off, why)
@@ -148,6 +152,8 @@ def _split_path(path: str) -> tuple[str, str]:
 
 def _is_statistic(path: str, got: Sequence[Array]) -> bool:
     """Whether it is a mean or a variance that lies next to the other one."""
+    if path.startswith("batch_stats/"):
+        return True
     parent, own = _split_path(path)
     near = [_split_path(a.path) for a in got if a.role == "new variable"]
     names = [name for other, name in near if other == parent]

@@ -25,6 +25,7 @@ class Array(NamedTuple):
     path: str
     copies: Any  # (1 or devices, *shape on the whole batch)
     call: int | None = None  # of a layer, as an index
+    is_real: bool = True  # not an integer, as in counters and random keys
 
     def __str__(self) -> str:
         return f"{self.role} {self.path!r}" if self.path else f"the {self.role}"
@@ -108,7 +109,13 @@ def evaluate(split: Split, seed: int, like: list[Array] | None) -> Results:
                 # The mean: what devices share counts once.
                 value = a.copies.mean(0)
                 total += (value * rng.normal(size=value.shape)).sum()
-        labels[:] = [a._replace(copies=None) for a in found]
+        labels[:] = [
+            a._replace(
+                copies=None,
+                is_real=jnp.issubdtype(a.copies.dtype, jnp.inexact),
+            )
+            for a in found
+        ]
         return total, [a.copies for a in found]
 
     @jax.jit

@@ -42,9 +42,10 @@ def assert_shard_invariant(
     normalization the gradient of a bias is nothing but rounding.
 
     What differs by more than rtol is computed again in float64, whatever types
-    the model has, on the inputs and close to them. If it agrees there, the
-    difference was rounding, or a kink: at a zero in front of a ReLU a rounding
-    difference can flip a gradient. That is a warning, not an error.
+    the model has, on the inputs and close to them. Gradients that agree there
+    differed by rounding, or at a kink: at a zero in front of a ReLU a rounding
+    difference can flip a gradient. That is a warning, not an error. Where
+    rounding changes outputs or new variables by that much, the error says so.
 
     Args:
       apply_fn: (variables, batch) -> (outputs, new variables), such as
@@ -92,7 +93,7 @@ def assert_shard_invariant(
             continue
         where = f"on {' x '.join(map(str, sizes))} devices"
         wrong, note = recheck(got, wrong)
-        if note:
+        if not wrong:
             warnings.warn(f"{where.capitalize()} {note}", stacklevel=2)
             continue
         first = blame(
@@ -103,7 +104,7 @@ def assert_shard_invariant(
         )
         raise AssertionError(
             f"{first.what} differs {where}: relative error {first.error:.2g} "
-            f"(allowed {rtol:.0e}). {first.why}"
+            f"(allowed {rtol:.0e}). {note or first.why}"
         )
 
 
