@@ -60,7 +60,7 @@ def on_input(x):
 
 
 def before_padding(x):
-    return nn.Conv(3, (3,), name="layer")(norm()(x)[..., None]).sum(-1)
+    return nn.Conv(3, (3,), name="layer")(norm()(x)[:, None])
 
 
 def before_two_layers(x):

@@ -128,16 +128,20 @@ def test_kernel_used_transposed_is_refused():
 
 
 def test_features_of_one_kernel_are_told_apart():
-    """The same numbers, in the order of rows here and of columns there."""
+    """The same mean and variance, in the order of rows and of columns."""
 
     def apply(v, x):
         slope = jax.lax.rsqrt(v["var"])
-        y, z = (x @ v["kernel"]).reshape(-1, 3, 3), x @ v["kernel"]
-        other = slope.T.reshape(-1) * (z - v["mean"].T.reshape(-1))
-        return (y - v["mean"]) * slope + other.reshape(-1, 3, 3)
+
+        def layer():
+            return jnp.einsum("ni,iab->nab", x, v["kernel"])
+
+        return (layer() - v["mean"]) * slope + (
+            (layer() - v["mean"].T) * slope.T
+        )
 
     rng = np.random.default_rng(0)
-    v = dict(kernel=normal(4, 9), mean=normal(3, 3))
+    v = dict(kernel=normal(4, 3, 3), mean=normal(3, 3))
     v["var"] = rng.uniform(1, 2, (3, 3)).astype(np.float32)
     x = normal(5, 4)
     folded = fold(apply, v, x, on_unfoldable="keep")
@@ -153,6 +157,12 @@ def test_what_only_lies_in_batch_stats_is_no_normalization():
             gain = self.variable("batch_stats", "gain", jnp.ones, ())
             layer = nn.SpectralNorm(nn.Conv(5, (3, 3)), name="spectral")
             x = nn.relu(layer(gain.value * x, update_stats=False))
+            u, v = (
+                self.variable("batch_stats", f"own/{name}", jnp.ones, 5)
+                for name in ("u", "v")
+            )
+            kernel = self.param("kernel", nn.initializers.ones, (5, 5))
+            x = nn.relu(x @ (kernel / (u.value @ kernel @ v.value)))
             x = nn.Conv(4, (3, 3), name="conv")(x)
             return norm()(x)
 
