@@ -13,11 +13,7 @@ import jaxbn.nnx
 from jaxbn.linen import BatchNorm
 from jaxbn.testing import assert_shard_invariant
 from jaxbn.testing._float64 import in_float64, narrowest
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
+from tests.folding import Dictated, initialized, normal
 
 SYNCED = functools.partial(
     BatchNorm, use_running_average=False, axis_name="data"
@@ -25,26 +21,9 @@ SYNCED = functools.partial(
 ALONE = functools.partial(BatchNorm, use_running_average=False)
 
 
-class Dictated(nn.Module):
-    call: object
-
-    @nn.compact
-    def __call__(self, x):
-        return self.call(x)
-
-
 def certify(call, x, devices=(2,), **options):
     model = Dictated(call)
-    init = jax.jit(
-        jax.shard_map(
-            model.init,
-            mesh=jax.make_mesh((1,), ("data",)),
-            in_specs=jax.P(),
-            out_specs=jax.P(),
-            check_vma=False,
-        )
-    )
-    variables = init(jax.random.key(0), x)
+    variables = initialized(model, x)
     assert_shard_invariant(
         functools.partial(model.apply, mutable=["batch_stats"]),
         variables,
@@ -65,7 +44,7 @@ class Block(nn.Module):
 
 
 def behind_remat(x):
-    x = nn.remat(Block)((SYNCED, ALONE, SYNCED), name="b0")(x)
+    x = nn.remat(Block)((SYNCED, ALONE), name="b0")(x)
     return nn.Dense(3)(SYNCED()(x))
 
 
