@@ -25,7 +25,7 @@ MOVES = frozenset(
         "transpose",
     ]
 )
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     [
         "abs",
         "add",
@@ -59,7 +59,10 @@ Axes = tuple[int | None, ...]
 
 
 class Product(NamedTuple):
-    """A convolution or matrix product of data with a computed kernel."""
+    """A convolution or matrix product of data with a computed kernel.
+
+    `input_side` has the features of the data in place of those of the output.
+    """
 
     op: Op
     slot: int  # of the kernel among the op's inputs
@@ -111,6 +114,31 @@ def _dot_axes(
     first = len(batch[0]) + (len(free[0]) if slot else 0)
     own = range(first, first + len(free[slot]))
     return (*batch[slot], *free[slot]), (*shared, *own)
+
+
+def input_side(program: Program, product: Product) -> Product | None:
+    """Returns the same for the features of the data, which are summed over.
+
+    Its axes are those in the data. None where what is added to a feature does
+    not become the same number for each output: at the padding of a convolution.
+    """
+    op, slot = product.op, product.slot
+    params = op.eqn.params
+    kernel_axes: tuple[int, ...]
+    axes: tuple[int, ...]
+    if op.name == "conv_general_dilated":
+        padded = any(map(any, params["padding"]))
+        if product.kind != "conv" or padded or params["batch_group_count"] > 1:
+            return None
+        spec = params["dimension_numbers"]
+        kernel_axes, axes = (spec.rhs_spec[1],), (spec.lhs_spec[1],)
+    else:
+        contracted, batch = params["dimension_numbers"]
+        kernel_axes = (*batch[slot], *contracted[slot])
+        axes = (*batch[1 - slot], *contracted[1 - slot])
+    shape = program.shape(op.inputs[1 - slot])
+    long = tuple(None if shape[axis] == 1 else axis for axis in axes)
+    return product._replace(kernel_axes=kernel_axes, axes=long)
 
 
 def _kind_of_conv(program: Program, op: Op) -> str:
@@ -167,6 +195,17 @@ def follow(program: Program, op: Op, axis: int) -> int | None:
     return moved
 
 
+def follow_back(program: Program, op: Op, axes: Axes) -> Axes | None:
+    """Returns where a MOVES op found axes; None where it made one."""
+    origin = {
+        follow(program, op, axis): axis
+        for axis in range(len(program.shape(op.inputs[0])))
+    }
+    if any(axis is not None and axis not in origin for axis in axes):
+        return None
+    return tuple(None if axis is None else origin[axis] for axis in axes)
+
+
 def _same_place(
     before: Sequence[int], after: Sequence[int], axis: int
 ) -> int | None:
@@ -188,7 +227,7 @@ def varying(program: Program, ops: Iterable[Op]) -> list[frozenset[int]]:
         found: set[int | None] = {None}
         if op.name in MOVES - {"rev"}:
             found = {follow(program, op, axis) for axis in axes[op.inputs[0]]}
-        elif op.name in _ELEMENTWISE:
+        elif op.name in ELEMENTWISE:
             found = set().union(*(axes[v] for v in op.inputs))
         if None not in found:
             axes[op.outputs[0]] = frozenset(a for a in found if a is not None)

@@ -1,4 +1,4 @@
-"""Folds batch normalization of inference into the layer in front of it."""
+"""Folds batch normalization of inference into the layer next to it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.fold._chain import Layer
-from jaxbn.fold._model import Model
+from jaxbn.fold._model import FoldedModel, Model
+from jaxbn.fold._report import Layer, report
 from jaxbn.fold._rewrite import Rewritten
+from jaxbn.fold._saved import Restored, Saved, save
 from jaxbn.fold._trace import Program
 
 
@@ -34,17 +35,34 @@ class Folded(NamedTuple):
 
     Attributes:
       apply: (params, *inputs) -> what the original returns, under `jax.jit`.
-        Inputs may have other shapes than the examples.
+        For inputs of the examples' shapes it is the program that was verified;
+        for others the model is traced and folded again.
       params: arrays by the path of the leaf they replace: folded kernels, their
         biases, and every other leaf that is still needed.
       layers: a Layer for every use of a normalization.
       max_difference: measured on random inputs of the examples' shapes.
+
+    Can be pickled where `flatbuffers` is installed. What is loaded does not need
+    the model: apply is a program of `jax.export`, for any number of examples if
+    the model can be traced so, else for the examples' shapes.
     """
 
     apply: Callable[..., Any]
     params: dict[str, jax.Array]
     layers: tuple[Layer, ...]
     max_difference: Difference
+
+    def __reduce__(self) -> Any:
+        run = self.apply.__wrapped__  # type: ignore[attr-defined]
+        if isinstance(run, FoldedModel):
+            saved = save(self.apply, self.params, run.inputs)
+        else:
+            saved = run.saved
+        return _restore, (saved, *self[1:])
+
+
+def _restore(saved: Saved, *fields: Any) -> Folded:
+    return Folded(jax.jit(Restored(saved)), *fields)
 
 
 def fold(
@@ -55,15 +73,22 @@ def fold(
     on_unfoldable: Literal["raise", "keep"] = "raise",
     tolerance: float | None = None,
 ) -> Folded:
-    """Folds each batch normalization into the kernel in front of it.
+    """Folds each batch normalization into the kernel of the layer next to it.
 
     With slope = scale / sqrt(var + epsilon), a convolution or dense layer
     followed by its normalization, (x * k + b - mean) * slope + shift, is the
     layer with kernel k * slope, feature by feature, and bias
-    (b - mean) * slope + shift. Which layers these are is read off the traced
-    program, not off names or modules; whatever else scales and shifts features
-    on the way is taken in too. Computed in float32 or wider; a kernel is
-    rounded once, to its own dtype.
+    (b - mean) * slope + shift. Layers that share a kernel fold if the same
+    normalization follows each of them.
+
+    A normalization without a layer in front folds into the one behind it, if
+    that is a dense layer or a convolution without padding: with offset = shift
+    - mean * slope, (x * slope + offset) k + b is x (slope * k) + offset k + b.
+
+    Which layers these are is read off the traced program, not off names or
+    modules; whatever else scales and shifts features on the way is taken in
+    too. Computed in float32 or wider; a kernel is rounded once, to its own
+    dtype.
 
     The result is compared with the original on normally distributed inputs,
     with exact products (`jax.default_matmul_precision("highest")`). Integers,
@@ -77,8 +102,9 @@ def fold(
         A few examples are enough.
       is_statistic: tells the path of a running statistic, such as
         "bn/mean", from that of another leaf. None takes every leaf below a
-        top-level "batch_stats"; where there is none, leaves named mean and
-        var that lie next to each other.
+        top-level "batch_stats", but state that goes into kernels and counters;
+        where there is none, leaves named mean and var that lie next to each
+        other.
       on_unfoldable: "raise", or "keep" to leave as it is what does not fold.
       tolerance: largest relative difference allowed. None takes sqrt(eps) of
         the narrowest float in the program: float32 3e-4, bfloat16 9e-2. Half
@@ -105,26 +131,29 @@ def fold(
     leaves = jax.tree.leaves(variables)
     model = Model(apply, variables, is_statistic)
     inputs = jax.tree.map(_random(np.random.default_rng(0)), examples)
-    analysis, _ = model.analyse(leaves, inputs)
-    if not analysis.layers:
+    traced = model.trace(leaves, inputs)
+    layers = report(traced.analysis)
+    if not layers:
         raise ValueError(
             "apply calls none of the normalizations that variables hold."
         )
-    complete = all(layer.kernel for layer in analysis.layers)
+    complete = all(layer.kernel for layer in layers)
     if on_unfoldable == "raise" and not complete:
-        raise ValueError(_refusal(analysis.layers))
-    rewritten = Rewritten(analysis)
+        raise ValueError(_refusal(layers))
+    rewritten = Rewritten(traced.analysis)
     params = {name: leaves[i] for i, name in rewritten.kept.items()}
     params = jax.tree.map(jnp.asarray, params)
     params |= jax.jit(rewritten.parameters)(leaves)
-    folded = jax.jit(model.folded(set(params), rewritten.signature))
+    program = FoldedModel(model, params, rewritten, inputs)
+    program.keep(inputs, traced)
+    folded = jax.jit(program)
     # What is checked is the algebra, not the hardware's fast products.
     with jax.default_matmul_precision("highest"):
         want = jax.jit(model.original)(leaves, inputs)
         got = folded(params, *inputs)
     difference = _difference(got, want)
     if tolerance is None:
-        tolerance = _half_the_digits(analysis.program)
+        tolerance = _half_the_digits(traced.analysis.program)
     if not difference.relative <= tolerance:  # so that a NaN fails
         raise ValueError(
             f"The folded function differs from the original by "
@@ -133,7 +162,7 @@ def fold(
             "standard deviation can do that. Give a larger tolerance, or fold "
             "in a wider dtype."
         )
-    return Folded(folded, params, analysis.layers, difference)
+    return Folded(folded, params, layers, difference)
 
 
 def _refusal(layers: Sequence[Layer]) -> str:
@@ -156,7 +185,10 @@ def _random(rng: np.random.Generator) -> Callable[[Any], jax.Array]:
             if isinstance(example, jax.ShapeDtypeStruct):
                 return jnp.zeros(example.shape, example.dtype)
             return jnp.asarray(example)
-        return jnp.asarray(rng.normal(size=example.shape), example.dtype)
+        drawn = rng.normal(size=example.shape)
+        if getattr(example, "weak_type", False) and not example.shape:
+            return jnp.asarray(float(drawn))  # as a Python number is
+        return jnp.asarray(drawn, example.dtype)
 
     return draw
 

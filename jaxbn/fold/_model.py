@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from jaxbn._compat import varying_axes
 from jaxbn.fold._chain import Analysis
+from jaxbn.fold._norms import find_norms, without_foreign
 from jaxbn.fold._rewrite import Rewritten
 from jaxbn.fold._trace import Program
+
+
+class Traced(NamedTuple):
+    """What a model computes from inputs of some shapes."""
+
+    analysis: Analysis
+    outputs: Any  # the structure of the result
 
 
 class Model:
@@ -28,48 +37,104 @@ class Model:
                 "fold computes with the variables; call it outside of jax.jit."
             )
         self._apply = apply
-        self._specs = jax.eval_shape(lambda leaves: leaves, leaves)
+        self.specs = jax.eval_shape(lambda leaves: leaves, leaves)
         self.names = _names([path for path, _ in flat])
-        self._norm_of = _norms(self.names, is_statistic)
+        self._is_guess = is_statistic is None
+        self._norm_of = find_norms(self.names, is_statistic)
 
     def original(self, leaves: Sequence[Any], inputs: Any) -> Any:
         variables = jax.tree.unflatten(self._treedef, leaves)
         return self._apply(variables, *inputs)
 
-    def analyse(
-        self, leaves: Sequence[Any], inputs: Any
-    ) -> tuple[Analysis, jax.tree_util.PyTreeDef]:
+    def trace(self, leaves: Sequence[Any], inputs: Any) -> Traced:
         closed, shapes = jax.make_jaxpr(self.original, return_shape=True)(
             leaves, inputs
         )
         used = [i in self._norm_of for i, _ in enumerate(self.names)]
-        analysis = Analysis(Program(closed, used), self.names, self._norm_of)
-        return analysis, jax.tree.structure(shapes)
+        program, norm_of = Program(closed, used), self._norm_of
+        if self._is_guess:
+            norm_of = without_foreign(program, self.names, norm_of)
+        analysis = Analysis(program, self.names, norm_of)
+        return Traced(analysis, jax.tree.structure(shapes))
 
-    def folded(self, expected: set[str], signature: Any) -> Callable[..., Any]:
-        """Returns (params, *inputs) -> outputs."""
 
-        def folded(params: dict[str, jax.Array], *inputs: Any) -> Any:
-            if set(params) != expected:
-                raise ValueError(
-                    f"params lack {sorted(expected - set(params))} and have "
-                    f"{sorted(set(params) - expected)} too much."
-                )
-            # Once for every shape: the program may depend on it.
-            given = [params.get(*pair) for pair in zip(self.names, self._specs)]
-            analysis, tree = self.analyse(given, inputs)
-            rewritten = Rewritten(analysis)
-            if rewritten.signature != signature:
-                raise ValueError(
-                    "For inputs of these shapes the model is another program, "
-                    "which needs other parameters. Call fold with examples of "
-                    "these shapes."
-                )
-            return jax.tree.unflatten(
-                tree, rewritten.run(params, jax.tree.leaves(inputs))
+class FoldedModel:
+    """(params, *inputs) -> outputs.
+
+    Attributes:
+      inputs: shapes and dtypes of the inputs that it was made for.
+    """
+
+    def __init__(
+        self, model: Model, params: Any, rewritten: Rewritten, inputs: Any
+    ):
+        self._model, self._signature = model, rewritten.signature
+        # A folded bias may have the name, not the type, of one that is gone.
+        self._given = rewritten.taken
+        self.inputs = jax.eval_shape(lambda inputs: inputs, inputs)
+        self._params = {name: _kind(leaf) for name, leaf in params.items()}
+        self._known: dict[Any, tuple[Rewritten, Any]] = {}
+
+    def keep(self, inputs: Any, traced: Traced) -> None:
+        """Runs this program, and not the model, for inputs of these shapes."""
+        self._known[_key(inputs)] = (self._checked(traced), traced.outputs)
+
+    def __call__(self, params: dict[str, jax.Array], *inputs: Any) -> Any:
+        if params.keys() != self._params.keys():
+            lacking = sorted(self._params.keys() - params.keys())
+            surplus = sorted(params.keys() - self._params.keys())
+            raise ValueError(
+                f"params lack {lacking} and have {surplus} too much."
             )
+        same = {name: _kind(leaf) for name, leaf in params.items()}
+        found = self._known.get(_key(inputs)) if same == self._params else None
+        # A program traced here has no axes to vary or to shard over.
+        if found is None or not _is_plain((params, inputs)):
+            model = self._model
+            given = [
+                params[name] if name in self._given else spec
+                for name, spec in zip(model.names, model.specs)
+            ]
+            traced = model.trace(given, inputs)
+            found = self._checked(traced), traced.outputs
+        rewritten, outputs = found
+        return jax.tree.unflatten(
+            outputs, rewritten.run(params, jax.tree.leaves(inputs))
+        )
 
-        return folded
+    def _checked(self, traced: Traced) -> Rewritten:
+        rewritten = Rewritten(traced.analysis)
+        if rewritten.signature != self._signature:
+            raise ValueError(
+                "For inputs of these shapes the model is another program, "
+                "which needs other parameters. Call fold with examples of "
+                "these shapes."
+            )
+        return rewritten
+
+
+def _kind(x: Any) -> tuple[Any, ...]:
+    aval = jax.typeof(x)
+    return (aval.shape, aval.dtype, getattr(aval, "weak_type", False))
+
+
+def _key(inputs: Any) -> Any:
+    """Inputs and settings that a model is traced alike for."""
+    leaves, structure = jax.tree.flatten(inputs)
+    config: Any = jax.config  # its types leave the options out
+    return (
+        structure,
+        tuple(map(_kind, leaves)),
+        config.jax_enable_x64,
+        config.jax_default_matmul_precision,
+    )
+
+
+def _is_plain(tree: Any) -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.sharding.AxisType.Explicit not in mesh.axis_types and not any(
+        map(varying_axes, jax.tree.leaves(tree))
+    )
 
 
 def _names(paths: Sequence[Any]) -> list[str]:
@@ -83,38 +148,3 @@ def _names(paths: Sequence[Any]) -> list[str]:
     return [
         jax.tree_util.keystr(path, simple=True, separator="/") for path in short
     ]
-
-
-def _norms(
-    names: Sequence[str], is_statistic: Callable[[str], bool] | None
-) -> dict[int, str]:
-    """Returns the normalization that each running statistic belongs to."""
-    if is_statistic is None:
-        is_statistic = _default_rule(names)
-    found = {}
-    for i, name in enumerate(names):
-        if is_statistic(name):
-            parent = name.rpartition("/")[0]
-            found[i] = parent.removeprefix("batch_stats").strip("/") or "."
-    if not found:
-        raise ValueError(
-            "variables hold no running statistics: nothing below a top-level "
-            '"batch_stats", and no mean and var next to each other. Tell them '
-            "by is_statistic=lambda path: ...; the paths are such as "
-            f"{list(names[:3])}."
-        )
-    return found
-
-
-def _default_rule(names: Sequence[str]) -> Callable[[str], bool]:
-    if any(name.startswith("batch_stats/") for name in names):
-        return lambda name: name.startswith("batch_stats/")
-    split = [name.rpartition("/") for name in names]
-    means = {parent for parent, _, own in split if own == "mean"}
-    both = means & {parent for parent, _, own in split if own == "var"}
-
-    def is_mean_or_var(name: str) -> bool:
-        parent, _, own = name.rpartition("/")
-        return own in ("mean", "var") and parent in both
-
-    return is_mean_or_var

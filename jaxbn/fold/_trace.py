@@ -194,6 +194,13 @@ class Program:
     def data(self, op: Op) -> list[int]:
         return [v for v in op.inputs if self.values[v].is_data]
 
+    def statistics(self, op: Op) -> frozenset[int]:
+        """Returns the running statistics that an op brings to the data."""
+        if not self.data(op):
+            return frozenset()
+        facts = [self.values[v] for v in op.inputs]
+        return frozenset().union(*(fact.statistics for fact in facts))
+
     def shape(self, value: int) -> tuple[int, ...]:
         return getattr(self.values[value].aval, "shape", ())
 

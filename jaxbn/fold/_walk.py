@@ -12,6 +12,7 @@ from jaxbn.fold._axes import (
     Product,
     axes_at_leaf,
     follow,
+    follow_back,
     varying,
 )
 from jaxbn.fold._trace import Op, Program
@@ -46,16 +47,13 @@ class Walker:
         self._program, self._names = program, names
         live = program.live(program.outputs)
         self._varying = varying(program, live)
-        self._user = {v: op for op in live for v in op.inputs}
-        self._uses = collections.defaultdict(list)
+        self._users = collections.defaultdict(list)
         for op in live:
             for v in op.inputs:
-                self._uses[v].append(f"`{op.label}`")
-        for v in program.outputs:
-            self._uses[v].append("the result")
+                self._users[v].append(op)
 
     def is_used(self, value: int) -> bool:
-        return bool(self._uses.get(value))
+        return value in self._users or value in self._program.outputs
 
     def kernel(self, product: Product) -> tuple[int, Axes]:
         """Returns the leaf that is the kernel, and where it has the features."""
@@ -73,22 +71,26 @@ class Walker:
             path.insert(0, op)
             value = op.inputs[0]
         leaf = self._program.leaves.index(value)
-        kernel = f"follows a layer whose kernel {self._names[leaf]!r}"
-        for v in (value, *(op.outputs[0] for op in path)):
-            if len(self._uses[v]) > 1:
-                raise Unfoldable(
-                    f"{kernel} is also used elsewhere: it goes into "
-                    f"{' and '.join(self._uses[v])}"
-                )
         axes = axes_at_leaf(self._program, value, path, product)
         real = map(self._program.is_real, (value, product.op.outputs[0]))
         if axes is None or not all(real):
             dtype = self._program.values[value].aval.dtype
             raise Unfoldable(
-                f"{kernel}, {dtype}{list(self._program.shape(value))}, is not "
+                f"follows a layer whose kernel {self._names[leaf]!r}, "
+                f"{dtype}{list(self._program.shape(value))}, is not "
                 "floating or has no axis for the features alone"
             )
         return leaf, axes
+
+    def destinations(self, value: int) -> list[str]:
+        """Returns the labels of all that a value goes into, moved or not."""
+        ops = [op for op in self._users[value] if op.name in MOVES]
+        found = [
+            f"`{op.label}`" for op in self._users[value] if op not in ops
+        ] + ["the result"] * self._program.outputs.count(value)
+        for op in ops:
+            found += self.destinations(op.outputs[0])
+        return found
 
     def walk(self, product: Product) -> tuple[list[Step], str]:
         """Follows the output of a product; returns steps and what ends them."""
@@ -105,15 +107,45 @@ class Walker:
                 return steps, str(reason)
             value = op.outputs[0]
 
+    def walk_back(self, side: Product) -> list[Step]:
+        """Follows the data of a product back; the last step comes first."""
+        steps: list[Step] = []
+        value, axes = side.op.inputs[1 - side.slot], side.axes
+        while value in self._program.producer:
+            op = self._program.producer[value]
+            data = self._program.data(op)
+            try:
+                self._next(value)
+                if len(data) != 1 or not self._program.is_real(data[0]):
+                    raise Unfoldable(between(op))
+                if op.name in MOVES:
+                    before = follow_back(self._program, op, axes)
+                    if before is None:
+                        raise Unfoldable(between(op))
+                    axes = before
+                else:
+                    steps.append(self._step(op, data[0], axes, spreads=True))
+            except Unfoldable:
+                break
+            value = data[0]
+            shape = self._program.shape(value)
+            axes = tuple(
+                None if axis is None or shape[axis] == 1 else axis
+                for axis in axes
+            )
+        return steps
+
     def _next(self, value: int) -> Op:
-        uses = self._uses[value]
-        if len(uses) != 1 or value not in self._user:
+        users = self._users[value]
+        uses = [f"`{op.label}`" for op in users]
+        uses += ["the result"] * self._program.outputs.count(value)
+        if len(uses) != 1 or not users:
             raise Unfoldable(
                 "takes in a value that is also used elsewhere: it goes into "
                 + " and ".join(uses)
                 + _hint("".join(uses))
             )
-        return self._user[value]
+        return users[0]
 
     def _moved(self, op: Op, axes: Axes) -> Axes:
         if not self._program.is_real(op.outputs[0]):
@@ -129,7 +161,10 @@ class Walker:
             )
         return moved
 
-    def _step(self, op: Op, value: int, axes: Axes) -> Step:
+    def _step(
+        self, op: Op, value: int, axes: Axes, *, spreads: bool = False
+    ) -> Step:
+        """spreads: a feature of length 1 may become as long as the operand."""
         step = Step(op, op.inputs.index(value), axes)
         if len(self._program.data(op)) > 1:
             raise Unfoldable(two(op))
@@ -138,7 +173,11 @@ class Walker:
         if step.operand is None:
             return step
         shape = self._program.shape(value)
-        if self._program.shape(op.outputs[0]) != shape:
+        after = self._program.shape(op.outputs[0])
+        grown = {i for i, (a, b) in enumerate(zip(shape, after)) if a != b}
+        if len(shape) != len(after) or not grown <= set(
+            axes if spreads else ()
+        ):
             raise Unfoldable(between(op))
         others = sorted(self._varying[step.operand] - set(axes))
         if others:
