@@ -10,6 +10,7 @@ import pytest
 
 import jaxbn
 import jaxbn.linen
+from jaxbn.precise import with_statistics
 from tests.helpers.layers import (
     call_linen,
     call_nnx,
@@ -286,3 +287,9 @@ def test_an_axis_that_x_lacks(axis):
     if isinstance(axis, int):
         with pytest.raises(ValueError, match="^" + message):
             nnx_layer(axis=axis)(draw(4, 3))
+
+
+def test_statistics_that_are_put_are_biased_or_unbiased():
+    stats = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    with pytest.raises(ValueError, match="ddof must be 0"):
+        with_statistics(stats, jaxbn.moments(draw(4, 3)), ddof=2)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._checks import check_ddof
 from jaxbn._moments import Moments
 
 
@@ -28,8 +29,9 @@ def with_statistics(batch_stats: Any, stats: Any, *, ddof: int = 0) -> Any:
       The tree of batch_stats, in its dtypes; batch_stats itself stays.
 
     Raises:
-      ValueError: the trees do not fit.
+      ValueError: the trees do not fit, or ddof is neither 0 nor 1.
     """
+    check_ddof(ddof)
     if isinstance(stats, Moments):
         return _layer_with_statistics(batch_stats, stats, ddof)
     fits = isinstance(batch_stats, Mapping) and isinstance(stats, Mapping)
