@@ -15,7 +15,7 @@ from jaxbn._collect import collect_nnx
 from jaxbn._layer import Call, Layer, Limits, PerId, State
 from jaxbn._moments import Moments
 from jaxbn._running import RunningStats
-from jaxbn.precise._statistics import with_statistics
+from jaxbn._with_statistics import with_statistics
 
 __all__ = [
     "BatchNorm",
