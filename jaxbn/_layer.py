@@ -235,7 +235,12 @@ class Layer:
         )
         if self.renorm is None:
             y, batch = normalize_batch(
-                x, scale, bias, one_value=call.initializing, **options
+                x,
+                scale,
+                bias,
+                # Whoever asks for moments is told of one value by its count.
+                one_value=call.initializing or call.hand_out,
+                **options,
             )
         else:
             limits = self.renorm

@@ -222,7 +222,13 @@ def ensemble(*collections):
         in_axes=None,
         axis_size=2,
     )
-    return mapped()
+
+    class Ensemble(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return mapped()(x)
+
+    return Ensemble()
 
 
 def test_ensembles_hand_out_moments():

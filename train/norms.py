@@ -117,7 +117,8 @@ def _try(
         return y
 
     devices = place.mesh.size * microbatches
-    shape = (devices, config.batch_size // devices, 1)
+    # Two pixels, because statistics of one example are defined for images.
+    shape = (devices, config.batch_size // devices, 2, 1)
     jax.eval_shape(
         jax.vmap(train, axis_name=norm.axis_name),
         jax.ShapeDtypeStruct(shape, "float32"),
