@@ -24,7 +24,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs import defaults
-from train import RESUME, Stopped, UserError
+from train import RESUME, Stopped, UserError, output
 from train import flags as command_line
 
 
@@ -58,7 +58,7 @@ _parse = functools.partial(
 
 def main(config: ConfigDict) -> None:
     """Trains, and prints the result in one line."""
-    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    command_line.simulate(config.cpu_devices)
     # What fails in a thread is raised, and said once.
     logging.set_verbosity(logging.FATAL)
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
@@ -82,7 +82,7 @@ def main(config: ConfigDict) -> None:
             f" ± {summary['test_accuracy_deviation']:.2%} over "
             f"{config.seeds} seeds"
         )
-    print(
+    output.say(
         f"test accuracy {summary['test_accuracy']:.2%}{deviation} after "
         f"{summary['epochs']} epochs ({summary['steps']:,} steps) in "
         f"{summary['seconds']:.0f} s; results are in {workdir}"

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from train import Stopped, UserError, data, topology
 from train.averaged import evaluate_average
 from train.checkpoint import Checkpoints, Progress, what_is_left
-from train.files import write_json
+from train.files import write_json, writing
 from train.meter import Meter
 from train.prepared import Prepared, prepare
-from train.report import Report, SilentReport, open_workdir
+from train.report import Report, SilentReport
 from train.signals import Interrupt
 from train.step import (
     TrainState,
@@ -27,6 +27,7 @@ from train.timeline import Timeline, ready
 from train.told import Forecast, headline, summarize
 from train.trace import Trace
 from train.trouble import explain
+from train.workdir import open_workdir, read_summary
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -50,6 +51,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         found = checkpoints.restore(abstract_state(recipe, shape, place.mesh))
         if found:
             state, progress = found
+            if progress.epoch >= config.epochs:
+                summary = read_summary(workdir)
+                if summary:  # finished: nothing is written again
+                    return summary
         else:
             state = init_state(recipe, shape, place.mesh)
         kind = Report if topology.is_main() else SilentReport
@@ -102,7 +107,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             summary = summarize(report.records, prepared, started, timeline)
             summary |= extra
             if topology.is_main():
-                write_json(workdir / "summary.json", summary)
+                with writing(workdir):
+                    write_json(workdir / "summary.json", summary)
             report.say(f"time: {timeline}")
     return summary
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pathlib
 import statistics
 from typing import Any
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 
 from train import loop, topology
 from train.files import write_json
-from train.report import open_workdir
+from train.workdir import open_workdir, read_summary
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -55,5 +54,5 @@ def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         open_workdir(workdir, config)
         finished = (workdir / "summary.json").exists()
     if finished:
-        return json.loads((workdir / "summary.json").read_text())
+        return read_summary(workdir)
     return loop.train(config, workdir)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,9 +14,10 @@ from ml_collections import ConfigDict
 
 from train.fast.programs import Programs, compile_programs, epochs
 from train.fast.recipe import Prepared, Recipe, prepare
-from train.files import write_json
-from train.report import open_workdir
+from train.files import write_json, writing
+from train.output import say
 from train.told import versions
+from train.workdir import open_workdir
 
 NO_TIMES = (
     "This is a CPU: the accuracies count, the times and images/s mean nothing."
@@ -50,9 +50,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     open_workdir(workdir, config)
     on_cpu = jax.default_backend() == "cpu"
     scan = not on_cpu if config.scan is None else config.scan
-    print(_headline(config, prepared), flush=True)
+    say(_headline(config, prepared))
     if on_cpu:
-        print(NO_TIMES, flush=True)
+        say(NO_TIMES)
 
     started = time.perf_counter()
     recipe = prepared.recipe
@@ -63,15 +63,16 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         # What is set up at the first call of a program is no part of it.
         run(programs, prepared, config.seed - 1)
     compile_seconds = time.perf_counter() - started
-    print(f"compiled in {compile_seconds:.1f} s", flush=True)
+    say(f"compiled in {compile_seconds:.1f} s")
 
     runs = []
     for seed in range(config.seed, config.seed + config.seeds):
         runs.append(run(programs, prepared, seed))
-        print(_line(runs[-1], recipe), flush=True)
+        say(_line(runs[-1], recipe))
     summary = summarize(runs, config, prepared, compile_seconds)
-    write_json(workdir / "summary.json", summary)
-    print(table(summary), flush=True)
+    with writing(workdir):
+        write_json(workdir / "summary.json", summary)
+    say(table(summary))
     return summary
 
 
@@ -87,8 +88,7 @@ def run(programs: Programs, prepared: Prepared, seed: int) -> Run:
         state, losses = programs.epoch(state, seed, epoch)
         if tell:
             loss = float(np.mean(jax.device_get(losses)))
-            print(f"  epoch {epoch + 1}/{total}  train loss {loss:.4f}")
-            sys.stdout.flush()
+            say(f"  epoch {epoch + 1}/{total}  train loss {loss:.4f}")
     correct = jax.block_until_ready(programs.evaluate(state))
     seconds = time.perf_counter() - started
     images = len(prepared.dataset.test.labels)
