@@ -71,6 +71,17 @@ def writing(what: pathlib.Path | str) -> Iterator[None]:
         ) from error
 
 
+def exists(path: pathlib.Path) -> bool:
+    """Whether there is something, be it unreadable or a link to nothing."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # reading it says what is wrong
+    return True
+
+
 def read_text(path: pathlib.Path) -> str:
     """Returns the text of a file.
 

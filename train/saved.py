@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 from configs import defaults
 from train import UserError, ranges
 from train.checkpoint import Checkpoints, Progress
-from train.files import read_json
+from train.files import exists, read_json
 from train.flags import simulate
 from train.prepared import Prepared, prepare
 from train.step import TrainState, abstract_state
-from train.workdir import check_name
+from train.workdir import advice, check_name
 
 
 class Saved(NamedTuple):
@@ -34,12 +34,13 @@ def read_config(run: pathlib.Path) -> ConfigDict:
       UserError: run is no workdir, or its config.json is damaged.
     """
     path = check_name(run) / "config.json"
-    if not path.exists():
+    if not exists(path):
         raise UserError(
             f"{run} holds no run: there is no {path}. Give the --workdir of a "
             "run."
         )
-    then = read_json(path)
+    with advice("Put it back from a copy."):
+        then = read_json(path)
     config = defaults.get_config()
     unknown = sorted({*then} - {*config})
     if unknown:
@@ -47,14 +48,15 @@ def read_config(run: pathlib.Path) -> ConfigDict:
             f"{path} has a field {unknown[0]!r} that no run of python -m train "
             "has: it is of another program, or of another version of this one."
         )
-    try:
-        config.update(then)
-        ranges.check(config, defaults)
-    except UserError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"{path} is damaged: {reason}.") from error
+    with advice("Put it back from a copy."):
+        try:
+            config.update(then)
+            ranges.check(config, defaults)
+        except UserError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"{path} is damaged: {reason}.") from error
     return config
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from train import UserError
 from train.files import (
+    exists,
     parse_json,
     read_json,
     read_text,
@@ -84,8 +86,8 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     workdir = check_name(workdir)
     path = workdir / "config.json"
     now = json.loads(config.to_json())
+    there = exists(path)
     with writing(f"--workdir={workdir}"):
-        there = path.exists() or path.is_symlink()
         trained = _trained(workdir)
     if trained and not there:
         raise UserError(
@@ -93,12 +95,8 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
             "that back, or take another --workdir."
         )
     if there:
-        try:
+        with advice("Put it back from a copy, or take another --workdir."):
             then = read_json(path)
-        except UserError as error:
-            raise UserError(
-                f"{error} Put it back from a copy, or take another --workdir."
-            ) from error
         different = _different(now, then)
         if not different:
             return
@@ -141,19 +139,12 @@ def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
       UserError: metrics.jsonl cannot be read, or is damaged.
     """
     path = workdir / "metrics.jsonl"
-    if not (path.exists() or path.is_symlink()):
+    if not exists(path):
         return []
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        record = parse_json(line, f"{path}, line {number},")
-        _numbers(record, _OF_AN_EPOCH, f"{path}, line {number},")
-        if records and record["epoch"] <= records[-1]["epoch"]:
-            raise UserError(
-                f"{path} is damaged: epoch {record['epoch']} stands after "
-                f"epoch {records[-1]['epoch']}."
-            )
-        records.append(record)
-    return records
+    with advice(
+        "Put it back from a copy; if it is removed, a run goes on without."
+    ):
+        return _records(path)
 
 
 def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
@@ -163,12 +154,38 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
       UserError: it cannot be read, or is damaged.
     """
     path = workdir / "summary.json"
-    if not (path.exists() or path.is_symlink()):
+    if not exists(path):
         return {}
-    summary = read_json(path)
-    optional = {"average_test_accuracy", "devices", "epochs"} & {*summary}
-    _numbers(summary, (*_OF_A_RUN, *sorted(optional)), str(path))
+    optional = ("average_test_accuracy", "devices", "epochs")
+    with advice("Remove it: the same command writes it again."):
+        summary = read_json(path)
+        there = [name for name in optional if name in summary]
+        _numbers(summary, (*_OF_A_RUN, *there), str(path))
     return summary
+
+
+def _records(path: pathlib.Path) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        where = f"{path}, line {number},"
+        record = parse_json(line, where)
+        _numbers(record, _OF_AN_EPOCH, where)
+        if records and record["epoch"] <= records[-1]["epoch"]:
+            raise UserError(
+                f"{where} is damaged: epoch {record['epoch']} stands after "
+                f"epoch {records[-1]['epoch']}."
+            )
+        records.append(record)
+    return records
+
+
+@contextlib.contextmanager
+def advice(text: str) -> Iterator[None]:
+    """Adds to a UserError what to do about it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} {text}") from error
 
 
 def _numbers(found: dict[str, Any], names: Iterable[str], where: str) -> None:
