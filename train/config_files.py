@@ -99,7 +99,8 @@ def _words(error: BaseException, file: str) -> str:
     if isinstance(error, ValueError) and said.startswith("configs/"):
         return said  # of what stands behind the colon
     if isinstance(error, SyntaxError):
-        at = f"{error.filename or file}, line {error.lineno}"
+        line = f", line {error.lineno}" if error.lineno else ""
+        at = f"{error.filename or file}{line}"
         return f"{at}: {type(error).__name__}: {error.msg}."
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == file]

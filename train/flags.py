@@ -153,9 +153,10 @@ def _one_line(error: Exception, fields: ModuleType) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         for name in _names(fields.get_config()):
             if error.flagname.replace("-", "_") == name.rpartition(".")[2]:
+                _, equals, value = str(error.flagvalue).partition("=")
                 return (
                     f"There is no --{error.flagname}; did you mean "
-                    f"--config.{name}={error.flagvalue}?"
+                    f"--config.{name}{equals}{value}?"
                 )
     near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message)
     if near:
