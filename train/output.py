@@ -33,7 +33,7 @@ def say(line: str) -> None:
 
 def lost(error: OSError) -> None:
     """Says once that standard output is gone, and goes on without it."""
-    drop()
+    _to_nowhere(1)
     print(
         f"train: the output cannot be written ({error.strerror}); going on "
         "without it.",
