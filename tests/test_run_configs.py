@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from configs import cifar10_94, defaults, digits, fast_defaults
 from configs.ranges import RANGES
-from train import UserError, config_files, ranges
+from train import UserError, config_files, ranges, topology
 from train import flags as command_line
+from train.norms import norm_of
 
 BOTH = (defaults, fast_defaults)
 
@@ -262,3 +263,20 @@ def test_what_fields_ask_of_each_other(changes, message):
     config.update(changes)
     with pytest.raises(UserError, match=re.escape(message)):
         recipe.check(config)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("zzz", 1, "norm_options.zzz is no field of jaxbn.linen.BatchNorm."),
+        ("axis_name", "x", "norm_options.axis_name is set by the run"),
+        ("normalize_over", "x", "norm='jaxbn': "),
+    ],
+)
+def test_options_of_the_layer(name, value, message):
+    config = digits.get_config()
+    with config.norm_options.ignore_type():
+        config.norm_options[name] = value
+    place = topology.make("data", config.batch_size)
+    with pytest.raises(UserError, match=re.escape(message)):
+        norm_of(config, place)

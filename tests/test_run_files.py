@@ -290,6 +290,20 @@ def test_output_that_takes_nothing(where, tmp_path):
     assert lines == ([] if closed else [said + "; going on without it."])
 
 
+def test_threads_of_libraries_show_no_traceback():
+    script = (
+        "import threading; from train import output; output.guard()\n"
+        "class Odd:\n"
+        "    def __del__(self): raise ValueError('odd')\n"
+        "thread = threading.Thread(target=Odd); thread.start(); thread.join()\n"
+        "Odd()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stderr.count("ValueError: odd") == 1  # of the main thread
+
+
 def test_programs_that_read_end_in_a_line(monkeypatch, capsys):
     def ends(error):
         def main(_):

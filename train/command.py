@@ -38,9 +38,11 @@ def run(program: str, main: Callable[[list[str]], None]) -> NoReturn:
         line = f"{program}: {error}"
     except KeyboardInterrupt:
         line, code = f"{program}: interrupted", 130
+    except BrokenPipeError:
+        line = f"{program}: nobody reads the output"
+        output.drop()
     except OSError as error:  # of standard output, or of the disk
         line = f"{program}: {error}"
     if code:
         print(line, file=sys.stderr)
-        output.drop()
     sys.exit(code)

@@ -144,7 +144,7 @@ def _last(run: Run) -> dict[str, Any]:
 
 
 def _devices(run: Run) -> str:
-    if not run.summary:
+    if not {"devices", "device_kind"} <= {*run.summary}:
         return "?"
     return f"{run.summary['devices']} {run.summary['device_kind']}"
 

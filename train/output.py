@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 
 
 def guard() -> None:
@@ -21,6 +22,17 @@ def guard() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")
+    sys.unraisablehook = _of_main_thread
+
+
+def _of_main_thread(unraisable: sys.UnraisableHookArgs) -> None:
+    """Shows no traceback of a library's own threads.
+
+    Where a disk is full or a file damaged, those of tensorstore print what they
+    cannot hand to anybody any more, one by one, after the error was raised.
+    """
+    if threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(unraisable)
 
 
 def say(line: str) -> None:
@@ -33,7 +45,7 @@ def say(line: str) -> None:
 
 def lost(error: OSError) -> None:
     """Says once that standard output is gone, and goes on without it."""
-    _to_nowhere(1)
+    drop()
     print(
         f"train: the output cannot be written ({error.strerror}); going on "
         "without it.",
@@ -43,14 +55,11 @@ def lost(error: OSError) -> None:
 
 
 def drop() -> None:
-    """Lets go what waits to be shown, if it cannot be.
+    """Has all that is still to be shown go nowhere.
 
     Python would try again when it ends, and fail with a code of its own.
     """
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _to_nowhere(1)
+    _to_nowhere(1)
 
 
 def _to_nowhere(number: int) -> None:
