@@ -733,6 +733,8 @@ def test_learns_and_reports(tmp_path, capsys):
     assert "test accuracy, test-time augmentation" in out
     with pytest.raises(UserError, match="holds another run"):
         train(small(dataset="digits", epochs=1.0), tmp_path / "run")
+    assert train(config, tmp_path / "run") == summary
+    assert table(summary) in capsys.readouterr().out
 
 
 def test_one_run(recipe, by_steps):

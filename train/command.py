@@ -1,4 +1,4 @@
-"""What the programs have in common that read runs: arguments, errors, codes."""
+"""What the programs beside `python -m train` share: arguments, errors, codes."""
 
 from __future__ import annotations
 

@@ -116,10 +116,14 @@ def _help(doc: str | None, fields: ModuleType) -> NoReturn:
     print(
         re.sub(r"^(\s*)config\.", r"\1--config.", "\n".join(kept), flags=re.M)
     )
-    intervals = (
-        f"{n} {RANGES[n]}" for n in _names(fields.get_config()) if n in RANGES
+    # One word each: no line ends within an interval.
+    space = "\N{NO-BREAK SPACE}"
+    numbers = ", ".join(
+        f"{name} {RANGES[name]}".replace(" ", space)
+        for name in _names(fields.get_config())
+        if name in RANGES
     )
-    numbers = textwrap.fill(", ".join(intervals), 76)
+    numbers = textwrap.fill(numbers, 76).replace(space, " ")
     print(f"\nWhat numbers may be:\n\n{textwrap.indent(numbers, '  ')}")
     print(
         f"\nIn configs/: {config_files.of(fields)}. Each opens with its command."

@@ -7,13 +7,12 @@ its initialization to the end of its evaluation, after everything is compiled.
 from __future__ import annotations
 
 import functools
-import sys
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs import fast_defaults
-from train import UserError, output
+from train import command, output
 from train import flags as command_line
 
 
@@ -47,7 +46,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        app.run(main, flags_parser=_parse)
-    except UserError as user_error:
-        sys.exit(f"train.fast: {user_error}")
+    command.run("train.fast", lambda _: app.run(main, flags_parser=_parse))

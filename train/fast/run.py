@@ -12,12 +12,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from train import UserError
 from train.fast.programs import Programs, compile_programs, epochs
 from train.fast.recipe import Prepared, Recipe, prepare
 from train.files import write_json, writing
 from train.output import say
 from train.told import versions
-from train.workdir import open_workdir
+from train.workdir import open_workdir, read_summary
 
 NO_TIMES = (
     "This is a CPU: the accuracies count, the times and images/s mean nothing."
@@ -27,6 +28,15 @@ _TIMED = (
     "from the seed to the counts of the evaluation: initialization, the first "
     "layer from the data, all steps, all views of the test images; without "
     "reading the data, moving it to the device, and compilation"
+)
+
+
+# Of summary.json, what `table` reads.
+_SHOWN = (
+    *("test_accuracy", "test_accuracy_deviation"),
+    *("test_accuracy_augmented", "test_accuracy_augmented_deviation"),
+    *("seconds", "seconds_deviation", "images_per_second", "versions"),
+    *("seeds", "devices", "device_kind", "on_accelerator"),
 )
 
 
@@ -43,11 +53,22 @@ class Run(NamedTuple):
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Runs all seeds; prints a line for each and writes summary.json.
 
+    Of a workdir where the same seeds have been run, what they came to.
+
     Raises:
       UserError: the config cannot be run, or workdir holds another run.
     """
     prepared = prepare(config)
     open_workdir(workdir, config)
+    before = read_summary(workdir)
+    if before.get("seeds") == [*_seeds(config)]:
+        if not {*_SHOWN} <= {*before}:
+            raise UserError(
+                f"{workdir / 'summary.json'} is damaged. Remove it: the same "
+                "command writes it again."
+            )
+        say(table(before))  # finished: nothing is measured again
+        return before
     on_cpu = jax.default_backend() == "cpu"
     scan = not on_cpu if config.scan is None else config.scan
     say(_headline(config, prepared))
@@ -66,7 +87,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     say(f"compiled in {compile_seconds:.1f} s")
 
     runs = []
-    for seed in range(config.seed, config.seed + config.seeds):
+    for seed in _seeds(config):
         runs.append(run(programs, prepared, seed))
         say(_line(runs[-1], recipe))
     summary = summarize(runs, config, prepared, compile_seconds)
@@ -74,6 +95,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         write_json(workdir / "summary.json", summary)
     say(table(summary))
     return summary
+
+
+def _seeds(config: ConfigDict) -> range:
+    return range(config.seed, config.seed + config.seeds)
 
 
 def run(programs: Programs, prepared: Prepared, seed: int) -> Run:
