@@ -216,6 +216,8 @@ def test_home_is_expanded(parse, monkeypatch):
         (["--config.cpu_devices=100000"], "cpu_devices must be in [1, 512]"),
         (["--config.depth=99999999999998"], "depth must be in [1, 2000]"),
         (["--config.zzz=1"], "There is no config.zzz; configs/defaults.py has"),
+        (["--config.=1"], "There is no config.; --help lists all."),
+        (["--config...=1"], "There is no config...; --help lists all."),
         (["--config.norm_options.zzz=1"], "There is no config.zzz"),
         (["--config="], "--config= is no file; configs/ holds"),
         (["--config"], "Missing value for flag --config"),

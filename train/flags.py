@@ -45,6 +45,10 @@ def parse(
     """
     output.guard()
     argv = _last_of_each(argv)
+    for word in argv:
+        name = re.match(r"--?(?:no)?config\.([^=]*)", word)
+        if name and not re.fullmatch(r"\w+(\.\w+)*", name[1]):
+            raise UserError(f"There is no config.{name[1]}; --help lists all.")
     try:
         config_flags.DEFINE_config_file(
             "config",
