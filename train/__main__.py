@@ -23,6 +23,7 @@ import logging as standard_logging
 import pathlib
 import sys
 import traceback
+import warnings
 
 import jax
 from absl import app, flags, logging
@@ -75,6 +76,7 @@ def main(config: ConfigDict) -> None:
     # What fails in a thread is raised, and said once.
     logging.set_verbosity(logging.FATAL)
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+    warnings.formatwarning = lambda message, *_, **__: f"train: {message}\n"
     # Once the number of devices is set.
     from train import loop, processes, seeds, told, topology
 

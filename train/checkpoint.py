@@ -240,8 +240,10 @@ class Checkpoints:
                 f"written, but cannot be restored here: {reason}. Nothing was "
                 "moved."
             ) from error
-        progress = {name: about[name] for name in Progress._fields}
-        return TrainState(**found.state), Progress(**progress)
+        progress = Progress(
+            about["epoch"], about["batch"], tuple(about["sums"])
+        )
+        return TrainState(**found.state), progress
 
     def _put_aside(self, damaged: dict[int, str], step: int) -> None:
         """Moves damaged checkpoints out of the way of new ones."""

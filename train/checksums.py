@@ -76,7 +76,7 @@ def verify(folder: pathlib.Path, under: str = "") -> None:
         sums = json.loads(text)
         names = [name for name in sums if name.startswith(under)]
         wanted = {name: str(sums[name]) for name in names}
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise Damaged(f"{NAME} is missing") from error
     except (ValueError, TypeError) as error:
         raise Damaged(f"{NAME} cannot be decoded") from error
