@@ -139,7 +139,13 @@ def _run() -> int:
     try:
         app.run(main, flags_parser=_parse)
     except UserError as user_error:
-        exits.leave(str(user_error), 1)
+        from train import processes
+
+        # All leave, and the coordinator must not do so before the others.
+        agreed = isinstance(user_error, processes.Agreed)
+        _log.finish(1)
+        last = jax.distributed.shutdown if agreed else None
+        exits.leave(str(user_error), 1, last=last)
     except Stopped as stopped:
         print(f"train: {stopped}", file=sys.stderr, flush=True)
         return stopped.code

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from train import RESUME
@@ -19,17 +20,27 @@ from train import RESUME
 _ending = threading.Lock()  # held for good by the thread that ends the process
 
 
-def leave(message: str, code: int) -> NoReturn:
+def leave(
+    message: str, code: int, *, last: Callable[[], Any] | None = None
+) -> NoReturn:
     """Prints a line and ends the process at once, from any thread.
 
     A clean exit would wait: for other processes, in a collective that this one
     will never join, and for threads that wait for a file system.
+
+    Args:
+      message: the line.
+      code: that the process ends with.
+      last: is called once the line is out; what it raises is dropped.
     """
     _ending.acquire()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
         print(f"train: {message}", file=sys.stderr, flush=True)
+    if last is not None:
+        with contextlib.suppress(Exception):
+            last()
     os._exit(code)
 
 
@@ -154,7 +165,6 @@ class ErrorLog:
 
     def _aborted(self) -> NoReturn:
         if self._finished is not None:
-            _ending.acquire()
             os._exit(self._finished)
         printed = self._printed()
         if "distributed service detected fatal errors" not in printed:

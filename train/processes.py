@@ -29,6 +29,11 @@ MEET = 50
 # The watchdog ends a run that waits too long; this is only longer.
 _FOR_EVER = 7 * 24 * 3600
 
+
+class Agreed(UserError):
+    """One that all processes raise at the same place."""
+
+
 _TIMEOUTS = {
     "heartbeat_timeout_seconds": HEARTBEAT,
     "shutdown_timeout_seconds": SHUTDOWN,
@@ -214,7 +219,7 @@ def together() -> Iterator[None]:
     All have to come here; what is inside must not wait for the others.
 
     Raises:
-      UserError: one of them raised it inside.
+      Agreed: one of them raised UserError inside.
     """
     own, wrong = None, ""
     try:
@@ -225,7 +230,7 @@ def together() -> Iterator[None]:
         raise own
     for said in exchange(wrong):
         if said:
-            raise UserError(said) from own
+            raise Agreed(said) from own
 
 
 def from_main(make: Callable[[], Any]) -> Any:
@@ -243,7 +248,7 @@ def agree(config: ConfigDict, versions: dict[str, str]) -> None:
     Those that were not would wait for each other for ever.
 
     Raises:
-      UserError: they differ, with what and where.
+      Agreed: they differ, with what and where.
     """
     from jax._src import distributed
 
@@ -267,7 +272,7 @@ def agree(config: ConfigDict, versions: dict[str, str]) -> None:
     if differences:
         more = len(differences) - 3
         listed = "; ".join(differences[:3])
-        raise UserError(
+        raise Agreed(
             f"The processes were started differently: {listed}"
             f"{f'; and {more} more' if more > 0 else ''}. Give the same command "
             "on all hosts, with the same code and packages."
