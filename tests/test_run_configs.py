@@ -226,7 +226,7 @@ def test_home_is_expanded(parse, monkeypatch):
         (["--workdir="], "--workdir= names no folder"),
         (["--workdir=a[1]"], "'[' in "),
         (["--workdir=a*"], "'*' in "),
-        (["--workdir=a\\b"], "take a path without any of"),
+        (["--workdir=a\\b"], "Take another --workdir, without any of"),
         (["--workdir=gs://bucket/run"], "is an address. Mount the storage"),
         (["--workdir=a\nb"], "cannot be printed"),
         (["--workdir=a\udcff"], "cannot be printed"),

@@ -215,7 +215,7 @@ def test_reading_a_run_leaves_a_damaged_checkpoint_where_it_is(made, tmp_path):
         os.truncate(path, path.stat().st_size // 2)
     unfinished = workdir / "checkpoints" / "12.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    with pytest.warns(UserWarning, match="step 10 cannot be read"):
+    with pytest.warns(UserWarning, match="step 10 is damaged"):
         found = saved.load(workdir)
     assert int(found.state.step) == 8 and found.progress.epoch == 2
     assert newest.is_dir() and unfinished.is_dir()

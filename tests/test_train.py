@@ -354,7 +354,11 @@ def test_finished_run_is_not_run_again(finished):
     workdir, summary = finished
 
     def state():
-        files = (path for path in workdir.rglob("*") if path.is_file())
+        files = (
+            path
+            for path in workdir.rglob("*")
+            if path.is_file() and path.name != "lock"
+        )
         return {
             path: (path.stat().st_mtime_ns, path.stat().st_ino)
             for path in files

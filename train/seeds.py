@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from train import loop, topology
+from train import loop, processes, topology
 from train.files import write_json
 from train.workdir import open_workdir, read_summary
 
@@ -50,9 +50,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    with topology.main_first(f"{workdir.name} begins"):
+    def done() -> dict[str, Any] | None:
         open_workdir(workdir, config)
-        finished = (workdir / "summary.json").exists()
-    if finished:
         return read_summary(workdir)
-    return loop.train(config, workdir)
+
+    return processes.from_main(done) or loop.train(config, workdir)

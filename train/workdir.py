@@ -68,8 +68,8 @@ def check_name(workdir: pathlib.Path) -> pathlib.Path:
     if found:
         raise UserError(
             f"--workdir={name}: {found[0]!r} in {path.absolute()} would be "
-            "taken for a pattern of names; take a path without any of "
-            r"[ ] * ? \."
+            "taken for a pattern of names. Take another --workdir, without any "
+            r"of [ ] * ? \."
         )
     return path
 
