@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -16,7 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from train import UserError, processes
-from train.checksums import Damaged, SealedPath, verify
+from train.checksums import SealedPath
+from train.examine import arrays, check_path, examine, read_record, tested
 from train.step import Sums, TrainState
 
 # JAX wants a number that rises in the life of a process, over all its runs.
@@ -68,7 +68,7 @@ class Checkpoints:
                 f"Cannot use {self._folder}: {error.strerror or error}."
             ) from error
         for step in self._manager.all_steps():
-            accuracy = self._tested(step)
+            accuracy = tested(self._folder / str(step))
             if accuracy is not None:
                 self._accuracy[step] = accuracy
 
@@ -110,7 +110,7 @@ class Checkpoints:
         saved = {
             **progress._asdict(),
             "test_accuracy": test_accuracy,
-            "arrays": _arrays(tree),
+            "arrays": arrays(tree),
         }
         with _clear_errors(self._folder, self._manager):
             self._manager.save(
@@ -163,7 +163,7 @@ class Checkpoints:
             steps = tested[-1:]
         damaged: dict[int, str] = {}
         for step in steps:
-            wrong = self._examine(step, like)
+            wrong = examine(self._folder / str(step), like)
             if not wrong:
                 found = self._read(step, like)
                 self._put_aside(damaged, step)
@@ -178,51 +178,8 @@ class Checkpoints:
         self._refuse_to_begin_again()
         return None
 
-    def _examine(self, step: int, like: TrainState) -> str:
-        """Returns how the checkpoint is damaged; all processes agree.
-
-        Raises:
-          UserError: it cannot be read, or is not for this code.
-        """
-        wrong = ""
-        with processes.together():
-            try:
-                verify(self._folder / str(step))
-                wanted, found = _arrays(like._asdict()), self._about(step)
-                differ = _differences(wanted, found["arrays"])
-            except Damaged as error:
-                wrong = str(error)
-            except OSError as error:
-                raise UserError(
-                    f"The checkpoint of step {step} in {self._folder} cannot "
-                    f"be read: {error.strerror or error}. Nothing was moved; "
-                    "the same command goes on once it can."
-                ) from error
-            else:
-                if differ:
-                    raise UserError(
-                        f"The checkpoint of step {step} in {self._folder} is "
-                        f"not for this code: {differ}. Nothing was moved; go "
-                        "on with the code that wrote it, or take another "
-                        "--workdir."
-                    )
-        return next(filter(None, processes.exchange(wrong)), "")
-
-    def _about(self, step: int) -> dict[str, Any]:
-        """What `save` wrote beside the state."""
-        path = self._folder / str(step) / "progress" / "metadata"
-        return json.loads(path.read_text())
-
-    def _tested(self, step: int) -> float | None:
-        """Test accuracy of a checkpoint; None without one, or if unreadable."""
-        try:
-            verify(self._folder / str(step), "progress/")
-            return self._about(step)["test_accuracy"]
-        except (Damaged, OSError, ValueError, KeyError):
-            return None
-
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
-        about = self._about(step)
+        about = read_record(self._folder / str(step))
         try:
             found = self._manager.restore(
                 step,
@@ -311,45 +268,6 @@ class _Keep:
         if tested:
             keep.add(max(reversed(tested), key=self._accuracy.__getitem__))
         return [step in keep for step in steps]
-
-
-def check_path(folder: pathlib.Path) -> None:
-    """Raises UserError for a name that orbax would read as a pattern.
-
-    It looks for its files with glob, and writes a checkpoint without data
-    where it finds none.
-    """
-    bad = sorted({*"[]*?\\"} & {*str(folder.absolute())})
-    if bad:
-        raise UserError(
-            f"Checkpoints cannot be kept in {folder.absolute()}: its name has "
-            f"{' and '.join(bad)}. Take another --workdir."
-        )
-
-
-def _arrays(tree: Any) -> dict[str, list[Any]]:
-    """Names, shapes and dtypes of a state, as JSON has them."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
-        for path, leaf in leaves
-    }
-
-
-def _differences(
-    wanted: dict[str, list[Any]], found: dict[str, list[Any]]
-) -> str:
-    """Says how the arrays of a checkpoint are not those of the code."""
-    said = [f"it has no {name}" for name in wanted if name not in found]
-    said += [f"it has {name}" for name in found if name not in wanted]
-    said += [
-        f"{name} is {found[name][1]}{found[name][0]} and not "
-        f"{wanted[name][1]}{wanted[name][0]}"
-        for name in wanted
-        if name in found and found[name] != wanted[name]
-    ]
-    more = f", and {len(said) - 3} more" if len(said) > 3 else ""
-    return ", ".join(said[:3]) + more
 
 
 # What the system says when a file cannot be written, in orbax's words.

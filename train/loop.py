@@ -20,7 +20,8 @@ from train import (
     watchdog,
 )
 from train.averaged import evaluate_average
-from train.checkpoint import Checkpoints, Progress, check_path, what_is_left
+from train.checkpoint import Checkpoints, Progress, what_is_left
+from train.examine import check_path
 from train.files import write_json
 from train.meter import Meter
 from train.prepared import Prepared, prepare
@@ -74,7 +75,8 @@ def _train(
     if found:
         state, progress = found
         summary = processes.from_main(lambda: finished(workdir))
-        if progress.epoch >= config.epochs and summary:
+        done = progress.epoch * steps + progress.batch
+        if done >= config.epochs * steps and summary:
             return summary
     else:
         state = init_state(recipe, shape, place.mesh)
