@@ -37,6 +37,18 @@ class Poisoned(nn.Module):
         return jnp.where(white, jnp.nan, self.network(x, train=train))
 
 
+class Tiny(nn.Module):
+    """Compiles in a second, where it does not matter which network it is."""
+
+    norm: object
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Dense(8)(x.reshape(len(x), -1))
+        x = nn.gelu(self.norm(use_running_average=not train)(x))
+        return nn.Dense(10)(x)
+
+
 def network(axis_name="data", **fields):
     norm = functools.partial(norms.BatchNorm, momentum=0.9, axis_name=axis_name)
     return Poisoned(
@@ -107,7 +119,12 @@ def test_the_schedule_counts_the_batches_that_are_left_out(place, batches):
     optimizer = make_optimizer(
         lambda count: rates[count], momentum=0.0, nesterov=False, weight_decay=0
     )
-    recipe = make_recipe(stop_if_nonfinite=False, optimizer=optimizer)
+    norm = functools.partial(norms.BatchNorm, momentum=0.9, axis_name="data")
+    recipe = make_recipe(
+        stop_if_nonfinite=False,
+        optimizer=optimizer,
+        model=Poisoned(Tiny(norm)),
+    )
     states, _ = walk(recipe, place, batches)
     counts = [int(optax.tree.get(s.opt_state, "count")) for s in states]
     assert counts == [int(s.step) for s in states] == [1, 2, 3, 4]
