@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import pathlib
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from train import UserError, processes
+from train.aside import put_aside, refuse_to_begin_again
 from train.checksums import SealedPath
 from train.examine import arrays, check_path, examine, read_record, tested
 from train.step import Sums, TrainState
@@ -166,7 +165,8 @@ class Checkpoints:
             wrong = examine(self._folder / str(step), like)
             if not wrong:
                 found = self._read(step, like)
-                self._put_aside(damaged, step)
+                put_aside(self._folder, damaged, step, self._read_only)
+                self._manager.reload()
                 return found
             damaged[step] = wrong
         if damaged:
@@ -175,7 +175,8 @@ class Checkpoints:
                 f"No checkpoint in {self._folder} is whole ({listed}). They "
                 "stay where they are: mend them, or take another --workdir."
             )
-        self._refuse_to_begin_again()
+        if not self._read_only:
+            refuse_to_begin_again(self._folder)
         return None
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
@@ -201,51 +202,6 @@ class Checkpoints:
             about["epoch"], about["batch"], tuple(about["sums"])
         )
         return TrainState(**found.state), progress
-
-    def _put_aside(self, damaged: dict[int, str], step: int) -> None:
-        """Moves damaged checkpoints out of the way of new ones."""
-        if not damaged:
-            return
-        with processes.together():
-            for each, why in damaged.items():
-                if jax.process_index() == 0:
-                    now = self._move(each)
-                    warnings.warn(
-                        f"The checkpoint of step {each} is damaged ({why})"
-                        f"{now}; going on from that of step {step}.",
-                        stacklevel=2,
-                    )
-        self._manager.reload()
-
-    def _move(self, step: int) -> str:
-        if self._read_only:
-            return ""
-        for number in itertools.count(1):
-            more = f"-{number}" if number > 1 else ""
-            aside = self._folder.parent / f"{_ASIDE}{step}{more}"
-            if not os.path.lexists(aside):
-                break
-        try:
-            os.rename(self._folder / str(step), aside)
-        except OSError as error:
-            raise UserError(
-                f"The checkpoint of step {step} is damaged and cannot be moved "
-                f"to {aside}: {error.strerror}."
-            ) from error
-        return f" and is now {aside}"
-
-    def _refuse_to_begin_again(self) -> None:
-        aside = sorted(self._folder.parent.glob(f"{_ASIDE}*"))
-        if aside and not self._read_only:
-            raise UserError(
-                f"{self._folder} holds no checkpoint, but {aside[0].name} lies "
-                "beside it: the run would begin again at step 0. Mend that one "
-                "and move it back, take another --workdir, or delete it to "
-                "begin again."
-            )
-
-
-_ASIDE = "damaged-checkpoint-"
 
 
 class _Keep:
