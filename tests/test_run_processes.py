@@ -13,6 +13,7 @@ from tests.helpers.runs import (
     TINY,
     end,
     end_all,
+    end_started,
     free_port,
     one_line,
     start,
@@ -20,6 +21,13 @@ from tests.helpers.runs import (
     steps_of,
     wait_until,
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    end_started()
+
 
 LONG = "--config.epochs=10000"
 

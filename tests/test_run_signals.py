@@ -10,6 +10,7 @@ from tests.helpers.runs import (
     TINY,
     end,
     end_all,
+    end_started,
     one_line,
     start,
     start_two,
@@ -18,6 +19,14 @@ from tests.helpers.runs import (
 )
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    end_started()
+
+
 LONG = "--config.epochs=10000"
 # Says when it is there, and stays for ten seconds in C, or in an import.
 COMPILING = """

@@ -77,11 +77,11 @@ def main(config: ConfigDict) -> None:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     warnings.formatwarning = lambda message, *_, **__: f"train: {message}\n"
     # Once the number of devices is set.
-    from train import loop, processes, seeds, told, topology
+    from train import loop, meet, processes, seeds, told, topology
 
     given = flags.FLAGS
     workdir = command_line.workdir()
-    processes.start(
+    meet.start(
         given.coordinator,
         given.num_processes,
         given.process_id,

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import os
 import pathlib
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +13,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from train import UserError, processes
-from train.checksums import Damaged, SealedPath, verify
+from train.aside import put_aside, refuse_to_begin_again
+from train.checksums import SealedPath
+from train.examine import arrays, examine, read_record, tested
 from train.step import Sums, TrainState
 from train.workdir import check_name
 
@@ -69,7 +68,7 @@ class Checkpoints:
                 f"Cannot use {self._folder}: {error.strerror or error}."
             ) from error
         for step in self._manager.all_steps():
-            accuracy = self._tested(step)
+            accuracy = tested(self._folder / str(step))
             if accuracy is not None:
                 self._accuracy[step] = accuracy
 
@@ -111,7 +110,7 @@ class Checkpoints:
         saved = {
             **progress._asdict(),
             "test_accuracy": test_accuracy,
-            "arrays": _arrays(tree),
+            "arrays": arrays(tree),
         }
         with _clear_errors(self._folder, self._manager):
             self._manager.save(
@@ -164,10 +163,11 @@ class Checkpoints:
             steps = tested[-1:]
         damaged: dict[int, str] = {}
         for step in steps:
-            wrong = self._examine(step, like)
+            wrong = examine(self._folder / str(step), like)
             if not wrong:
                 found = self._read(step, like)
-                self._put_aside(damaged, step)
+                put_aside(self._folder, damaged, step, self._read_only)
+                self._manager.reload()
                 return found
             damaged[step] = wrong
         if damaged:
@@ -176,54 +176,12 @@ class Checkpoints:
                 f"No checkpoint in {self._folder} is whole ({listed}). They "
                 "stay where they are: mend them, or take another --workdir."
             )
-        self._refuse_to_begin_again()
+        if not self._read_only:
+            refuse_to_begin_again(self._folder)
         return None
 
-    def _examine(self, step: int, like: TrainState) -> str:
-        """Returns how the checkpoint is damaged; all processes agree.
-
-        Raises:
-          UserError: it cannot be read, or is not for this code.
-        """
-        wrong = ""
-        with processes.together():
-            try:
-                verify(self._folder / str(step))
-                wanted, found = _arrays(like._asdict()), self._about(step)
-                differ = _differences(wanted, found["arrays"])
-            except Damaged as error:
-                wrong = str(error)
-            except OSError as error:
-                raise UserError(
-                    f"The checkpoint of step {step} in {self._folder} cannot "
-                    f"be read: {error.strerror or error}. Nothing was moved; "
-                    "the same command goes on once it can."
-                ) from error
-            else:
-                if differ:
-                    raise UserError(
-                        f"The checkpoint of step {step} in {self._folder} is "
-                        f"not for this code: {differ}. Nothing was moved; go "
-                        "on with the code that wrote it, or take another "
-                        "--workdir."
-                    )
-        return next(filter(None, processes.exchange(wrong)), "")
-
-    def _about(self, step: int) -> dict[str, Any]:
-        """What `save` wrote beside the state."""
-        path = self._folder / str(step) / "progress" / "metadata"
-        return json.loads(path.read_text())
-
-    def _tested(self, step: int) -> float | None:
-        """Test accuracy of a checkpoint; None without one, or if unreadable."""
-        try:
-            verify(self._folder / str(step), "progress/")
-            return self._about(step)["test_accuracy"]
-        except (Damaged, OSError, ValueError, KeyError):
-            return None
-
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
-        about = self._about(step)
+        about = read_record(self._folder / str(step))
         try:
             found = self._manager.restore(
                 step,
@@ -246,51 +204,6 @@ class Checkpoints:
         )
         return TrainState(**found.state), progress
 
-    def _put_aside(self, damaged: dict[int, str], step: int) -> None:
-        """Moves damaged checkpoints out of the way of new ones."""
-        if not damaged:
-            return
-        with processes.together():
-            for each, why in damaged.items():
-                if jax.process_index() == 0:
-                    now = self._move(each)
-                    warnings.warn(
-                        f"The checkpoint of step {each} is damaged ({why})"
-                        f"{now}; going on from that of step {step}.",
-                        stacklevel=2,
-                    )
-        self._manager.reload()
-
-    def _move(self, step: int) -> str:
-        if self._read_only:
-            return ""
-        for number in itertools.count(1):
-            more = f"-{number}" if number > 1 else ""
-            aside = self._folder.parent / f"{_ASIDE}{step}{more}"
-            if not os.path.lexists(aside):
-                break
-        try:
-            os.rename(self._folder / str(step), aside)
-        except OSError as error:
-            raise UserError(
-                f"The checkpoint of step {step} is damaged and cannot be moved "
-                f"to {aside}: {error.strerror}."
-            ) from error
-        return f" and is now {aside}"
-
-    def _refuse_to_begin_again(self) -> None:
-        aside = sorted(self._folder.parent.glob(f"{_ASIDE}*"))
-        if aside and not self._read_only:
-            raise UserError(
-                f"{self._folder} holds no checkpoint, but {aside[0].name} lies "
-                "beside it: the run would begin again at step 0. Mend that one "
-                "and move it back, take another --workdir, or delete it to "
-                "begin again."
-            )
-
-
-_ASIDE = "damaged-checkpoint-"
-
 
 class _Keep:
     """Keeps the newest checkpoints, and the one with the best test accuracy.
@@ -312,31 +225,6 @@ class _Keep:
         if tested:
             keep.add(max(reversed(tested), key=self._accuracy.__getitem__))
         return [step in keep for step in steps]
-
-
-def _arrays(tree: Any) -> dict[str, list[Any]]:
-    """Names, shapes and dtypes of a state, as JSON has them."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
-        for path, leaf in leaves
-    }
-
-
-def _differences(
-    wanted: dict[str, list[Any]], found: dict[str, list[Any]]
-) -> str:
-    """Says how the arrays of a checkpoint are not those of the code."""
-    said = [f"it has no {name}" for name in wanted if name not in found]
-    said += [f"it has {name}" for name in found if name not in wanted]
-    said += [
-        f"{name} is {found[name][1]}{found[name][0]} and not "
-        f"{wanted[name][1]}{wanted[name][0]}"
-        for name in wanted
-        if name in found and found[name] != wanted[name]
-    ]
-    more = f", and {len(said) - 3} more" if len(said) > 3 else ""
-    return ", ".join(said[:3]) + more
 
 
 # What the system says when a file cannot be written, in orbax's words.

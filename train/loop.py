@@ -74,7 +74,8 @@ def _train(
     if found:
         state, progress = found
         summary = processes.from_main(lambda: read_summary(workdir))
-        if progress.epoch >= config.epochs and summary:
+        done = progress.epoch * steps + progress.batch
+        if done >= config.epochs * steps and summary:
             return summary
     else:
         state = init_state(recipe, shape, place.mesh)

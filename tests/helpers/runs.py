@@ -43,6 +43,8 @@ SMALL = (
     "--config.checkpoint_every=3",
 )
 
+started = []
+
 
 def start(
     workdir,
@@ -61,7 +63,7 @@ def start(
         **dict(environment),
     }
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [
             *prefix,
             sys.executable,
@@ -78,9 +80,19 @@ def start(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
+    started.append(process)
+    return process
 
 
-def end(process, timeout=240):
+def end_started():
+    """Ends what a test that failed has left behind."""
+    while started:
+        process = started.pop()
+        process.kill()
+        process.wait()
+
+
+def end(process, timeout=300):
     """Returns exit code, standard output and error."""
     try:
         out, error = process.communicate(timeout=timeout)
@@ -118,7 +130,7 @@ def start_two(workdir, *arguments, each=((), ()), patches=None, **options):
     ]
 
 
-def end_all(processes, timeout=120):
+def end_all(processes, timeout=300):
     """Returns what `end` does for each; none is left behind."""
     try:
         return [end(process, timeout) for process in processes]
@@ -134,7 +146,7 @@ def steps_of(workdir):
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def wait_until(condition, process, seconds=120):
+def wait_until(condition, process, seconds=300):
     limit = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
