@@ -733,6 +733,8 @@ def test_learns_and_reports(tmp_path, capsys):
     assert "test accuracy, test-time augmentation" in out
     with pytest.raises(UserError, match="holds another run"):
         train(small(dataset="digits", epochs=1.0), tmp_path / "run")
+    assert train(config, tmp_path / "run") == summary
+    assert table(summary) in capsys.readouterr().out
 
 
 def test_one_run(recipe, by_steps):
@@ -752,12 +754,12 @@ def test_one_run(recipe, by_steps):
         ({"flip": "alternate"}, "did you mean 'alternating'"),
         ({"dtype": "float8"}, "dtype='float8' is unknown"),
         ({"norm": "jaxbm"}, "norm='jaxbm' is unknown"),
-        ({"epochs": 0.0}, "epochs must be positive; got 0.0"),
-        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"epochs": 0.0}, r"epochs must be in \(0, 1e6\]; got 0.0"),
+        ({"batch_size": 0}, r"batch_size must be in \[1, 1e6\]; got 0"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\); got 1.0"),
-        ({"translate": -1}, "translate must be at least 0; got -1"),
-        ({"layers": 4}, "layers must be 2 or 3; got 4"),
-        ({"widths": (8, 0, 8)}, "widths must be positive"),
+        ({"translate": -1}, r"translate must be in \[0, 1000\]; got -1"),
+        ({"layers": 4}, r"layers must be in \[2, 3\]; got 4"),
+        ({"widths": (8, 0, 8)}, "every entry of widths must be in"),
         ({"devices": 3}, "batch_size=16 does not split over devices=3"),
         ({"devices": 16}, "devices=16, but there are 8 here. Simulate more"),
         ({"batch_size": 2000}, "more than the 1437 examples of digits"),
@@ -787,7 +789,7 @@ def test_digits_are_enlarged():
             ["--config=none.py"],
             "There is no file none.py; configs/ holds cifar10_94.py, ",
         ),
-        (["--config.seeds=0"], "seeds must be at least 1; got 0."),
+        (["--config.seeds=0"], "seeds must be in [1, 10000]; got 0."),
         ([f"--config={digits.__file__}"], "The config has no bias_scale: it"),
         (
             [f"--config={cifar10_94.__file__}:adam"],

@@ -16,8 +16,8 @@ from tests import test_networks as reference
 from train import UserError, averaged, compare, data, evaluate, saved
 from train.checkpoint import Checkpoints, Progress
 from train.prepared import prepare
-from train.report import open_workdir
 from train.step import init_state
+from train.workdir import open_workdir
 
 # Evaluate
 
@@ -188,13 +188,12 @@ def test_no_more_batches_than_an_epoch_has(made, monkeypatch):
     assert asked == [STEPS] and found["precise"]["batches"] == STEPS
 
 
-def test_what_cannot_be_evaluated(made, tmp_path, capsys):
+def test_what_cannot_be_evaluated(made, tmp_path):
     run = made.workdir, made.saved
     with pytest.raises(UserError, match="holds no run.*Give the --workdir"):
         evaluate.main([str(tmp_path)])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--precise must be at least 1; got -1"):
         evaluate.main([str(made.workdir), "--precise=-1"])
-    assert "--precise must be at least 1; got -1" in capsys.readouterr().err
     with pytest.raises(UserError, match="Split 'validation' selects nothing"):
         evaluate.evaluate(*run, split="validation")
     config = small_config(norm="flax")
@@ -216,7 +215,7 @@ def test_reading_a_run_leaves_a_damaged_checkpoint_where_it_is(made, tmp_path):
         os.truncate(path, path.stat().st_size // 2)
     unfinished = workdir / "checkpoints" / "12.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    with pytest.warns(UserWarning, match="step 10 cannot be read"):
+    with pytest.warns(UserWarning, match="step 10 is damaged"):
         found = saved.load(workdir)
     assert int(found.state.step) == 8 and found.progress.epoch == 2
     assert newest.is_dir() and unfinished.is_dir()
@@ -369,8 +368,10 @@ def test_what_cannot_be_compared(tmp_path):
     refused("Cannot write to --out=", run, out=tmp_path / "no" / "out.png")
     refused("Cannot draw --out=", run, out=tmp_path / "out.doc")
     (run / "metrics.jsonl").write_text('{"epoch": 1')
-    refused("metrics.jsonl is damaged: Expecting", run)
+    refused("metrics.jsonl, line 1, is damaged: Expecting", run)
     (run / "metrics.jsonl").unlink()
+    refused("metrics.jsonl lacks epochs 1 to 3. Put it back", run)
+    (run / "summary.json").unlink()
     refused(f"{run} has no records yet; the first comes after", run)
     (run / "config.json").write_text("{")
     refused("config.json is damaged", run)

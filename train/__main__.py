@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Trains a ResNet: python -m train [--config FILE] [--workdir DIR].
 
 Any field of the config can be set: --config.batch_size=256. On several hosts
@@ -5,27 +6,33 @@ the same command is given on each; where no SLURM, Open MPI, Kubernetes or
 Cloud TPU says who they are, with --coordinator=HOST:PORT --num_processes=N
 --process_id=I. The workdir must then be one that all of them share.
 
-Exits with 0 when done, 75 when stopped and saved (give the same command again
-to go on), and 1 when something is wrong.
+Exits with 0 when done; 1 when something is wrong, in one line; 75 when stopped
+by SIGTERM, or because another process was lost: give the same command again to
+go on; 130 when stopped by Ctrl-C, which the same command goes on from too.
 """
 
 from __future__ import annotations
 
+from train import signals
+
+if __name__ == "__main__":
+    signals.listen()  # before the imports, which take seconds
+
 import functools
 import logging as standard_logging
-import os
-import re
 import sys
 import traceback
-from typing import NoReturn
+import warnings
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs import defaults
-from train import RESUME, Stopped, UserError
+from train import Stopped, UserError, exits, output, watchdog
 from train import flags as command_line
+
+_log = exits.ErrorLog()
 
 
 def _define() -> None:
@@ -45,6 +52,12 @@ def _define() -> None:
         "num_processes", None, "Processes of the run, with --coordinator."
     )
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+    flags.DEFINE_float(
+        "stall_limit",
+        1800.0,
+        "Seconds without progress after which each of several processes ends "
+        "with code 75, because one of them hangs; 0 waits for ever.",
+    )
 
 
 _parse = functools.partial(
@@ -58,20 +71,32 @@ _parse = functools.partial(
 
 def main(config: ConfigDict) -> None:
     """Trains, and prints the result in one line."""
-    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    command_line.simulate(config.cpu_devices)
     # What fails in a thread is raised, and said once.
     logging.set_verbosity(logging.FATAL)
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+    warnings.formatwarning = lambda message, *_, **__: f"train: {message}\n"
     # Once the number of devices is set.
-    from train import loop, seeds, topology
+    from train import loop, meet, processes, seeds, told, topology
 
     given = flags.FLAGS
-    topology.start(given.coordinator, given.num_processes, given.process_id)
     workdir = command_line.workdir()
-    if jax.process_count() > 1 and not given.workdir:
-        raise UserError(
-            "Several processes need one --workdir that all of them share."
-        )
+    meet.start(
+        given.coordinator,
+        given.num_processes,
+        given.process_id,
+        prepare=_several,
+    )
+    if jax.distributed.is_initialized():
+        _log.met()
+        signals.share()
+        watchdog.start(given.stall_limit, _log)
+        if not given.workdir and jax.process_count() > 1:
+            raise UserError(
+                "Several processes need one --workdir that all of them share."
+            )
+    processes.agree(config, told.versions())
+    _log.use(workdir)
     several = config.seeds > 1
     summary = (seeds if several else loop).train(config, workdir)
     if not topology.is_main():
@@ -82,46 +107,47 @@ def main(config: ConfigDict) -> None:
             f" ± {summary['test_accuracy_deviation']:.2%} over "
             f"{config.seeds} seeds"
         )
-    print(
+    output.say(
         f"test accuracy {summary['test_accuracy']:.2%}{deviation} after "
         f"{summary['epochs']} epochs ({summary['steps']:,} steps) in "
         f"{summary['seconds']:.0f} s; results are in {workdir}"
     )
 
 
-# How collectives fail where a process at the other end is gone.
-_LOST = re.compile(
-    "closed by peer|reset by peer|[Bb]roken pipe|gloo/transport|"
-    "coordination service|heartbeat"
-)
+def _several(process: int) -> None:
+    """Gets ready for libraries that abort where another process dies."""
+    global _log
+    _log = exits.ErrorLog(process)
+    _log.capture()
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    """Ends the process at once.
-
-    Other processes are in a collective that this one will never join, and end
-    once they miss its heartbeat; a clean exit would wait for them. And what
-    failed in a thread would be reported again after the message.
-    """
-    sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
-    os._exit(code)
-
-
-if __name__ == "__main__":
+def _run() -> int:
+    """Returns the exit code; what went wrong is said in one line."""
     try:
         app.run(main, flags_parser=_parse)
     except UserError as user_error:
-        _leave(f"train: {user_error}", 1)
+        from train import processes
+
+        # All leave, and the coordinator must not do so before the others.
+        agreed = isinstance(user_error, processes.Agreed)
+        _log.finish(1)
+        last = jax.distributed.shutdown if agreed else None
+        exits.leave(str(user_error), 1, last=last)
     except Stopped as stopped:
         print(f"train: {stopped}", file=sys.stderr, flush=True)
-        sys.exit(RESUME)
+        return stopped.code
+    except SystemExit as end:  # of app.run, where all went well
+        return end.code or 0
     except Exception as unexpected:
-        if _LOST.search(str(unexpected)):
-            _leave(
-                "train: another task died or left: the connection to it is "
-                "lost. Its own output says why; the same command on all hosts "
-                "goes on from the last checkpoint.",
-                RESUME,
-            )
-        _leave(traceback.format_exc(), 1)
+        from train import processes
+
+        if processes.is_lost(unexpected):
+            _log.lost("".join(traceback.format_exception(unexpected)))
+        _log.unexpected(unexpected)
+    return 0
+
+
+if __name__ == "__main__":
+    code = _run()
+    _log.finish(code)
+    sys.exit(code)

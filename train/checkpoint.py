@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import pathlib
 import re
-import warnings
-from collections.abc import Iterator
-from typing import NamedTuple, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from train import UserError
+from train import UserError, processes
+from train.aside import put_aside, refuse_to_begin_again
+from train.checksums import SealedPath
+from train.examine import arrays, examine, read_record, tested
 from train.step import Sums, TrainState
+from train.workdir import check_name
 
 # JAX wants a number that rises in the life of a process, over all its runs.
 _QUESTIONS = itertools.count(1)
@@ -37,32 +37,40 @@ class Checkpoints:
     """Saves and restores TrainState under a folder; use as a context.
 
     Keeps the newest two, and the one with the best test accuracy. Writes in the
-    background, from all processes; a checkpoint is there whole or not at all.
+    background, from all processes; a checkpoint is there whole or not at all,
+    and with checksums of its files.
 
     Args:
       folder: that they lie in.
       read_only: leaves the folder as it is, for a run that may go on meanwhile.
+
+    Raises:
+      UserError: orbax cannot work in the folder.
     """
 
     def __init__(self, folder: pathlib.Path, *, read_only: bool = False):
+        check_name(folder)
         self._folder = folder.absolute()
         self._read_only = read_only
-        policies = preservation_policy
-        # Policies, not max_to_keep: with a best_fn that deletes the newest.
-        keep = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(KEEP),
-                policies.BestN(get_metric_fn=_accuracy, n=1),
-            ]
-        )
+        self._accuracy: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else keep,
-            best_fn=_accuracy,
+            preservation_policy=None if read_only else _Keep(self._accuracy),
             cleanup_tmp_directories=not read_only,
+            create=not read_only,
             read_only=read_only,
+            temporary_path_class=SealedPath,
+            lightweight_initialize=True,
         )
-        with _clear_errors(self._folder, None):
+        try:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except OSError as error:
+            raise UserError(
+                f"Cannot use {self._folder}: {error.strerror or error}."
+            ) from error
+        for step in self._manager.all_steps():
+            accuracy = tested(self._folder / str(step))
+            if accuracy is not None:
+                self._accuracy[step] = accuracy
 
     def __enter__(self) -> Self:
         return self
@@ -96,15 +104,21 @@ class Checkpoints:
         step = int(state.step)
         if step == self._manager.latest_step():
             return
-        measured = UNTESTED if test_accuracy is None else test_accuracy
+        if test_accuracy is not None:
+            self._accuracy[step] = test_accuracy
+        tree = state._asdict()
+        saved = {
+            **progress._asdict(),
+            "test_accuracy": test_accuracy,
+            "arrays": arrays(tree),
+        }
         with _clear_errors(self._folder, self._manager):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state._asdict()),
-                    progress=ocp.args.JsonSave(progress._asdict()),
+                    state=ocp.args.StandardSave(tree),
+                    progress=ocp.args.JsonSave(saved),
                 ),
-                metrics={"test_accuracy": measured},
             )
 
     def wait(self) -> None:
@@ -124,10 +138,11 @@ class Checkpoints:
     def restore(
         self, like: TrainState, *, best: bool = False
     ) -> tuple[TrainState, Progress] | None:
-        """Returns (state, progress) of the newest that can be read, or None.
+        """Returns (state, progress) of the newest that is whole, or None.
 
-        One that is damaged is put aside, or if read_only passed over, with a
-        warning.
+        Damage is that a file is not as it was written. Such a checkpoint is put
+        aside once an older one has been read, or if read_only passed over, with
+        a warning. What is whole and cannot be restored stays, and is an error.
 
         Args:
           like: of `abstract_state`. What is read gets its shapes, dtypes and
@@ -136,62 +151,80 @@ class Checkpoints:
             none has a test.
 
         Raises:
-          UserError: there are checkpoints, and none can be read.
+          UserError: there are checkpoints, and all are damaged; the newest that
+            is not cannot be read, or holds other arrays than the code asks for;
+            or only damaged ones, put aside before, are left.
         """
+        steps = sorted(self._manager.all_steps(), reverse=True)
         if best:
-            step = self._manager.best_step()
-            if step is None or _accuracy(self._manager.metrics(step)) < 0:
-                return None
-            return self._read(step, like)
-        damaged = []
-        while left := sorted({*self._manager.all_steps()} - {*damaged}):
-            try:
-                return self._read(left[-1], like)
-            except Exception as error:  # whatever a damaged file leads to
-                damaged.append(left[-1])
-                self._put_aside(left[-1], error)
-        if damaged:
-            put = "" if self._read_only else "; they were put aside"
-            raise UserError(
-                f"No checkpoint in {self._folder} can be read{put}: those of "
-                f"the steps {', '.join(map(str, damaged))}. Start anew in "
-                "another --workdir, or mend them."
+            tested = sorted(
+                self._accuracy, key=lambda s: (self._accuracy[s], s)
             )
+            steps = tested[-1:]
+        damaged: dict[int, str] = {}
+        for step in steps:
+            wrong = examine(self._folder / str(step), like)
+            if not wrong:
+                found = self._read(step, like)
+                put_aside(self._folder, damaged, step, self._read_only)
+                self._manager.reload()
+                return found
+            damaged[step] = wrong
+        if damaged:
+            listed = "; ".join(f"step {n}: {why}" for n, why in damaged.items())
+            raise UserError(
+                f"No checkpoint in {self._folder} is whole ({listed}). They "
+                "stay where they are: mend them, or take another --workdir."
+            )
+        if not self._read_only:
+            refuse_to_begin_again(self._folder)
         return None
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like._asdict()),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
-        return TrainState(**found.state), Progress(**found.progress)
-
-    def _put_aside(self, step: int, error: Exception) -> None:
-        aside = self._folder.parent / f"damaged-checkpoint-{step}"
-        if jax.process_index() == 0:
-            if not self._read_only and (self._folder / str(step)).exists():
-                os.replace(self._folder / str(step), aside)
-            # Orbax reports in many lines; the first says what it is.
-            reason = " ".join(str(error).split())[:200]
-            now = "" if self._read_only else f" and is now {aside}"
-            warnings.warn(
-                f"The checkpoint of step {step} cannot be read{now}; going on "
-                f"from the one before. ({reason})",
-                stacklevel=2,
+        about = read_record(self._folder / str(step))
+        try:
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like._asdict()),
+                ),
             )
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"put aside {step}")
-        self._manager.reload()
+        except Exception as error:
+            if processes.is_lost(error):
+                raise
+            # Orbax reports in many lines; the first words say what it is.
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"The checkpoint of step {step} in {self._folder} is as it was "
+                f"written, but cannot be restored here: {reason}. Nothing was "
+                "moved."
+            ) from error
+        progress = Progress(
+            about["epoch"], about["batch"], tuple(about["sums"])
+        )
+        return TrainState(**found.state), progress
 
 
-UNTESTED = -1.0  # so that it is never the best
+class _Keep:
+    """Keeps the newest checkpoints, and the one with the best test accuracy.
 
+    Args:
+      accuracy: by step; of those that have been tested.
+    """
 
-def _accuracy(metrics: dict[str, float]) -> float:
-    return metrics["test_accuracy"]
+    def __init__(self, accuracy: dict[int, float]):
+        self._accuracy = accuracy
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> list[bool]:
+        del context
+        steps = [info.step for info in checkpoints]
+        keep = {*sorted(steps)[-KEEP:]}
+        tested = [step for step in sorted(steps) if step in self._accuracy]
+        if tested:
+            keep.add(max(reversed(tested), key=self._accuracy.__getitem__))
+        return [step in keep for step in steps]
 
 
 # What the system says when a file cannot be written, in orbax's words.

@@ -18,8 +18,13 @@ import numpy as np
 from train import UserError
 
 
-def prepared(name: str, data_dir: str | None):
-    """Returns a TFDS builder whose array_record files are on disk."""
+def prepared(name: str, data_dir: str | None, *, download: bool = True):
+    """Returns a TFDS builder whose array_record files are on disk.
+
+    Raises:
+      UserError: they are damaged, or are neither there nor can be made; or are
+        not there, and download is False.
+    """
     from tensorflow_datasets.image_classification import cifar
 
     base = {"cifar10": cifar.Cifar10, "cifar100": cifar.Cifar100}[name]
@@ -30,17 +35,38 @@ def prepared(name: str, data_dir: str | None):
     # TFDS itself reads the variable only once, when it is imported.
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
     root = pathlib.Path(data_dir or "~/tensorflow_datasets").expanduser()
-    builder = Builder(data_dir=root)
+    builder = _read(Builder, root)
     if not builder.data_path.exists():
+        if not download:
+            raise UserError(
+                f"{name} is not prepared in {root}, which the run's config "
+                "names. Say where it is with --data_dir; with a folder where "
+                "it is not, it is prepared there."
+            )
         _prepare(Builder(data_dir=root, file_format="array_record"), root)
-        builder = Builder(data_dir=root)  # as it is on disk
+        builder = _read(Builder, root)  # as it is on disk
     formats = builder.info.available_file_formats()
     if "array_record" not in (format.value for format in formats):
         raise UserError(
-            f"{builder.data_dir} holds no array_record files.\n"
+            f"{builder.data_dir} holds no array_record files. "
             f"Remove it, or point data_dir elsewhere, to have {name} prepared."
         )
     return builder
+
+
+def _read(make, root: pathlib.Path):
+    """Returns the builder, which reads what describes the data on disk."""
+    try:
+        builder = make(data_dir=root)
+        features = builder.info.features
+        _ = features["image"].shape, features["label"].num_classes
+        _ = dict(builder.info.splits)
+        return builder
+    except Exception as error:  # whatever a damaged file leads to
+        raise UserError(
+            f"{root / make.name} is damaged: {one_line(error)}. Remove it, or "
+            "point data_dir at an intact copy."
+        ) from error
 
 
 class _FromTar:
@@ -91,7 +117,7 @@ def _prepare(builder, root: pathlib.Path) -> None:
         if reason:
             raise UserError(
                 f"{name} is not prepared in {root}, and {url} cannot be had "
-                f"({reason}).\nPoint data_dir or TFDS_DATA_DIR at prepared "
+                f"({reason}). Point data_dir or TFDS_DATA_DIR at prepared "
                 f"data, or put the archive at {manual}; "
                 "`python -m train` needs no download."
             )
@@ -101,14 +127,14 @@ def _prepare(builder, root: pathlib.Path) -> None:
     except tfds.download.download_manager.NonMatchingChecksumError as error:
         culprit = manual if manual.exists() else url
         raise UserError(
-            f"{culprit} has a wrong checksum: it is not {name}, or damaged.\n"
+            f"{culprit} has a wrong checksum: it is not {name}, or damaged. "
             f"Replace it by the file from {url}."
         ) from error
     except (OSError, tfds.download.DownloadError) as error:
         if builder.data_path.exists():  # Another process has been faster.
             return
         raise UserError(
-            f"{name} cannot be prepared in {root}: {one_line(error)}.\n"
+            f"{name} cannot be prepared in {root}: {one_line(error)}. "
             "Resolve that, or point data_dir or TFDS_DATA_DIR elsewhere."
         ) from error
 

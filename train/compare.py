@@ -8,19 +8,19 @@ all of them. Reads config.json, metrics.jsonl and summary.json alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 import statistics
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 
-from train import UserError
+from train import UserError, command
+from train.files import replacing, writing
 from train.saved import read_config
+from train.workdir import lacking, read_records, read_summary
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -52,34 +52,19 @@ def read(path: pathlib.Path) -> Run:
       UserError: path is no workdir, no epoch is recorded, or a file is damaged.
     """
     config = _flat(json.loads(read_config(path).to_json()))
-    lines = []
-    if (path / "metrics.jsonl").exists():
-        lines = _parsed(path / "metrics.jsonl", _lines)
-    if not lines:
+    records, summary = read_records(path), read_summary(path)
+    if not records and not summary:
         raise UserError(
             f"{path} has no records yet; the first comes after the first epoch."
         )
-    summary = {}
-    if (path / "summary.json").exists():
-        summary = _parsed(path / "summary.json", _whole)
-    return Run(path, config, lines, summary)
-
-
-def _lines(path: pathlib.Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _whole(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
-def _parsed(path: pathlib.Path, parse: Callable[[pathlib.Path], Any]) -> Any:
-    try:
-        return parse(path)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    last = max([int(one["epoch"]) for one in records], default=0)
+    missing = lacking(records, config["epochs"] if summary else last)
+    if missing:
+        raise UserError(
+            f"{path / 'metrics.jsonl'} lacks {missing}. Put it back from a "
+            "copy, or leave this run away."
+        )
+    return Run(path, config, records, summary)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -159,7 +144,7 @@ def _last(run: Run) -> dict[str, Any]:
 
 
 def _devices(run: Run) -> str:
-    if not run.summary:
+    if not {"devices", "device_kind"} <= {*run.summary}:
         return "?"
     return f"{run.summary['devices']} {run.summary['device_kind']}"
 
@@ -198,14 +183,16 @@ def draw(groups: list[Group], path: pathlib.Path) -> None:
     figure.legend(
         *accuracy.get_legend_handles_labels(), loc="outside lower center"
     )
+    kind = path.suffix[1:]
     try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to --out={path}: {error.strerror}."
-        ) from error
-    except ValueError as error:  # the format
-        raise UserError(f"Cannot draw --out={path}: {error}.") from error
+        if kind not in figure.canvas.get_supported_filetypes():
+            known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
+            raise UserError(
+                f"Cannot draw --out={path}: {kind!r} is none of {known}."
+            )
+        # Through a link: whose it is, who calls has said.
+        with writing(f"--out={path}"), replacing(path.resolve()) as file:
+            figure.savefig(file, format=kind, dpi=150)
     finally:
         plt.close(figure)
 
@@ -232,10 +219,19 @@ def _curve(
         axes.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
 
 
+def with_ending(out: pathlib.Path) -> pathlib.Path:
+    """Returns the name of the picture: a PNG if it says nothing else."""
+    return out if out.suffix else out.with_name(out.name + ".png")
+
+
 def compare(
     paths: Iterable[pathlib.Path], out: pathlib.Path
 ) -> tuple[list[Group], list[str]]:
     """Prints the table of the runs and draws their curves into out.
+
+    Args:
+      paths: of runs, or of folders of seeds.
+      out: of the picture; its ending says the format, which it must have.
 
     Returns:
       The groups, and the fields of the configs that differ.
@@ -265,30 +261,31 @@ def _seeds(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         "python -m train.compare", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
         "runs",
         nargs="+",
-        type=pathlib.Path,
+        type=command.folder,
         metavar="RUN",
         help="the --workdir of a run",
     )
     parser.add_argument(
         "--out",
-        type=pathlib.Path,
+        type=command.folder,
         default=pathlib.Path("compare.png"),
         metavar="FILE",
-        help="of the picture; compare.png without",
+        help="of the picture; compare.png without, and .png if it has no "
+        "ending",
     )
     given = parser.parse_args(arguments)
-    compare(given.runs, given.out)
-    print(f"The picture is {given.out}.")
+    if given.out.is_dir():
+        parser.error(f"--out={given.out} is a folder; give a file")
+    out = with_ending(given.out)
+    compare(given.runs, out)
+    print(f"The picture is {out}.")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as user_error:
-        sys.exit(f"train.compare: {user_error}")
+    command.run("train.compare", main)

@@ -54,6 +54,7 @@ def load(
     train_split: str = "train",
     test_split: str = "test",
     lazy: bool = False,
+    download: bool = True,
 ) -> Dataset:
     """Reads a data set into memory, preparing CIFAR first if necessary.
 
@@ -67,6 +68,7 @@ def load(
         train_split="train[:45000]", test_split="train[45000:]".
       lazy: Reads and decodes an example when it is first asked for, and then
         keeps it: where several processes each want a share.
+      download: False writes nothing: CIFAR has to be prepared already.
 
     Raises:
       UserError: name, data_dir or a split does not exist, a split is empty, or
@@ -76,13 +78,13 @@ def load(
         near = difflib.get_close_matches(name.lower(), NAMES, n=1)
         hint = f"Did you mean {near[0]}?" if near else "Choose one of these."
         known = ", ".join(NAMES)
-        raise UserError(f"Unknown data set {name!r}; known: {known}.\n{hint}")
+        raise UserError(f"Unknown data set {name!r}; known: {known}. {hint}")
     if data_dir is not None and not os.path.isdir(os.path.expanduser(data_dir)):
         raise UserError(
-            f"The data directory {data_dir!r} does not exist.\n"
+            f"The data directory {data_dir!r} does not exist. "
             "Create it, or point data_dir at one that does."
         )
-    source = _digits() if name == "digits" else _cifar(name, data_dir)
+    source = _digits() if name == "digits" else _cifar(name, data_dir, download)
     train, test = (
         _select(source, expression, lazy)
         for expression in (train_split, test_split)
@@ -120,7 +122,7 @@ def train_batches(
     if not 1 <= batch_size <= num_examples:
         raise UserError(
             f"Batch size {batch_size} does not fit {num_examples} training "
-            f"examples.\nChoose one from 1 to {num_examples}."
+            f"examples. Choose one from 1 to {num_examples}."
         )
     places = order(num_examples, seed=seed, epoch=epoch)
     full = num_examples - num_examples % batch_size
@@ -191,7 +193,7 @@ def _select(source: _Source, expression: str, lazy: bool) -> Split:
 
     parts = []
     # TFDS's errors for what is malformed, unknown or out of range.
-    with contextlib.suppress(ValueError, NotImplementedError):
+    with contextlib.suppress(Exception):
         instruction = tfds.core.ReadInstruction.from_spec(expression)
         for part in instruction.to_absolute(source.splits):
             places = range(source.splits[part.splitname].num_examples)
@@ -199,7 +201,7 @@ def _select(source: _Source, expression: str, lazy: bool) -> Split:
     if not any(places for _, places in parts):
         sizes = (f"{n} ({s.num_examples})" for n, s in source.splits.items())
         raise UserError(
-            f"Split {expression!r} selects nothing of {' or '.join(sizes)}.\n"
+            f"Split {expression!r} selects nothing of {' or '.join(sizes)}. "
             "Write it like train, train[:1000], train[90%:] or test."
         )
     if lazy:
@@ -277,8 +279,8 @@ def _digits() -> _Source:
     return _Source(splits, read, 10, images.shape[1:])
 
 
-def _cifar(name: str, data_dir: str | None) -> _Source:
-    builder = cifar.prepared(name, data_dir)
+def _cifar(name: str, data_dir: str | None, download: bool) -> _Source:
+    builder = cifar.prepared(name, data_dir, download=download)
     features = builder.info.features
 
     shape = features["image"].shape
@@ -293,9 +295,9 @@ def _cifar(name: str, data_dir: str | None) -> _Source:
                 decoded = rows.__getitems__(list(places[chunk]))
                 images[chunk] = [row["image"] for row in decoded]
                 labels[chunk] = [row["label"] for row in decoded]
-        except RuntimeError as error:
+        except Exception as error:  # whatever a damaged file leads to
             raise UserError(
-                f"{builder.data_dir} is damaged: {cifar.one_line(error)}.\n"
+                f"{builder.data_dir} is damaged: {cifar.one_line(error)}. "
                 "Remove it, or point data_dir at an intact copy."
             ) from error
         return Split(images, labels)

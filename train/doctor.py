@@ -6,10 +6,8 @@ RUN/doctor.png. Reads training batches as the run saw them.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import pathlib
-import sys
 from collections.abc import Iterator
 
 import jax
@@ -17,7 +15,8 @@ import matplotlib
 import numpy as np
 
 from jaxbn import doctor
-from train import UserError, data
+from train import command, data
+from train.files import replacing, writing
 from train.saved import Saved, load, use_devices
 from train.step import augmented
 
@@ -25,9 +24,20 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def examine(run: pathlib.Path, batches: int) -> doctor.Report:
-    """Prints the report on a run and draws it into doctor.png."""
-    saved = load(run)
+def examine(
+    run: pathlib.Path, batches: int, *, data_dir: str | None = None
+) -> doctor.Report:
+    """Prints the report on a run and draws it into doctor.png.
+
+    Args:
+      run: its workdir.
+      batches: to read.
+      data_dir: of TFDS; None is that of the run, see `train.saved.load`.
+
+    Raises:
+      UserError: run holds nothing to examine, or cannot be written to.
+    """
+    saved = load(run, data_dir=data_dir)
     state = saved.state
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     report = doctor.examine(
@@ -36,7 +46,8 @@ def examine(run: pathlib.Path, batches: int) -> doctor.Report:
         itertools.islice(_images(saved), batches),
         devices=saved.prepared.place.mesh.size,
     )
-    draw(report, run / "doctor.png")
+    with writing(run):
+        draw(report, run / "doctor.png")
     return report
 
 
@@ -86,28 +97,33 @@ def draw(report: doctor.Report, path: pathlib.Path) -> None:
     scale.set_ylabel("|scale|")
     scale.set_xticks(places, [layer.path for layer in layers], rotation=90)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        with replacing(path) as file:
+            figure.savefig(file, format="png", dpi=120)
+    finally:
+        plt.close(figure)
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         "python -m train.doctor", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("run", type=pathlib.Path, help="the --workdir of a run")
+    parser.add_argument(
+        "run", type=command.folder, help="the --workdir of a run"
+    )
     parser.add_argument(
         "--batches", type=int, default=20, help="to read; 20 without"
     )
+    parser.add_argument(
+        "--data_dir", help="of TFDS; the run's, if the data is there already"
+    )
     given = parser.parse_args(arguments)
     if given.batches < 1:
-        parser.error(f"--batches must be at least 1; got {given.batches}.")
+        parser.error(f"--batches must be at least 1; got {given.batches}")
     use_devices(given.run)
-    examine(given.run, given.batches)
+    examine(given.run, given.batches, data_dir=given.data_dir)
     print(f"The picture is {given.run / 'doctor.png'}.")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as user_error:
-        sys.exit(f"train.doctor: {user_error}")
+    command.run("train.doctor", main)

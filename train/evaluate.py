@@ -8,10 +8,8 @@ running statistics taken anew over N training batches.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,10 +19,10 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from train import UserError, data
+from train import UserError, command, data
 from train.augment import to_float
 from train.averaged import precise_statistics
-from train.files import write_json
+from train.files import write_json, writing
 from train.prepared import Prepared
 from train.saved import Saved, load, use_devices
 from train.step import Recipe
@@ -60,8 +58,8 @@ def evaluate(
       under precise the batches, and loss to confusion once more.
 
     Raises:
-      UserError: there is no such split, or the run's norm has no statistics
-        to take anew.
+      UserError: there is no such split, the run's norm has no statistics to
+        take anew, or evaluation.json cannot be written.
     """
     config = saved.config
     if precise and config.norm in ("flax", "none"):
@@ -91,7 +89,8 @@ def evaluate(
         again = _result(count(state.params, stats))
         found["precise"] = {"batches": read, **again}
     print(words(found, config.dataset))
-    write_json(run / "evaluation.json", found)
+    with writing(run):
+        write_json(run / "evaluation.json", found)
     return found
 
 
@@ -107,6 +106,7 @@ def _examples(saved: Saved, split: str) -> data.Split:
         train_split=split,
         test_split=split,
         lazy=True,  # or it would be read twice
+        download=False,  # it is there: `load` has read it
     ).test
 
 
@@ -217,10 +217,12 @@ def _mistakes(row: list[int], own: int, shown: int = 3) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         "python -m train.evaluate", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("run", type=pathlib.Path, help="the --workdir of a run")
+    parser.add_argument(
+        "run", type=command.folder, help="the --workdir of a run"
+    )
     parser.add_argument(
         "--split", help="such as test, train or train[45000:]; the run's test"
     )
@@ -236,13 +238,16 @@ def main(arguments: list[str]) -> None:
         metavar="N",
         help="also with statistics taken anew over N training batches",
     )
+    parser.add_argument(
+        "--data_dir", help="of TFDS; the run's, if the data is there already"
+    )
     given = parser.parse_args(arguments)
     if given.precise < 0:
-        parser.error(f"--precise must be at least 1; got {given.precise}.")
+        parser.error(f"--precise must be at least 1; got {given.precise}")
     use_devices(given.run)
     evaluate(
         given.run,
-        load(given.run, best=given.best),
+        load(given.run, best=given.best, data_dir=given.data_dir),
         split=given.split,
         precise=given.precise,
     )
@@ -250,7 +255,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as user_error:
-        sys.exit(f"train.evaluate: {user_error}")
+    command.run("train.evaluate", main)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import NoReturn
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from train import UserError
-
-CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+from configs.ranges import RANGES
+from train import UserError, config_files, output, ranges
+from train.config_files import CONFIGS
+from train.workdir import check_name
 
 
 def parse(
@@ -29,44 +32,65 @@ def parse(
 ) -> ConfigDict:
     """Returns the config that the flags ask for; other flags stay flags.
 
-    ml_collections reads the config file and its overrides already where the
-    flag is defined, and keeps what went wrong until the value is asked for:
-    every step of it can raise.
-
     Args:
       argv: as the program was started.
       doc: what --help says first.
       fields: the module of configs/ with every field that there is.
       default: the file of configs/ that is taken without --config.
-      define: defines the other flags.
+      define: defines the other flags, --workdir among them.
 
     Raises:
-      UserError: anything about argv is wrong, with what to change.
+      UserError: anything about argv or the config is wrong, with what to
+        change.
     """
+    output.guard()
+    argv = _last_of_each(argv)
+    for word in argv:
+        name = re.match(r"--?(?:no)?config\.([^=]*)", word)
+        if name and not re.fullmatch(r"\w+(\.\w+)*", name[1]):
+            raise UserError(f"There is no config.{name[1]}; --help lists all.")
     try:
         config_flags.DEFINE_config_file(
-            "config", str(CONFIGS / default), "File that defines get_config()."
+            "config",
+            str(CONFIGS / default),
+            "File that defines get_config().",
+            sys_argv=argv,
         )
         define()
         if {"--help", "-h", "-help"} & {*argv}:
             _help(doc, fields)
+        file = _config_file(argv)
+        if file is not None:
+            config_files.check(file, fields)
         rest = flags.FLAGS(argv)
         config = flags.FLAGS.config.lock()
     except BrokenPipeError:  # of --help: who reads it has seen enough
         sys.exit(1)
-    except (flags.Error, AttributeError, OSError, TypeError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
         raise UserError(_one_line(error, fields)) from error
     if len(rest) > 1:
         raise UserError(
             f"Unexpected argument {rest[1]!r}; flags begin with --."
         )
-    missing = sorted({*fields.get_config()} - {*config})
-    if missing:
-        raise UserError(
-            f"The config has no {missing[0]}: it is for another program. Take "
-            f"one of {_configs(fields)} in configs/."
-        )
+    ranges.check(config, fields)
+    if flags.FLAGS.workdir is not None:
+        if not flags.FLAGS.workdir:
+            raise UserError(
+                "--workdir= names no folder; leave it away for a new one in "
+                "runs/."
+            )
+        path = check_name(pathlib.Path(flags.FLAGS.workdir))
+        flags.FLAGS.workdir = str(path)
     return config
+
+
+def simulate(devices: int) -> None:
+    """Has a CPU stand for so many devices, before the first use of any."""
+    # With fewer threads than twice the devices collectives wait for each other
+    # for ever. XLA reads this when it starts.
+    threads = max(int(os.environ["NPROC"]), 2 * devices)
+    os.environ["NPROC"] = str(threads)
+    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def workdir() -> pathlib.Path:
@@ -96,50 +120,76 @@ def _help(doc: str | None, fields: ModuleType) -> NoReturn:
     print(
         re.sub(r"^(\s*)config\.", r"\1--config.", "\n".join(kept), flags=re.M)
     )
-    print(f"\nIn configs/: {_configs(fields)}. Each opens with its command.")
+    # One word each: no line ends within an interval.
+    space = "\N{NO-BREAK SPACE}"
+    numbers = ", ".join(
+        f"{name} {RANGES[name]}".replace(" ", space)
+        for name in _names(fields.get_config())
+        if name in RANGES
+    )
+    numbers = textwrap.fill(numbers, 76).replace(space, " ")
+    print(f"\nWhat numbers may be:\n\n{textwrap.indent(numbers, '  ')}")
+    print(
+        f"\nIn configs/: {config_files.of(fields)}. Each opens with its command."
+    )
     sys.exit(0)
 
 
-def _configs(fields: ModuleType) -> str:
-    """Names of the files that set these fields."""
-    name = fields.__name__.rpartition(".")[2]
-    paths = sorted(CONFIGS.glob("*.py"))
-    return ", ".join(p.name for p in paths if _builds_on(p, name))
+def _last_of_each(argv: Sequence[str]) -> list[str]:
+    """Leaves out what a later flag for the same field replaces.
 
-
-def _builds_on(path: pathlib.Path, name: str) -> bool:
-    found = re.search(r"^from configs import (.*)", path.read_text(), re.M)
-    used = found[1].split(", ") if found else ()
-    return any(
-        each == name or _builds_on(CONFIGS / f"{each}.py", name)
-        for each in used
-    )
+    ml_collections joins tuples that are given twice.
+    """
+    kept: dict[str, list[str]] = {}
+    name = ""  # of a field whose value is the next word
+    for number, word in enumerate(argv):
+        found = re.match(r"--?(config\.[^=]+)(=?)", word)
+        if name and not word.startswith("-"):
+            kept[name].append(word)
+            name = ""
+            continue
+        key = found[1] if found else f"{number}"
+        name = key if found and not found[2] else ""
+        kept.pop(key, None)
+        kept[key] = [word]
+    return [word for words in kept.values() for word in words]
 
 
 def _one_line(error: Exception, fields: ModuleType) -> str:
     """Words what ml_collections and absl report."""
     message = str(error)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        for name in _names(fields.get_config()):
+            if error.flagname.replace("-", "_") == name.rpartition(".")[2]:
+                _, equals, value = str(error.flagvalue).partition("=")
+                return (
+                    f"There is no --{error.flagname}; did you mean "
+                    f"--config.{name}{equals}{value}?"
+                )
     near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message)
     if near:
         return f"There is no config.{near[2]}; did you mean config.{near[1]}?"
-    if isinstance(error, AttributeError):
+    if isinstance(error, AttributeError | KeyError):
         name = message.strip("'\"")
         file = pathlib.Path(fields.__file__ or "").name
         return f"There is no config.{name}; configs/{file} has all fields."
-    if isinstance(error, OSError):
-        name = _config_file()
-        if pathlib.Path(name).exists():
-            raise error  # a mistake inside the file: show where
-        return f"There is no file {name}; configs/ holds {_configs(fields)}."
-    said = re.search(r"\nValueError: (configs/.*)", message)
-    if said:  # get_config(), of what stands behind the colon
-        return said[1]
     return " ".join(message.split())
 
 
-def _config_file() -> str:
-    """The file that --config names, without what stands behind the colon."""
-    given = [a for a in sys.argv[1:] if re.match("--?config(=|$)", a)]
-    at = sys.argv.index(given[-1])
-    name = given[-1].partition("=")[2] or sys.argv[at + 1]
-    return name.partition(":")[0]
+def _names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Yields the names of all fields, those within a field with a dot."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _config_file(argv: Sequence[str]) -> str | None:
+    """What --config gives; None without it, or without a value."""
+    given = None
+    for word, following in zip(argv, [*argv[1:], None]):
+        found = re.fullmatch(r"--?config(?:=(.*))?", word, re.DOTALL)
+        if found:
+            given = following if found[1] is None else found[1]
+    return given

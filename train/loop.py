@@ -6,15 +6,24 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from train import Stopped, UserError, data, topology
+from train import (
+    Stopped,
+    UserError,
+    data,
+    lock,
+    processes,
+    topology,
+    watchdog,
+)
 from train.averaged import evaluate_average
 from train.checkpoint import Checkpoints, Progress, what_is_left
 from train.files import write_json
 from train.meter import Meter
 from train.prepared import Prepared, prepare
-from train.report import Report, SilentReport, open_workdir
+from train.report import Report, SilentReport
 from train.signals import Interrupt
 from train.step import (
     TrainState,
@@ -27,6 +36,7 @@ from train.timeline import Timeline, ready
 from train.told import Forecast, headline, summarize
 from train.trace import Trace
 from train.trouble import explain
+from train.workdir import check_name, open_workdir, read_summary
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -39,72 +49,88 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       Stopped: a signal asked for it; the state is saved.
     """
     started = time.monotonic()
+    check_name(workdir)
     prepared = prepare(config)
-    place, dataset, steps, _, recipe = prepared
-    with topology.main_first("workdir"):
-        open_workdir(workdir, config)
-    timeline = Timeline()
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        shape = dataset.train.images.shape[1:]
-        progress = Progress()
-        found = checkpoints.restore(abstract_state(recipe, shape, place.mesh))
-        if found:
-            state, progress = found
-        else:
-            state = init_state(recipe, shape, place.mesh)
-        kind = Report if topology.is_main() else SilentReport
-        with (
-            kind(
-                workdir,
-                epochs=config.epochs,
-                images_per_epoch=steps * config.batch_size,
-                done=progress.epoch,
-            ) as report,
-            Interrupt() as interrupt,
-            Trace(
-                workdir / "profile"
-                if config.profile and topology.is_main()
-                else None,
-                report.say,
-            ) as trace,
-        ):
-            report.say(headline(config, prepared, state.params, progress))
-            loop = _Loop(
-                config,
-                prepared,
-                report,
-                checkpoints,
-                timeline,
-                interrupt,
-                trace,
-            )
-            for epoch in range(progress.epoch, config.epochs):
-                state, record = loop.epoch(state, progress)
-                try:
-                    report.add(record)
-                except OSError as error:
-                    raise UserError(
-                        f"Cannot write to {workdir}: {error.strerror}. "
-                        f"{what_is_left(checkpoints.newest)}"
-                    ) from error
-                progress = Progress(epoch + 1)
-                with timeline.of("save"):
-                    checkpoints.save(
-                        state,
-                        progress,
-                        test_accuracy=record["test_accuracy"],
-                    )
-            extra = {}
-            if state.average is not None:
-                extra = evaluate_average(config, prepared, state, loop.test)
-            with timeline.of("save"):
-                checkpoints.wait()
-            summary = summarize(report.records, prepared, started, timeline)
-            summary |= extra
+    with lock.held(workdir):
+        with processes.together():
             if topology.is_main():
-                write_json(workdir / "summary.json", summary)
-            report.say(f"time: {timeline}")
-    return summary
+                open_workdir(workdir, config)
+        with Checkpoints(workdir / "checkpoints") as checkpoints:
+            return _train(config, workdir, prepared, checkpoints, started)
+
+
+def _train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    prepared: Prepared,
+    checkpoints: Checkpoints,
+    started: float,
+) -> dict[str, Any]:
+    """Goes on with the run in a workdir that is ours."""
+    place, dataset, steps, _, recipe = prepared
+    shape = dataset.train.images.shape[1:]
+    progress = Progress()
+    found = checkpoints.restore(abstract_state(recipe, shape, place.mesh))
+    if found:
+        state, progress = found
+        summary = processes.from_main(lambda: read_summary(workdir))
+        done = progress.epoch * steps + progress.batch
+        if done >= config.epochs * steps and summary:
+            return summary
+    else:
+        state = init_state(recipe, shape, place.mesh)
+    timeline = Timeline()
+    kind = Report if topology.is_main() else SilentReport
+    profile = config.profile and topology.is_main()
+    with (
+        kind(
+            workdir,
+            epochs=config.epochs,
+            images_per_epoch=steps * config.batch_size,
+            done=progress.epoch,
+        ) as report,
+        Interrupt(jax.process_count()) as interrupt,
+        Trace(workdir / "profile" if profile else None, report.say) as trace,
+    ):
+        report.say(headline(config, prepared, state.params, progress))
+        loop = _Loop(
+            config, prepared, report, checkpoints, timeline, interrupt, trace
+        )
+        for epoch in range(progress.epoch, config.epochs):
+            state, record = loop.epoch(state, progress)
+            try:
+                report.add(record)
+            except OSError as error:
+                raise UserError(
+                    f"Cannot write to {workdir}: {error.strerror}. "
+                    f"{what_is_left(checkpoints.newest)}"
+                ) from error
+            progress = Progress(epoch + 1)
+            with timeline.of("save"):
+                checkpoints.save(
+                    state, progress, test_accuracy=record["test_accuracy"]
+                )
+        with timeline.of("save"):
+            checkpoints.wait()
+        interrupt.unsaved(False)
+        extra = {}
+        if state.average is not None:
+            extra = evaluate_average(config, prepared, state, loop.test)
+        report.say(f"time: {timeline}")
+
+    def summary() -> dict[str, Any]:
+        """Of the main process, which alone has the records."""
+        found = summarize(report.records, prepared, started, timeline) | extra
+        try:
+            write_json(workdir / "summary.json", found)
+        except OSError as error:
+            raise UserError(
+                f"Cannot write {workdir / 'summary.json'}: {error.strerror}. "
+                f"{what_is_left(checkpoints.newest)}"
+            ) from error
+        return found
+
+    return processes.from_main(summary)
 
 
 class _Loop:
@@ -160,8 +186,10 @@ class _Loop:
         together = data.stacked(batches, config.steps_per_dispatch)
         for count, rows in ready(together, self._timeline):
             state = self._dispatch(state, count, rows, epoch, meter)
+            self._interrupt.unsaved(True)
             self._check(meter, state, epoch)
             batch_number += count
+            watchdog.beat(f"training in epoch {epoch + 1}")
             images += count * size
             self._report.advance(count * size)
             done = epoch * self._prepared.steps + batch_number
@@ -216,6 +244,7 @@ class _Loop:
         for rows in data.test_batches(
             self._prepared.dataset.test, size, rows=place.rows(size)
         ):
+            watchdog.beat("testing")
             batch = place.put(rows, size)
             meter.add(self._test_step(params, batch_stats, batch))
         return meter.means()
@@ -247,7 +276,8 @@ class _Loop:
         if stop:
             raise Stopped(
                 f"Stopped and saved at step {done}; the same command goes on "
-                "from there."
+                "from there.",
+                self._interrupt.code,
             )
 
     def _check(self, meter: Meter, state: TrainState, epoch: int) -> None:

@@ -87,13 +87,23 @@ def norm_of(
             f"{options['normalize_over']} each say which examples share "
             "statistics; set norm_axes='all' or another norm."
         )
-    layer = functools.partial(
-        BatchNorm, **shared, **_of_jaxbn(config, place, microbatches), **options
-    )
+    for name in given:
+        if name not in BatchNorm.__dataclass_fields__:
+            raise UserError(
+                f"norm_options.{name} is no field of jaxbn.linen.BatchNorm."
+            )
+    own = {**shared, **_of_jaxbn(config, place, microbatches)}
+    for name in own.keys() & given.keys():
+        raise UserError(
+            f"norm_options.{name} is set by the run; see norm_momentum, "
+            "norm_epsilon and norm_axes."
+        )
+    layer = functools.partial(BatchNorm, **own, **options)
     try:
         _try(layer, config, place, microbatches)
-    except ValueError as error:
-        raise UserError(f"norm={config.norm!r}: {error}") from error
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"norm={config.norm!r}: {reason}") from error
     return layer
 
 

@@ -29,8 +29,12 @@ class Prepared(NamedTuple):
     recipe: Recipe
 
 
-def prepare(config: ConfigDict) -> Prepared:
+def prepare(config: ConfigDict, *, download: bool = True) -> Prepared:
     """Reads the data and makes the recipe.
+
+    Args:
+      config: of the run.
+      download: False takes only data that is there already.
 
     Raises:
       UserError: the config cannot be run, with what to change.
@@ -43,6 +47,7 @@ def prepare(config: ConfigDict) -> Prepared:
         train_split=config.train_split,
         test_split=config.test_split,
         lazy=jax.process_count() > 1,
+        download=download,
     )
     steps = steps_per_epoch(config, dataset)
     schedule = make_schedule(config, steps)

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from train import UserError, data, networks, topology
+from configs import defaults
+from train import UserError, data, networks, ranges, topology
 from train.augment import pixel_counts, pixel_statistics
 from train.norms import norm_of
 from train.step import Recipe, make_optimizer
@@ -21,29 +22,35 @@ from train.topology import Topology
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for values that no run can have."""
-    positive = ("epochs", "batch_size", "test_batch_size", "learning_rate")
-    for key in positive:
-        if not config[key] > 0:
-            raise UserError(f"{key} must be positive; got {config[key]}.")
+    ranges.check(config, defaults)
     one_of("schedule", config.schedule, SCHEDULES)
     one_of("warmup_shape", config.warmup_shape, ("linear", "constant"))
     one_of("dtype", config.dtype, ("float32", "bfloat16"))
     one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
-    for key in ("label_smoothing", "average_decay", "warmup_start"):
-        if not 0 <= config[key] < 1:
-            raise UserError(f"{key} must be in [0, 1); got {config[key]}.")
     if config.average_decay and config.norm in ("flax", "none"):
         raise UserError(
             f"average_decay={config.average_decay} needs statistics taken "
             f"anew, which norm={config.norm!r} does not hand out; use jaxbn."
         )
-    for key in ("microbatches", "steps_per_dispatch", "seeds"):
-        if config[key] < 1:
-            raise UserError(f"{key} must be at least 1; got {config[key]}.")
-    if config.checkpoint_every < 0:
+    if config.warmup_epochs > config.epochs:
         raise UserError(
-            f"checkpoint_every must be at least 0; got "
-            f"{config.checkpoint_every}."
+            f"warmup_epochs={config.warmup_epochs} is more than the "
+            f"epochs={config.epochs} of the run."
+        )
+    if list(config.boundaries) != sorted({*config.boundaries}):
+        raise UserError(
+            f"boundaries={config.boundaries} must rise: steps, each once."
+        )
+    check_seeds(config)
+
+
+def check_seeds(config: ConfigDict) -> None:
+    """Raises UserError unless each of seed, seed + 1, ... is in range."""
+    last = config.seed + config.seeds - 1
+    if not ranges.in_range("seed", last):
+        raise UserError(
+            f"seed={config.seed} with seeds={config.seeds} ends at {last}; a "
+            f"seed must be in {ranges.RANGES['seed']}."
         )
 
 
@@ -61,7 +68,7 @@ def steps_per_epoch(config: ConfigDict, dataset: data.Dataset) -> int:
     """Returns how many full batches the training split has.
 
     Raises:
-      UserError: not one.
+      UserError: not one, or too many in all for their number to be counted.
     """
     examples = len(dataset.train.labels)
     steps = examples // config.batch_size
@@ -69,6 +76,11 @@ def steps_per_epoch(config: ConfigDict, dataset: data.Dataset) -> int:
         raise UserError(
             f"batch_size={config.batch_size} is more than the {examples} "
             f"examples of {config.dataset} {config.train_split!r}."
+        )
+    if steps * config.epochs >= 2**31:
+        raise UserError(
+            f"epochs={config.epochs} of {steps} steps are more than the 2^31 "
+            "steps that are counted."
         )
     return steps
 
@@ -120,7 +132,18 @@ def make_recipe(
     schedule: optax.Schedule,
     place: Topology,
 ) -> Recipe:
-    """Returns what the compiled steps are made from."""
+    """Returns what the compiled steps are made from.
+
+    Raises:
+      UserError: what config says of the network, norm or augmentation does
+        not fit.
+    """
+    side = min(dataset.train.images.shape[1:3])
+    if config.crop_padding >= side:
+        raise UserError(
+            f"crop_padding={config.crop_padding} must be less than the {side} "
+            "pixels of an image: some crops would hold nothing of it."
+        )
     mean, std = _pixels(dataset.train)
     several = config.microbatches > 1
 

@@ -5,58 +5,21 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+import time
 from typing import Any, Self
 
 import matplotlib
-import tensorboardX
 import tqdm
-from ml_collections import ConfigDict
+from tensorboardX import summary as tensorboard
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 
-from train import UserError
-from train.files import write_json, write_text
+from train import UserError, output
+from train.files import replacing, write_text, writing
+from train.workdir import lacking, read_records
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-# Where the data lies and how many devices are simulated may change from one
-# start of a run to the next; it is still the same run.
-OF_THE_MACHINE = (
-    "data_dir",
-    "cpu_devices",
-    "checkpoint_every",
-    "mesh",
-    "microbatches",
-    "profile",
-    "seeds",
-    "steps_per_dispatch",
-)
-
-
-def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Creates the workdir, or checks that it belongs to this very run.
-
-    Raises:
-      UserError: it holds a run with another config, or cannot be written.
-    """
-    path = workdir / "config.json"
-    now = json.loads(config.to_json())
-    if path.exists():
-        then = json.loads(path.read_text())
-        for key in sorted({*now, *then} - {*OF_THE_MACHINE}):
-            if now.get(key) != then.get(key):
-                raise UserError(
-                    f"{workdir} holds another run: there {key} is "
-                    f"{then.get(key)!r}, here {now.get(key)!r}. Take another "
-                    "--workdir, or the config of that run to go on with it."
-                )
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, now)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to --workdir={workdir}: {error.strerror}."
-        ) from error
 
 
 class SilentReport:
@@ -90,6 +53,10 @@ class Report:
       images_per_epoch: that training reads.
       done: epochs finished before; later records are left from a crash and
         are dropped.
+
+    Raises:
+      UserError: the records of before are damaged, or lack the result of a
+        finished run, or the workdir cannot be written.
     """
 
     def __init__(
@@ -102,9 +69,19 @@ class Report:
     ):
         self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
-        self.records = _read_records(self._path)[:done]
-        self._write_records()
-        self._events = tensorboardX.SummaryWriter(str(workdir))
+        found = read_records(workdir)
+        self.records = [one for one in found if one["epoch"] <= done]
+        missing = lacking(self.records, done)
+        if missing and done == epochs and lacking(self.records[-1:], done):
+            raise UserError(
+                f"{workdir} is trained to its end, but {self._path.name} lacks "
+                f"{missing}, and with it the result: python -m train.evaluate "
+                f"{workdir} measures it again."
+            )
+        if len(self.records) < len(found) or not self._path.exists():
+            with writing(workdir):
+                self._write_records()
+        self._events: EventsWriter | None = None  # no epoch, no file
         self._epochs = epochs
         self._live = sys.stdout.isatty()
         self._bar = tqdm.tqdm(
@@ -115,34 +92,48 @@ class Report:
             file=sys.stdout,
             disable=not self._live,
         )
+        if missing:
+            self.say(f"{self._path} lacks {missing}; going on without")
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-        self._events.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._on_screen(self._bar.close)
+        try:
+            if self._events is not None:
+                self._events.close()
+        except OSError as error:
+            # Each epoch was flushed. What fails here fails again, and what
+            # went wrong before is the one to be reported.
+            if kind is None:
+                raise UserError(
+                    f"Cannot write to {self._workdir}: {error.strerror}."
+                ) from error
 
     def say(self, line: str) -> None:
         """Prints a line, above the progress bar where there is one."""
         if self._live:
-            self._bar.write(line, file=sys.stdout)
+            self._on_screen(self._bar.write, line, file=sys.stdout)
         else:
-            print(line, flush=True)
+            output.say(line)
 
     def advance(self, images: int) -> None:
         """Moves the progress bar."""
-        self._bar.update(images)
+        self._on_screen(self._bar.update, images)
+
+    def _on_screen(self, move: Any, *arguments: Any, **options: Any) -> None:
+        try:
+            move(*arguments, **options)
+        except OSError as error:  # the terminal is gone
+            output.lost(error)
 
     def add(self, record: dict[str, float]) -> None:
         """Takes the record of an epoch."""
         self.records.append(record)
         self._write_records()
         step = int(record["step"])
-        for key, value in record.items():
-            if key not in ("epoch", "step"):
-                self._events.add_scalar(key, value, step)
-        self._events.flush()
+        self._write_events(record, step)
         draw(self.records, self._workdir / "curves.png")
         self.say(
             f"epoch {record['epoch']}/{self._epochs}"
@@ -157,11 +148,24 @@ class Report:
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         write_text(self._path, lines)
 
+    def _write_events(self, record: dict[str, float], step: int) -> None:
+        """Appends to the TensorBoard file, in this thread.
 
-def _read_records(path: pathlib.Path) -> list[dict[str, float]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+        tensorboardX's SummaryWriter has one of its own, which reports a full
+        disk in a traceback and not to its caller.
+        """
+        if self._events is None:
+            self._events = EventsWriter(str(self._workdir / "events"))
+        for key, value in record.items():
+            if key not in ("epoch", "step"):
+                self._events.write_event(
+                    Event(
+                        wall_time=time.time(),
+                        step=step,
+                        summary=tensorboard.scalar(key, value),
+                    )
+                )
+        self._events.flush()
 
 
 def draw(records: list[dict[str, float]], path: pathlib.Path) -> None:
@@ -178,5 +182,8 @@ def draw(records: list[dict[str, float]], path: pathlib.Path) -> None:
     left.set(xlabel="epoch", ylabel="loss (nats)")
     right.set(xlabel="epoch", ylabel="accuracy (%)")
     left.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    try:
+        with replacing(path) as file:
+            figure.savefig(file, format="png", dpi=150)
+    finally:
+        plt.close(figure)

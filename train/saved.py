@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import NamedTuple
 
-import jax
 from absl import logging
 from ml_collections import ConfigDict
 
 from configs import defaults
-from train import UserError
+from train import UserError, ranges
 from train.checkpoint import Checkpoints, Progress
+from train.files import exists, read_json
+from train.flags import simulate
 from train.prepared import Prepared, prepare
 from train.step import TrainState, abstract_state
+from train.workdir import advice, check_name
 
 
 class Saved(NamedTuple):
@@ -32,18 +33,30 @@ def read_config(run: pathlib.Path) -> ConfigDict:
     Raises:
       UserError: run is no workdir, or its config.json is damaged.
     """
-    path = run / "config.json"
-    try:
-        then = json.loads(path.read_text())
-    except OSError as error:
+    path = check_name(run) / "config.json"
+    if not exists(path):
         raise UserError(
-            f"{run} holds no run: {path} cannot be read "
-            f"({error.strerror}). Give the --workdir of a run."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}.") from error
+            f"{run} holds no run: there is no {path}. Give the --workdir of a "
+            "run."
+        )
+    with advice("Put it back from a copy."):
+        then = read_json(path)
     config = defaults.get_config()
-    config.update(then)
+    unknown = sorted({*then} - {*config})
+    if unknown:
+        raise UserError(
+            f"{path} has a field {unknown[0]!r} that no run of python -m train "
+            "has: it is of another program, or of another version of this one."
+        )
+    with advice("Put it back from a copy."):
+        try:
+            config.update(then)
+            ranges.check(config, defaults)
+        except UserError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"{path} is damaged: {reason}.") from error
     return config
 
 
@@ -55,12 +68,13 @@ def use_devices(run: pathlib.Path) -> None:
     Raises:
       UserError: run is no workdir.
     """
-    devices = read_config(run).cpu_devices
-    jax.config.update("jax_num_cpu_devices", devices)
+    simulate(read_config(run).cpu_devices)
     logging.set_verbosity(logging.ERROR)
 
 
-def load(run: pathlib.Path, *, best: bool = False) -> Saved:
+def load(
+    run: pathlib.Path, *, best: bool = False, data_dir: str | None = None
+) -> Saved:
     """Returns the newest checkpoint of a run, with its data and network.
 
     The folder stays as it is: the run may go on meanwhile.
@@ -68,13 +82,17 @@ def load(run: pathlib.Path, *, best: bool = False) -> Saved:
     Args:
       run: its workdir.
       best: takes the checkpoint with the best test accuracy instead.
+      data_dir: of TFDS. None is that of the run, where nothing is written or
+        downloaded to: its config may be a stranger's.
 
     Raises:
       UserError: run is no workdir, or has no such checkpoint yet.
     """
     config = read_config(run)
     config.mesh = "data"
-    prepared = prepare(config)
+    foreign = config.data_dir is not None and data_dir is None
+    config.data_dir = data_dir or config.data_dir
+    prepared = prepare(config, download=not foreign)
     shape = prepared.dataset.train.images.shape[1:]
     like = abstract_state(prepared.recipe, shape, prepared.place.mesh)
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 import pathlib
 import statistics
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from train import loop, topology
+from train import loop, processes, topology
 from train.files import write_json
-from train.report import open_workdir
+from train.workdir import open_workdir, read_summary
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -51,9 +50,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    with topology.main_first(f"{workdir.name} begins"):
+    def done() -> dict[str, Any] | None:
         open_workdir(workdir, config)
-        finished = (workdir / "summary.json").exists()
-    if finished:
-        return json.loads((workdir / "summary.json").read_text())
-    return loop.train(config, workdir)
+        return read_summary(workdir)
+
+    return processes.from_main(done) or loop.train(config, workdir)

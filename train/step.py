@@ -234,7 +234,9 @@ def _unless_nonfinite(
     """Takes the new state, or where something is not finite the old one.
 
     The host looks at the sums some steps later. If the run is to stop, the
-    state waits for it where it was: no later batch moves it.
+    state waits for it where it was: no later batch moves it. If it goes on, the
+    batch counts as a step like any other, also for the schedule: it ends where
+    it was planned, however many batches were left out.
     """
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(optax.tree.norm(grads))
     halted = recipe.stop_if_nonfinite & (old.skipped > 0)
@@ -244,9 +246,27 @@ def _unless_nonfinite(
     step = jnp.where(halted, old.step, old.step + 1)
     if recipe.stop_if_nonfinite:
         step = jnp.where(take, step, old.step)
-    state = state._replace(step=step, skipped=old.skipped + nonfinite)
+    opt_state = state.opt_state
+    if not recipe.stop_if_nonfinite:
+        opt_state = _at_step(opt_state, step)
+    state = state._replace(
+        step=step, skipped=old.skipped + nonfinite, opt_state=opt_state
+    )
     kept = jax.tree.map(lambda a: jnp.where(take, a, 0), sums)
     return state, kept._replace(nonfinite=nonfinite)
+
+
+def _at_step(opt_state: Any, step: jax.Array) -> Any:
+    """Sets the count that a schedule of the optimizer reads."""
+
+    def counts(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda node: node._replace(count=step) if counts(node) else node,
+        opt_state,
+        is_leaf=counts,
+    )
 
 
 def _test_step(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +16,6 @@ from train import UserError
 
 AXES = ("replica", "data")
 MICRO = "micro"  # of the microbatches of a step, which no mesh has
-
-# A process that is gone is noticed after this many seconds; JAX waits 100.
-HEARTBEAT = 15
-# So long a process that has finished, or failed, waits for the others.
-SHUTDOWN = 10
 
 
 class Topology(NamedTuple):
@@ -87,57 +80,6 @@ class Topology(NamedTuple):
         return jax.tree.map(place, rows)
 
 
-def start(
-    coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-    """Joins the processes of a run, before the first use of a device.
-
-    Without arguments JAX looks for what SLURM, Open MPI, Kubernetes or a Cloud
-    TPU say; where there is none of them the run has one process.
-
-    Raises:
-      UserError: some of the arguments are given and others not, or the
-        processes do not find each other.
-    """
-    given = {
-        "coordinator": coordinator,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
-        raise UserError(
-            "--coordinator, --num_processes and --process_id go together; "
-            f"{' and '.join('--' + name for name in missing)} is missing."
-        )
-    timeouts = {
-        "heartbeat_timeout_seconds": HEARTBEAT,
-        "shutdown_timeout_seconds": SHUTDOWN,
-    }
-    if missing:
-        try:
-            jax.distributed.initialize(**timeouts)
-        except ValueError:
-            return  # nothing was found: one process
-        except RuntimeError as error:
-            raise UserError(f"The processes did not meet: {error}") from error
-        return
-    if not 0 <= process_id < num_processes:
-        raise UserError(
-            f"--process_id={process_id} must be from 0 to num_processes - 1, "
-            f"which is {num_processes - 1}."
-        )
-    try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, **timeouts
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"Process {process_id} of {num_processes} did not meet the others "
-            f"at --coordinator={coordinator}: {error}"
-        ) from error
-
-
 def make(spec: str, batch_size: int, microbatches: int = 1) -> Topology:
     """Returns the topology over all devices of all processes.
 
@@ -191,16 +133,6 @@ def make(spec: str, batch_size: int, microbatches: int = 1) -> Topology:
 def is_main() -> bool:
     """Whether this process writes what is written once."""
     return jax.process_index() == 0
-
-
-@contextlib.contextmanager
-def main_first(what: str) -> Iterator[None]:
-    """Runs what is inside in the main process, then in the others."""
-    if not is_main():
-        multihost_utils.sync_global_devices(what)
-    yield
-    if is_main() and jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def total(values: np.ndarray) -> np.ndarray:

@@ -7,14 +7,12 @@ its initialization to the end of its evaluation, after everything is compiled.
 from __future__ import annotations
 
 import functools
-import sys
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs import fast_defaults
-from train import UserError
+from train import command, output
 from train import flags as command_line
 
 
@@ -37,18 +35,15 @@ _parse = functools.partial(
 
 def main(config: ConfigDict) -> None:
     """Runs all seeds."""
-    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    command_line.simulate(config.cpu_devices)
     logging.set_verbosity(logging.ERROR)
     # Once the number of devices is set.
     from train.fast import run
 
     workdir = command_line.workdir()
     run.train(config, workdir)
-    print(f"The results are in {workdir}.")
+    output.say(f"The results are in {workdir}.")
 
 
 if __name__ == "__main__":
-    try:
-        app.run(main, flags_parser=_parse)
-    except UserError as user_error:
-        sys.exit(f"train.fast: {user_error}")
+    command.run("train.fast", lambda _: app.run(main, flags_parser=_parse))

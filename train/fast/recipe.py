@@ -15,13 +15,14 @@ import optax
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
-from train import UserError, data
+from configs import fast_defaults
+from train import UserError, data, ranges
 from train.augment import pixel_counts, pixel_statistics
 from train.fast.augment import FLIPS
 from train.fast.network import FastNet
 from train.fast.optimizer import make_optimizer
 from train.norms import norm_of
-from train.recipe import one_of, steps_per_epoch
+from train.recipe import check_seeds, one_of, steps_per_epoch
 from train.topology import Topology
 
 SMALLEST = 16  # pixels, that are left one by three halvings
@@ -62,32 +63,13 @@ class Prepared(NamedTuple):
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for values that no run can have."""
+    ranges.check(config, fast_defaults)
+    check_seeds(config)
     one_of("optimizer", config.optimizer, ("sgd", "muon"))
     one_of("flip", config.flip, FLIPS)
     one_of("dtype", config.dtype, ("float32", "bfloat16", "float16"))
-    positive = ("epochs", "learning_rate", "whitening_epsilon", "norm_epsilon")
-    for key in positive:
-        if not config[key] > 0:
-            raise UserError(f"{key} must be positive; got {config[key]}.")
-    for key in ("batch_size", "test_batch_size", "seeds", "devices"):
-        if config[key] < 1:
-            raise UserError(f"{key} must be at least 1; got {config[key]}.")
-    for key in ("momentum", "label_smoothing", "rate_peak", "lookahead_decay"):
-        if not 0 <= config[key] < 1:
-            raise UserError(f"{key} must be in [0, 1); got {config[key]}.")
-    for key in (
-        "translate",
-        "cutout",
-        "weight_decay",
-        "lookahead_every",
-        "whitening_bias_epochs",
-    ):
-        if config[key] < 0:
-            raise UserError(f"{key} must be at least 0; got {config[key]}.")
-    if config.layers not in (2, 3):
-        raise UserError(f"layers must be 2 or 3; got {config.layers}.")
-    if not config.widths or min(config.widths) < 1:
-        raise UserError(f"widths must be positive; got {config.widths}.")
+    if not config.widths:
+        raise UserError("widths must not be empty; take three, such as 64.")
     if config.batch_size % config.devices:
         raise UserError(
             f"batch_size={config.batch_size} does not split over "
@@ -119,6 +101,12 @@ def prepare(config: ConfigDict) -> Prepared:
         train=_enlarged(dataset.train), test=_enlarged(dataset.test)
     )
     side = min(dataset.train.images.shape[1:3])
+    groups = (side - 1).bit_length() - 1  # what so many halvings leave one of
+    if len(config.widths) > groups:
+        raise UserError(
+            f"widths={config.widths} are {len(config.widths)} groups, each of "
+            f"which halves the image; of {side} pixels, {groups} at most."
+        )
     for key in ("translate", "cutout"):
         if config[key] >= side:
             raise UserError(

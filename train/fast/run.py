@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,11 +12,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from train import UserError
 from train.fast.programs import Programs, compile_programs, epochs
 from train.fast.recipe import Prepared, Recipe, prepare
-from train.files import write_json
-from train.report import open_workdir
+from train.files import write_json, writing
+from train.output import say
 from train.told import versions
+from train.workdir import open_workdir, read_summary
 
 NO_TIMES = (
     "This is a CPU: the accuracies count, the times and images/s mean nothing."
@@ -27,6 +28,15 @@ _TIMED = (
     "from the seed to the counts of the evaluation: initialization, the first "
     "layer from the data, all steps, all views of the test images; without "
     "reading the data, moving it to the device, and compilation"
+)
+
+
+# Of summary.json, what `table` reads.
+_SHOWN = (
+    *("test_accuracy", "test_accuracy_deviation"),
+    *("test_accuracy_augmented", "test_accuracy_augmented_deviation"),
+    *("seconds", "seconds_deviation", "images_per_second", "versions"),
+    *("seeds", "devices", "device_kind", "on_accelerator"),
 )
 
 
@@ -43,16 +53,27 @@ class Run(NamedTuple):
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Runs all seeds; prints a line for each and writes summary.json.
 
+    Of a workdir where the same seeds have been run, what they came to.
+
     Raises:
       UserError: the config cannot be run, or workdir holds another run.
     """
     prepared = prepare(config)
     open_workdir(workdir, config)
+    before = read_summary(workdir)
+    if before.get("seeds") == [*_seeds(config)]:
+        if not {*_SHOWN} <= {*before}:
+            raise UserError(
+                f"{workdir / 'summary.json'} is damaged. Remove it: the same "
+                "command writes it again."
+            )
+        say(table(before))  # finished: nothing is measured again
+        return before
     on_cpu = jax.default_backend() == "cpu"
     scan = not on_cpu if config.scan is None else config.scan
-    print(_headline(config, prepared), flush=True)
+    say(_headline(config, prepared))
     if on_cpu:
-        print(NO_TIMES, flush=True)
+        say(NO_TIMES)
 
     started = time.perf_counter()
     recipe = prepared.recipe
@@ -63,16 +84,21 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         # What is set up at the first call of a program is no part of it.
         run(programs, prepared, config.seed - 1)
     compile_seconds = time.perf_counter() - started
-    print(f"compiled in {compile_seconds:.1f} s", flush=True)
+    say(f"compiled in {compile_seconds:.1f} s")
 
     runs = []
-    for seed in range(config.seed, config.seed + config.seeds):
+    for seed in _seeds(config):
         runs.append(run(programs, prepared, seed))
-        print(_line(runs[-1], recipe), flush=True)
+        say(_line(runs[-1], recipe))
     summary = summarize(runs, config, prepared, compile_seconds)
-    write_json(workdir / "summary.json", summary)
-    print(table(summary), flush=True)
+    with writing(workdir):
+        write_json(workdir / "summary.json", summary)
+    say(table(summary))
     return summary
+
+
+def _seeds(config: ConfigDict) -> range:
+    return range(config.seed, config.seed + config.seeds)
 
 
 def run(programs: Programs, prepared: Prepared, seed: int) -> Run:
@@ -87,8 +113,7 @@ def run(programs: Programs, prepared: Prepared, seed: int) -> Run:
         state, losses = programs.epoch(state, seed, epoch)
         if tell:
             loss = float(np.mean(jax.device_get(losses)))
-            print(f"  epoch {epoch + 1}/{total}  train loss {loss:.4f}")
-            sys.stdout.flush()
+            say(f"  epoch {epoch + 1}/{total}  train loss {loss:.4f}")
     correct = jax.block_until_ready(programs.evaluate(state))
     seconds = time.perf_counter() - started
     images = len(prepared.dataset.test.labels)

@@ -1,0 +1,281 @@
+"""Several processes: started differently, lost, hanging, resumed."""
+
+import json
+import re
+import signal
+import socket
+import time
+
+import pytest
+
+from tests.helpers.runs import (
+    ROOT,
+    TINY,
+    end,
+    end_all,
+    end_started,
+    free_port,
+    one_line,
+    start,
+    start_two,
+    steps_of,
+    wait_until,
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    end_started()
+
+
+LONG = "--config.epochs=10000"
+
+
+def log_of(line):
+    """What the line says where the original error is."""
+    path = re.search(r"The original error is in (.*)\.$", line)[1]
+    with open(path) as file:
+        return file.read()
+
+
+def test_two_processes_stopped_and_started_again_end_well(tmp_path):
+    both = start_two(tmp_path, LONG.replace("10000", "40"))
+    wait_until(lambda: len(steps_of(tmp_path)) > 1, both[0])
+    both[0].send_signal(signal.SIGTERM)
+    assert [code for code, *_ in end_all(both)] == [75, 75]
+    assert steps_of(tmp_path)[-1] < 160
+    ends = end_all(start_two(tmp_path, LONG.replace("10000", "40")))
+    assert [(code, error) for code, _, error in ends] == [(0, "")] * 2
+    assert "results are in" in ends[0][1]
+    assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 40
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 40
+
+
+# Met, but not alike
+
+OTHER_CODE = TINY + "\nfrom train import processes\nprocesses._code = lambda: 1"
+
+
+@pytest.mark.parametrize(
+    "each, patches, message",
+    [
+        (
+            (("--config.checkpoint_every=5",), ("--config.seeds=2",)),
+            None,
+            "started differently: checkpoint_every is 5 in process 0 and 3 in "
+            "process 1; seeds is 1 in process 0 and 2 in process 1. Give the "
+            "same command on all hosts",
+        ),
+        (
+            ((), ()),
+            (TINY, OTHER_CODE),
+            "the code in jaxbn, train and configs is '",
+        ),
+    ],
+)
+def test_processes_that_differ(each, patches, message, tmp_path):
+    for code, _, error in end_all(
+        start_two(tmp_path / "run", each=each, patches=patches)
+    ):
+        assert code == 1
+        assert message in one_line(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_they_do_not_share(tmp_path):
+    each = (f"--workdir={tmp_path / 'a'}",), (f"--workdir={tmp_path / 'b'}",)
+    for code, _, error in end_all(start_two(tmp_path, each=each)):
+        assert code == 1
+        assert "is not the same folder in all processes" in one_line(error)
+    assert not steps_of(tmp_path / "a")
+
+
+def test_an_error_of_one_is_told_by_all(tmp_path):
+    (tmp_path / "file").touch()
+    for code, _, error in end_all(start_two(tmp_path / "file")):
+        assert code == 1
+        assert one_line(error).startswith("Cannot write to --workdir=")
+
+
+# Not met
+
+
+def test_a_coordinator_that_cannot_be(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for arguments, message in (
+            (["--coordinator=127.0.0.1:1"], "--num_processes and --process_id"),
+            (
+                [
+                    "--coordinator=127.0.0.1:1",
+                    "--num_processes=2",
+                    "--process_id=2",
+                ],
+                "must be from 0 to num_processes - 1, which is 1",
+            ),
+            (
+                [
+                    f"--coordinator=127.0.0.1:{port}",
+                    "--num_processes=2",
+                    "--process_id=0",
+                ],
+                "Address already in use. Give an address of its own host and a "
+                "free port.",
+            ),
+            (
+                [
+                    "--coordinator=203.0.113.1:9876",
+                    "--num_processes=2",
+                    "--process_id=0",
+                ],
+                "Cannot assign requested address",
+            ),
+            (
+                [
+                    "--coordinator=nowhere.invalid:9876",
+                    "--num_processes=2",
+                    "--process_id=0",
+                ],
+                "cannot listen at --coordinator=nowhere.invalid:9876",
+            ),
+            (
+                [
+                    "--coordinator=127.0.0.1",
+                    "--num_processes=2",
+                    "--process_id=1",
+                ],
+                "--coordinator=127.0.0.1 must be HOST:PORT of process 0",
+            ),
+        ):
+            code, _, error = end(start(tmp_path / "run", *arguments))
+            assert code == 1 and message in one_line(error), error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_process_alone_waits_no_longer_than_a_minute(process, tmp_path):
+    since = time.monotonic()
+    code, _, error = end(
+        start(
+            tmp_path / "run",
+            f"--coordinator=127.0.0.1:{free_port()}",
+            "--num_processes=2",
+            f"--process_id={process}",
+        )
+    )
+    assert time.monotonic() - since < 75
+    assert code == 1
+    assert re.match(
+        "The processes did not meet|Nobody listens", one_line(error)
+    )
+
+
+# Lost
+
+
+@pytest.mark.parametrize(
+    "lost, number",
+    [
+        (0, signal.SIGKILL),
+        (1, signal.SIGKILL),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_is_lost_ends_the_others(lost, number, tmp_path):
+    both = start_two(tmp_path, LONG)
+    wait_until(lambda: steps_of(tmp_path), both[0])
+    both[lost].send_signal(number)
+    since = time.monotonic()
+    try:
+        code, _, error = end(both[1 - lost], timeout=60)
+        assert time.monotonic() - since < 30
+    finally:
+        both[lost].kill()
+        end(both[lost])
+    assert code == 75
+    line = one_line(error)
+    assert line.startswith("Another process died or left: ")
+    assert re.search("Gloo|coordination|JAX distributed service", log_of(line))
+
+
+HANGS = """
+from train import data
+import time
+batches = data.train_batches
+def hang(*a, epoch, **k):
+    if epoch == 2:
+        time.sleep(1000)
+    return batches(*a, epoch=epoch, **k)
+data.train_batches = hang
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_in_python_ends_all(tmp_path):
+    """Its heartbeat goes on; the reader of its batches does not."""
+    both = start_two(
+        tmp_path, LONG, "--stall_limit=20", patches=(TINY, TINY + HANGS)
+    )
+    for code, _, error in end_all(both):
+        assert code == 75
+        line = one_line(error)
+        assert re.match("No progress for 20 s|Another process died", line)
+    assert "hang" in (tmp_path / "error-1.log").read_text()
+
+
+RESET = """
+from train import checkpoint
+def save(*_, **__):
+    raise ConnectionResetError(104, "Connection reset by peer")
+checkpoint.Checkpoints.save = save
+"""
+
+
+def test_an_error_of_ones_own_is_no_lost_process(tmp_path):
+    code, _, error = end(start(tmp_path, patch=TINY + RESET))
+    assert code == 1
+    line = one_line(error)
+    assert line.startswith("Unexpected ConnectionResetError: [Errno 104] ")
+    assert "in save\n" in log_of(line)
+    assert (tmp_path / "error.log").exists()
+
+
+# One workdir, two runs
+
+
+def test_a_workdir_belongs_to_one_run_at_a_time(tmp_path):
+    first = start(tmp_path, LONG)
+    try:
+        wait_until(lambda: steps_of(tmp_path), first)
+        code, _, error = end(start(tmp_path, LONG))
+        assert code == 1
+        line = one_line(error)
+        assert re.search(rf"Another run \(process {first.pid} on .*since", line)
+    finally:
+        first.kill()
+        end(first)
+    # The lock has died with it.
+    second = start(tmp_path, LONG)
+    before = steps_of(tmp_path)[-1]
+    wait_until(lambda: steps_of(tmp_path)[-1] > before, second)
+    second.kill()
+    end(second)
+
+
+def test_workdirs_by_name(tmp_path):
+    code, _, error = end(start(""))
+    assert code == 1 and "--workdir= is empty" in one_line(error)
+    code, _, error = end(start(tmp_path / "a[1]"))
+    assert code == 1 and "its name has [ and ]." in one_line(error)
+    assert not [*tmp_path.iterdir()]
+    home = {"HOME": str(tmp_path)}
+    process = start("~/run", "--config.epochs=1", environment=home)
+    code, _, error = end(process)
+    assert (code, error) == (0, "")
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert not [*ROOT.glob("~*")]

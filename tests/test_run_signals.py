@@ -1,0 +1,132 @@
+"""Ctrl-C and SIGTERM at any moment of a run, by real signals."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.helpers.runs import (
+    TINY,
+    end,
+    end_all,
+    end_started,
+    one_line,
+    start,
+    start_two,
+    steps_of,
+    wait_until,
+)
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    end_started()
+
+
+LONG = "--config.epochs=10000"
+# Says when it is there, and stays for ten seconds in C, or in an import.
+COMPILING = """
+from train import step
+make = step.make_train_step
+
+def slow(*a, **k):
+    made = make(*a, **k)
+    def first(*b):
+        import ctypes
+        print("compiling", flush=True)
+        ctypes.CDLL(None).sleep(20)
+        return made(*b)
+    return first
+
+import train.loop
+train.loop.make_train_step = slow
+"""
+IMPORTING = """
+import sys, time
+class Slow:
+    def find_spec(self, name, path, target=None):
+        if name == "matplotlib":
+            print("importing", flush=True)
+            time.sleep(20)
+sys.meta_path.insert(0, Slow())
+"""
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_run_saves_and_says_so_in_one_line(number, tmp_path):
+    process = start(tmp_path, LONG)
+    wait_until(lambda: steps_of(tmp_path), process)
+    process.send_signal(number)
+    code, _, error = end(process)
+    assert code == CODES[number]
+    step = steps_of(tmp_path)[-1]
+    assert one_line(error).startswith(f"Stopped and saved at step {step};")
+
+
+@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("patch", [IMPORTING, TINY + COMPILING])
+def test_before_the_first_step_it_leaves_at_once(patch, number, tmp_path):
+    process = start(tmp_path, LONG, patch=patch)
+    for line in process.stdout:
+        if line in ("importing\n", "compiling\n"):
+            break
+    since = time.monotonic()
+    process.send_signal(number)
+    code, _, error = end(process)
+    assert time.monotonic() - since < 8
+    assert code == CODES[number]
+    assert one_line(error).startswith("Stopped with nothing to save; give the ")
+
+
+# A file system that does not answer, once there is something to save.
+STUCK = """
+from train import checkpoint
+import time
+def save(*_, **__):
+    print("saving", flush=True)
+    time.sleep(100)
+checkpoint.Checkpoints.save = save
+"""
+
+
+def test_a_second_one_leaves_at_once(tmp_path):
+    process = start(tmp_path, LONG, patch=TINY + STUCK)
+    for line in process.stdout:
+        if line == "saving\n":
+            break
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    since = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    code, _, error = end(process)
+    assert time.monotonic() - since < 5
+    assert code == 130
+    assert one_line(error).startswith("Left at once, without saving; ")
+
+
+def test_ctrl_c_to_one_of_two_processes_stops_both_at_a_step(tmp_path):
+    both = start_two(tmp_path, LONG)
+    wait_until(lambda: steps_of(tmp_path), both[0])
+    both[1].send_signal(signal.SIGINT)
+    (code, _, error), (other, _, its) = end_all(both)
+    assert (code, other) == (75, 130)
+    step = steps_of(tmp_path)[-1]
+    for said in (error, its):
+        assert one_line(said).startswith(f"Stopped and saved at step {step};")
+
+
+def test_where_no_program_listens_sigterm_alone_is_noted():
+    from train.signals import Interrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt() as interrupt:
+        assert not interrupt.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.asked and interrupt.code == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not interrupt.asked

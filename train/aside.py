@@ -1,0 +1,69 @@
+"""Damaged checkpoints, put aside beside the folder of the others."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+import warnings
+
+import jax
+
+from train import UserError, processes
+
+_NAME = "damaged-checkpoint-"
+
+
+def put_aside(
+    folder: pathlib.Path, damaged: dict[int, str], step: int, read_only: bool
+) -> None:
+    """Moves damaged checkpoints out of the way of new ones, with a warning.
+
+    Args:
+      folder: of the checkpoints.
+      damaged: what is wrong with each, by step.
+      step: of the checkpoint that is taken in their place.
+      read_only: warns, and leaves them where they are.
+
+    Raises:
+      UserError: one cannot be moved.
+    """
+    if not damaged:
+        return
+    with processes.together():
+        for each, why in damaged.items() if jax.process_index() == 0 else ():
+            now = ""
+            if not read_only:
+                now = f" and is now {_move(folder, each)}"
+            warnings.warn(
+                f"The checkpoint of step {each} is damaged ({why}){now}; going "
+                f"on from that of step {step}.",
+                stacklevel=2,
+            )
+
+
+def _move(folder: pathlib.Path, step: int) -> pathlib.Path:
+    for number in itertools.count(1):
+        more = f"-{number}" if number > 1 else ""
+        aside = folder.parent / f"{_NAME}{step}{more}"
+        if not os.path.lexists(aside):
+            break
+    try:
+        os.rename(folder / str(step), aside)
+    except OSError as error:
+        raise UserError(
+            f"The checkpoint of step {step} is damaged and cannot be moved to "
+            f"{aside}: {error.strerror}."
+        ) from error
+    return aside
+
+
+def refuse_to_begin_again(folder: pathlib.Path) -> None:
+    """Raises UserError if checkpoints were put aside and none is left."""
+    aside = sorted(folder.parent.glob(f"{_NAME}*"))
+    if aside:
+        raise UserError(
+            f"{folder} holds no checkpoint, but {aside[0].name} lies beside it: "
+            "the run would begin again at step 0. Mend that one and move it "
+            "back, take another --workdir, or delete it to begin again."
+        )

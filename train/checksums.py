@@ -1,0 +1,94 @@
+"""Checksums of the files of a checkpoint, which tell damage from all else."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import pathlib
+
+from orbax.checkpoint.path import atomicity
+
+NAME = "checksums.json"
+# Orbax writes these after the checksums; it can do without what they say.
+_LATER = ("_CHECKPOINT_METADATA", atomicity.COMMIT_SUCCESS_FILE)
+
+
+class Damaged(Exception):
+    """A file is not as it was written."""
+
+
+class SealedPath(atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint that gets its checksums before it gets its name.
+
+    Whatever has a name is therefore complete, and can be verified.
+    """
+
+    async def finalize(self) -> None:
+        folder = pathlib.Path(self.get())
+        if atomicity.TMP_DIR_SUFFIX not in folder.parent.name:  # of no item
+            await asyncio.to_thread(_seal, folder)
+        await super().finalize()
+        await asyncio.to_thread(_sync, pathlib.Path(self.get_final()).parent)
+
+
+def _seal(folder: pathlib.Path) -> None:
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in _LATER:
+            with path.open("rb") as file:
+                sums[name] = _digest(file)
+                os.fsync(file.fileno())
+    with (folder / NAME).open("x") as file:
+        json.dump(sums, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """Makes a new name in the folder survive a power failure."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _digest(file: object) -> str:
+    return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def verify(folder: pathlib.Path, under: str = "") -> None:
+    """Reads files of a checkpoint and compares.
+
+    Args:
+      folder: of the checkpoint.
+      under: begin of the names of those to read; all by default.
+
+    Raises:
+      Damaged: a file differs from what was written, or is missing.
+      OSError: one cannot be read, which says nothing about what is in it.
+    """
+    try:
+        text = (folder / NAME).read_bytes()
+        sums = json.loads(text)
+        names = [name for name in sums if name.startswith(under)]
+        wanted = {name: str(sums[name]) for name in names}
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise Damaged(f"{NAME} is missing") from error
+    except (ValueError, TypeError) as error:
+        raise Damaged(f"{NAME} cannot be decoded") from error
+    if not wanted:
+        raise Damaged(f"{NAME} names no files")
+    for name, digest in wanted.items():
+        try:
+            with (folder / name).open("rb") as file:
+                found = _digest(file)
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+            raise Damaged(f"{name} is missing") from error
+        except IsADirectoryError as error:
+            raise Damaged(f"{name} is a directory") from error
+        if found != digest:
+            raise Damaged(f"{name} is not as it was written")

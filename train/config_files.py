@@ -1,0 +1,108 @@
+"""Config files: whether one runs, and where it does not."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import inspect
+import pathlib
+import re
+import traceback
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from train import UserError
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+
+
+def check(given: str, fields: ModuleType) -> None:
+    """Raises UserError unless a config file returns a config of the program.
+
+    Args:
+      given: FILE, or FILE:ARGUMENT for its get_config(ARGUMENT).
+      fields: the module of configs/ with every field that there is.
+    """
+    file, colon, argument = given.partition(":")
+    if not pathlib.Path(file).exists():
+        raise UserError(
+            f"There is no file {file}; configs/ holds {of(fields)}."
+        )
+    if not pathlib.Path(file).is_file():
+        raise UserError(
+            f"--config={file} is no file; configs/ holds {of(fields)}."
+        )
+    try:
+        config = _config(file, (argument,) if colon else ())
+    except UserError:
+        raise
+    # Whatever a program may raise, and also that it wants to end this one.
+    except (Exception, SystemExit) as error:
+        raise UserError(_words(error, file)) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"{file}: get_config() must return a ConfigDict; got "
+            f"{type(config).__name__}. See configs/digits.py."
+        )
+    missing = sorted({*fields.get_config()} - {*config})
+    if missing:
+        raise UserError(
+            f"The config has no {missing[0]}: it is for another program. Take "
+            f"one of {of(fields)} in configs/."
+        )
+
+
+def of(fields: ModuleType) -> str:
+    """Names the files of configs/ that set these fields."""
+    name = fields.__name__.rpartition(".")[2]
+    paths = sorted(CONFIGS.glob("*.py"))
+    return ", ".join(p.name for p in paths if _builds_on(p, name))
+
+
+def _builds_on(path: pathlib.Path, name: str) -> bool:
+    found = re.search(r"^from configs import (.*)", path.read_text(), re.M)
+    used = found[1].split(", ") if found else ()
+    return any(
+        each == name or _builds_on(CONFIGS / f"{each}.py", name)
+        for each in used
+    )
+
+
+def _config(file: str, arguments: tuple[str, ...]) -> Any:
+    loader = importlib.machinery.SourceFileLoader("config_file", file)
+    spec = importlib.util.spec_from_loader("config_file", loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    get = getattr(module, "get_config", None)
+    if not callable(get):
+        raise UserError(
+            f"{file} defines no function get_config(); see configs/digits.py."
+        )
+    try:
+        inspect.signature(get).bind(*arguments)
+    except TypeError as error:
+        after = f"behind the colon; got {arguments[0]!r}" if arguments else ""
+        raise UserError(
+            f"{file}: get_config() takes nothing {after}."
+            if after
+            else f"{file}: get_config() cannot be called: {error}; give "
+            f"--config={file}:ARGUMENT."
+        ) from error
+    return get(*arguments)
+
+
+def _words(error: BaseException, file: str) -> str:
+    """Says in a line what happened in a config file, and where."""
+    said = " ".join(str(error).split())
+    if isinstance(error, ValueError) and said.startswith("configs/"):
+        return said  # of what stands behind the colon
+    if isinstance(error, SyntaxError):
+        line = f", line {error.lineno}" if error.lineno else ""
+        at = f"{error.filename or file}{line}"
+        return f"{at}: {type(error).__name__}: {error.msg}."
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    at = f"{file}, line {lines[-1]}" if lines else file
+    return f"{at}: {type(error).__name__}: {said}".rstrip(".: ") + "."

@@ -1,0 +1,94 @@
+"""A workdir belongs to one run at a time, which all its processes see."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+
+from train import UserError, processes, topology
+
+NAME = "lock"
+# An NFS client may show an old folder for some seconds.
+SEEN_WITHIN = 15.0
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+    """Creates the folder and holds it while this is a context.
+
+    The system lets go of the lock when the process ends, however it does.
+
+    Raises:
+      UserError: another run holds it, it cannot be written, or a process does
+        not see what the main one has written there.
+    """
+    token = secrets.token_hex(8) if topology.is_main() else ""
+    lock = None
+    with processes.together():
+        if topology.is_main():
+            lock = _take(workdir, token)
+    try:
+        token = processes.exchange(token)[0]
+        with processes.together():
+            if not topology.is_main():
+                _see(workdir, token)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _take(workdir: pathlib.Path, token: str) -> int:
+    path = workdir / NAME
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.open(path, flags, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to --workdir={workdir}: {error.strerror}."
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(lock, 1000, 0).decode(errors="replace")
+        owner = owner.partition("\n")[2].strip()
+        os.close(lock)
+        raise UserError(
+            f"Another run{f' ({owner})' if owner else ''} is at work in "
+            f"{workdir}: wait for its end, stop it, or take another --workdir."
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    text = f"{token}\nprocess {os.getpid()} on {socket.gethostname()}, "
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{text}since {started}\n".encode(), 0)
+    except OSError as error:
+        os.close(lock)
+        raise UserError(
+            f"Cannot write to --workdir={workdir}: {error.strerror}."
+        ) from error
+    return lock
+
+
+def _see(workdir: pathlib.Path, token: str) -> None:
+    limit = time.monotonic() + SEEN_WITHIN
+    while True:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if (workdir / NAME).read_text().partition("\n")[0] == token:
+                return
+        if time.monotonic() > limit:
+            raise UserError(
+                f"--workdir={workdir} is not the same folder in all processes: "
+                f"{socket.gethostname()} does not see what process 0 has "
+                "written there. Give one that all hosts share."
+            )
+        time.sleep(0.2)

@@ -1,0 +1,166 @@
+"""The processes of a run: what they agree on, and how they fail together."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from train import UserError
+
+# Within so many seconds all have to be there.
+MEET = 50
+# The watchdog ends a run that waits too long; this is only longer.
+_FOR_EVER = 7 * 24 * 3600
+
+
+class Agreed(UserError):
+    """One that all processes raise at the same place."""
+
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_numbers = itertools.count()
+
+
+def exchange(text: str, *, seconds: float = _FOR_EVER) -> list[str]:
+    """Returns what each process gives here, by their index.
+
+    By way of the coordinator, not of the devices: it works before they do.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    return _exchange(text, seconds)
+
+
+def _exchange(text: str, seconds: float) -> list[str]:
+    from jax._src import distributed  # its client is not public
+
+    state, key = distributed.global_state, f"train/{next(_numbers)}"
+    state.client.key_value_set(f"{key}/{state.process_id}", text)
+    found = []
+    for process in range(state.num_processes):
+        try:
+            found.append(
+                state.client.blocking_key_value_get(
+                    f"{key}/{process}", int(1000 * seconds)
+                )
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            raise UserError(
+                f"Process {process} did not answer within {seconds:g} s: it "
+                "hangs, or was started with another program."
+            ) from error
+    return found
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Makes what is wrong in one process an error in all of them.
+
+    All have to come here; what is inside must not wait for the others.
+
+    Raises:
+      Agreed: one of them raised UserError inside.
+    """
+    own, wrong = None, ""
+    try:
+        yield
+    except UserError as error:
+        own, wrong = error, str(error)
+    if own is not None and jax.process_count() == 1:
+        raise own
+    for said in exchange(wrong):
+        if said:
+            raise Agreed(said) from own
+
+
+def from_main(make: Callable[[], Any]) -> Any:
+    """Returns in all processes what make gives in the main one, as JSON."""
+    found = "null"
+    with together():
+        if jax.process_index() == 0:
+            found = json.dumps(make())
+    return json.loads(exchange(found)[0])
+
+
+def agree(config: ConfigDict, versions: dict[str, str]) -> None:
+    """Checks that all processes were started alike, and connects their devices.
+
+    Those that were not would wait for each other for ever.
+
+    Raises:
+      Agreed: they differ, with what and where.
+    """
+    from jax._src import distributed
+
+    if distributed.global_state.client is None:
+        return
+    own = {
+        **json.loads(config.to_json()),
+        **{f"the version of {name}": v for name, v in versions.items()},
+        "num_processes": distributed.global_state.num_processes,
+        "the code in jaxbn, train and configs": _code(),
+    }
+    del own["data_dir"]  # may be another one on each host
+    every = [json.loads(each) for each in _exchange(json.dumps(own), MEET)]
+    differences = [
+        f"{key} is {every[0].get(key)!r} in process 0 and {one.get(key)!r} in "
+        f"process {process}"
+        for process, one in enumerate(every)
+        for key in sorted({*every[0], *one})
+        if every[0].get(key) != one.get(key)
+    ]
+    if differences:
+        more = len(differences) - 3
+        listed = "; ".join(differences[:3])
+        raise Agreed(
+            f"The processes were started differently: {listed}"
+            f"{f'; and {more} more' if more > 0 else ''}. Give the same command "
+            "on all hosts, with the same code and packages."
+        )
+    # At once, while all are here: their libraries wait only 30 s for each
+    # other, and a program that takes long to compile on one host is too late.
+    multihost_utils.sync_global_devices("start")
+
+
+def _code() -> str:
+    digest = hashlib.sha256()
+    for folder in ("configs", "jaxbn", "train"):
+        for path in sorted((_ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(_ROOT)}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# How collectives and the coordinator fail where the other end is gone.
+_LOST = re.compile(
+    "closed by peer|reset by peer|[Bb]roken pipe|gloo/transport|Gloo|"
+    "coordination service|heartbeat|[Bb]arrier|UNAVAILABLE|DEADLINE_EXCEEDED"
+)
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether JAX raised this because another process is gone.
+
+    An error of a file system or of one's own never counts, whatever it says.
+    """
+    from jax._src import distributed
+
+    if (distributed.global_state.num_processes or 1) == 1:
+        return False
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return bool(_LOST.search(str(error)))
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,83 @@
+"""Whether the fields of a config are known, of their type, and in range."""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.ranges import RANGES
+from train import UserError
+
+# Fields of a layer, which checks their names itself.
+_OPEN = "norm_options"
+
+
+def check(config: ConfigDict, fields: ModuleType) -> None:
+    """Raises UserError for a field that no run can have, whatever the others.
+
+    Args:
+      config: of a run.
+      fields: the module of configs/ with every field that there is.
+    """
+    _check(config, fields.get_config(), "", pathlib.Path(fields.__file__ or ""))
+
+
+def in_range(name: str, value: float) -> bool:
+    """Whether a number is in the interval of its field."""
+    interval = RANGES[name]
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below  # NaN is neither
+
+
+def _check(
+    config: ConfigDict, known: ConfigDict, prefix: str, file: pathlib.Path
+) -> None:
+    for name in config:
+        if name not in known and prefix != f"{_OPEN}.":
+            near = difflib.get_close_matches(str(name), list(known), 1)
+            hint = f"configs/{file.name} has all fields."
+            if near:
+                hint = f"did you mean config.{prefix}{near[0]}?"
+            raise UserError(f"There is no config.{prefix}{name}; {hint}")
+    for name in known:
+        full = prefix + name
+        if name not in config:
+            raise UserError(
+                f"The config has no {full}; configs/{file.name} has all fields."
+            )
+        value, default = config[name], known[name]
+        if isinstance(default, ConfigDict):
+            if not isinstance(value, ConfigDict):
+                raise UserError(
+                    f"{full} holds fields of its own; got {value!r}."
+                )
+            _check(value, default, f"{full}.", file)
+        elif isinstance(default, tuple):
+            _tuple(full, value, type(default[0]))
+        elif value is not None or default is not None:
+            _value(full, value, known.get_type(name))
+
+
+def _tuple(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, tuple):
+        raise UserError(f"{name} must be a tuple; got {value!r}.")
+    for entry in value:
+        _value(name, entry, kind, f"every entry of {name}")
+
+
+def _value(name: str, value: Any, kind: type, words: str = "") -> None:
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise UserError(
+            f"{words or name} must be of type {kind.__name__}; got {value!r}."
+        )
+    if kind in (int, float) and not in_range(name, value):
+        raise UserError(
+            f"{words or name} must be in {RANGES[name]}; got {value}."
+        )
