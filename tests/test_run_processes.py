@@ -1,6 +1,7 @@
 """Several processes: started differently, lost, hanging, resumed."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -21,6 +22,7 @@ from tests.helpers.runs import (
     steps_of,
     wait_until,
 )
+from train import UserError, lock
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +69,11 @@ OTHER_CODE = TINY + "\nfrom train import processes\nprocesses._code = lambda: 1"
             "process 1; seeds is 1 in process 0 and 2 in process 1. Give the "
             "same command on all hosts",
         ),
-        (
+        pytest.param(
             ((), ()),
             (TINY, OTHER_CODE),
             "the code in jaxbn, train and configs is '",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -83,6 +86,7 @@ def test_processes_that_differ(each, patches, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_that_they_do_not_share(tmp_path):
     each = (f"--workdir={tmp_path / 'a'}",), (f"--workdir={tmp_path / 'b'}",)
     for code, _, error in end_all(start_two(tmp_path, each=each)):
@@ -91,6 +95,7 @@ def test_a_workdir_that_they_do_not_share(tmp_path):
     assert not steps_of(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_an_error_of_one_is_told_by_all(tmp_path):
     (tmp_path / "file").touch()
     for code, _, error in end_all(start_two(tmp_path / "file")):
@@ -181,7 +186,7 @@ def test_one_process_alone_waits_no_longer_than_a_minute(process, tmp_path):
     "lost, number",
     [
         (0, signal.SIGKILL),
-        (1, signal.SIGKILL),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
@@ -248,6 +253,21 @@ def test_an_error_of_ones_own_is_no_lost_process(tmp_path):
 # One workdir, two runs
 
 
+def test_the_second_to_take_a_workdir_is_told_who_has_it(tmp_path):
+    message = rf"Another run \(process {os.getpid()} on .* is at work in"
+    with lock.held(tmp_path / "run"):
+        with (
+            pytest.raises(UserError, match=message),
+            lock.held(tmp_path / "run"),
+        ):
+            pass
+        with lock.held(tmp_path / "other"):
+            pass
+    with lock.held(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.slow
 def test_a_workdir_belongs_to_one_run_at_a_time(tmp_path):
     first = start(tmp_path, LONG)
     try:
@@ -267,6 +287,7 @@ def test_a_workdir_belongs_to_one_run_at_a_time(tmp_path):
     end(second)
 
 
+@pytest.mark.slow
 def test_workdirs_by_name(tmp_path):
     code, _, error = end(start(""))
     assert code == 1 and "--workdir= is empty" in one_line(error)

@@ -68,7 +68,10 @@ def test_a_run_saves_and_says_so_in_one_line(number, tmp_path):
 
 
 @pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("patch", [IMPORTING, TINY + COMPILING])
+@pytest.mark.parametrize(
+    "patch",
+    [IMPORTING, pytest.param(TINY + COMPILING, marks=pytest.mark.slow)],
+)
 def test_before_the_first_step_it_leaves_at_once(patch, number, tmp_path):
     process = start(tmp_path, LONG, patch=patch)
     for line in process.stdout:
@@ -109,6 +112,7 @@ def test_a_second_one_leaves_at_once(tmp_path):
     assert one_line(error).startswith("Left at once, without saving; ")
 
 
+@pytest.mark.slow
 def test_ctrl_c_to_one_of_two_processes_stops_both_at_a_step(tmp_path):
     both = start_two(tmp_path, LONG)
     wait_until(lambda: steps_of(tmp_path), both[0])

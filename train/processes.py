@@ -160,7 +160,11 @@ def is_lost(error: BaseException | None) -> bool:
     if (distributed.global_state.num_processes or 1) == 1:
         return False
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            return bool(_LOST.search(str(error)))
+        said = str(error)
+        if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(said):
+            return True
+        # On some paths JAX raises what the collectives report as ValueError.
+        if isinstance(error, ValueError) and "Gloo" in said:
+            return True
         error = error.__cause__ or error.__context__
     return False
