@@ -229,3 +229,12 @@ def test_hessian_of_a_channel_without_variance():
     )
     want = 2 * (np.eye(3) - 1 / 3)
     np.testing.assert_allclose(hessian.reshape(3, 3), want, atol=1e-6)
+
+
+def test_a_constant_has_no_negative_variance():
+    """Its sums round, and epsilon hides the digits that they cost."""
+    constants = np.linspace(1e-3, 1e-2, 64, dtype=np.float32)
+    x = np.broadcast_to(constants, (1000, 64))
+    _, batch = jaxbn.batch_norm(x, epsilon=1e-5)
+    assert (np.asarray(batch.m2) >= 0).all()
+    np.testing.assert_allclose(batch.mean, constants, rtol=1e-5)
