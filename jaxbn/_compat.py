@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Set
+from collections.abc import Hashable, Iterable, Set
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Names = tuple[Hashable, ...]
 
@@ -26,10 +27,19 @@ def varying_axes_of_type(kind: Any) -> frozenset[Hashable]:
     return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))
 
 
-def vary_over(x: jax.Array, axes: frozenset[Hashable]) -> jax.Array:
+def vary_over(x: jax.Array, axes: Iterable[Hashable]) -> jax.Array:
     """Returns x marked as differing over mesh axes too."""
-    more = axes - varying_axes(x)
-    return jax.lax.pcast(x, tuple(more), to="varying") if more else x
+    more = tuple(set(axes) - varying_axes(x))
+    return jax.lax.pcast(x, more, to="varying") if more else x
+
+
+def types_say_varying() -> bool:
+    """Returns whether types say over which mesh axes values differ.
+
+    They do under shard_map with check_vma=True.
+    """
+    manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    return bool(manual) and bool(varying_axes(vary_over(jnp.zeros(()), manual)))
 
 
 def match_type(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -109,13 +119,13 @@ def applied_mutable(layer: Any) -> Any:
     return True if lifted else root.mutable
 
 
-def _teach_jet() -> None:
-    """Lets `jax.experimental.jet` go through a training step.
+def _register_jet_rules() -> None:
+    """Lets `jax.experimental.jet` differentiate a training step.
 
-    It lacks rules for checkpoint_name, optimization_barrier and cond; whoever
-    gave one first keeps theirs. And it runs the function of a `custom_jvp`
-    outside of its own trace, where that fails, as `jax.nn.relu` does: seen in
-    JAX 0.10.2 and 0.11.2.
+    It has no rules for checkpoint_name, optimization_barrier and cond; a rule
+    that is already registered stays. It also evaluates `custom_jvp` functions
+    outside its own trace, which fails, for `jax.nn.relu` too: seen in JAX 0.10.2
+    and 0.11.2.
     """
     try:
         from jax._src.ad_checkpoint import name_p
@@ -151,7 +161,7 @@ def _teach_jet() -> None:
             primals[0], list(map(along, branches)), primals[1:], series[1:]
         )
 
-    def in_its_trace(self: Any, *args: Any, **params: Any) -> Any:
+    def process_custom_jvp_call(self: Any, *args: Any, **params: Any) -> Any:
         with set_current_trace(self):
             return custom_jvp(self, *args, **params)
 
@@ -161,7 +171,7 @@ def _teach_jet() -> None:
         (cond_p, cond),
     ):
         rules.setdefault(primitive, rule)
-    trace.process_custom_jvp_call = in_its_trace
+    trace.process_custom_jvp_call = process_custom_jvp_call
 
 
-_teach_jet()
+_register_jet_rules()

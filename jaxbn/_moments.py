@@ -385,9 +385,9 @@ def nonzero(count: Any) -> Any:
 
 
 def promoted(*values: Any) -> Any:
-    """Returns values in one dtype, that of their product; all are wide.
+    """Returns values cast to the dtype of their product; all are wide.
 
-    Said, because some forbid JAX to promote dtypes on its own.
+    Explicit casts also work under `jax_numpy_dtype_promotion="strict"`.
     """
     dtypes = [value.dtype for value in values]
     dtype = functools.reduce(np.promote_types, dtypes)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbn._compat import types_say_varying, varying_axes
 from jaxbn._layer import as_stored
 from jaxbn._moments import Moments
 from jaxbn._running import RunningStats, is_finite, update_running
@@ -22,7 +23,6 @@ from jaxbn.accumulate._microbatches import (
     split,
     vary_some,
 )
-from jaxbn.accumulate._types import is_typed, varies_over
 
 
 def value_and_grad(
@@ -117,7 +117,7 @@ def value_and_grad(
             shared[n] = jax.tree.map(jnp.asarray, shared[n])
         rows, batch_tree = jax.tree.flatten(split(batch, microbatches))
         # Devices sum their gradients in the end, not in every microbatch.
-        over = set().union(*map(varies_over, rows))
+        over = set().union(*map(varying_axes, rows))
         leaves, tree = jax.tree.flatten(vary_some(shared, nums, over))
         traced = [leaf for leaf in leaves if is_array(leaf)]
 
@@ -127,7 +127,7 @@ def value_and_grad(
                 tree, [next(left) if is_array(x) else x for x in leaves]
             )
             micro = jax.tree.unflatten(batch_tree, left)
-            axis = {axis_name} if exact and is_typed() else set()
+            axis = {axis_name} if exact and types_say_varying() else set()
             both = gradient_of_one(loss, argnums, has_aux, axis)
             return both(*vary_some(local, nums, axis), micro)
 

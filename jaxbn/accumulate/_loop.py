@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxbn.accumulate._types import varies_over, vary, varying
+from jaxbn._compat import vary_over, varying_axes, varying_axes_of_type
 
 Values = dict[Any, Any]
 
@@ -111,7 +111,7 @@ def loop(
     # that all that is read comes after what is written. Else compilers copy the
     # stack for every microbatch.
     late = {
-        key: Stack(kept[key]).at(_zero_after(token, varies_over(kept[key])))
+        key: Stack(kept[key]).at(_zero_after(token, varying_axes(kept[key])))
         for key in job.places
     }
 
@@ -151,10 +151,10 @@ def _zeros(
 
     Else compilers make room for them when the program starts.
     """
-    over = varying(kind) - {axis_name}
+    over = varying_axes_of_type(kind) - {axis_name}
     shape = (*size, *kind.shape)
     if not _is_plain(kind.dtype):
-        return vary(jnp.zeros(shape, kind.dtype), over)
+        return vary_over(jnp.zeros(shape, kind.dtype), over)
     zero = _zero_after(token, over)
     spec = _explicit_spec(kind)
     array = jax.lax.broadcast(
@@ -162,7 +162,7 @@ def _zeros(
         shape,
         out_sharding=spec and PartitionSpec(*(None for _ in size), *spec),
     )
-    return vary(array, over)
+    return vary_over(array, over)
 
 
 def _is_plain(dtype: Any) -> bool:
@@ -192,13 +192,13 @@ def _known_after(totals: Values, kept: Values) -> jax.Array:
     return jnp.zeros((), jnp.int32)
 
 
-def _zero_after(token: jax.Array, over: set[Hashable]) -> jax.Array:
+def _zero_after(token: jax.Array, over: Set[Hashable]) -> jax.Array:
     """Returns 0, but compilers think that it hangs on token.
 
     An optimization_barrier says so too, but is gone before operations are put
     in order. A token that varies over other axes than `over` would make what
     is made of it do so.
     """
-    if not varies_over(token) <= over:
+    if not varying_axes(token) <= over:
         token = jnp.zeros((), jnp.int32)
     return jnp.minimum(token, 0)  # a token is never negative

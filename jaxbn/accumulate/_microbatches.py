@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._checks import describe
+from jaxbn._compat import vary_over, varying_axes
 from jaxbn._moments import Moments, merge
 from jaxbn.accumulate._loop import Inputs
 from jaxbn.accumulate._run import evaluate
 from jaxbn.accumulate._trace import trace
-from jaxbn.accumulate._types import varies_over, vary
 
 
 def means(
@@ -85,7 +85,7 @@ def gradient_of_one(
                 f"loss returned a tuple of {len(value)} in place of one value. "
                 "With has_aux=True it returns (value, aux)."
             )
-        return vary(jnp.asarray(value), axis), aux
+        return vary_over(jnp.asarray(value), axis), aux
 
     def both(*args: Any) -> Any:
         (value, aux), grads = jax.value_and_grad(scalar, argnums, has_aux=True)(
@@ -146,13 +146,13 @@ def vary_some(
 ) -> list[Any]:
     """Marks the arguments in nums as varying over mesh axes."""
     return [
-        jax.tree.map(lambda x: vary(x, over), arg) if n in nums else arg
+        jax.tree.map(lambda x: vary_over(x, over), arg) if n in nums else arg
         for n, arg in enumerate(args)
     ]
 
 
 def gradient_like(grad: jax.Array, param: jax.Array) -> jax.Array:
     """Sums over the mesh axes that param is the same on, as jax.grad does."""
-    over = tuple(varies_over(grad) - varies_over(param))
+    over = tuple(varying_axes(grad) - varying_axes(param))
     total = jax.lax.psum(grad, over) if over else grad
     return total.astype(param.dtype)

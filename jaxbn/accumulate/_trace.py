@@ -11,6 +11,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from jaxbn._collectives import lockstep
+from jaxbn._compat import types_say_varying, vary_over, varying_axes
 from jaxbn.accumulate._branches import add_branches
 from jaxbn.accumulate._collectives import (
     add_collective,
@@ -25,7 +26,6 @@ from jaxbn.accumulate._loop import Inputs
 from jaxbn.accumulate._nodes import Program
 from jaxbn.accumulate._rebuild import REBUILD
 from jaxbn.accumulate._scans import add_scan
-from jaxbn.accumulate._types import is_typed, varies_over, vary
 
 # Equations that only wrap the ones that count.
 _CALL_NAMES = (
@@ -68,7 +68,7 @@ def trace(fn: Callable[..., Any], inputs: Inputs) -> tuple[Program, Any]:
     else:
         make = functools.partial(make, axis_env=[(axis_name, size)])
         with lockstep(axis_name):
-            if is_typed():
+            if types_say_varying():
                 closed, shapes = _trace_typed(make, fn, inputs)
             else:
                 closed, shapes = make(fn)(*inputs.of(0))
@@ -101,12 +101,12 @@ def _trace_typed(
     )
     examples = inputs.of(0)
     over = [
-        varies_over(example) | (axis if stacked else set())
+        varying_axes(example) | (axis if stacked else set())
         for example, stacked in zip(examples, inputs.stacked())
     ]
 
     def typed(*plain: jax.Array) -> Any:
-        return fn(*map(vary, plain, over))
+        return fn(*map(vary_over, plain, over))
 
     plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in examples]
     nothing = jax.sharding.AbstractMesh((), ())
@@ -184,7 +184,7 @@ def _equation(
         refuse(program, eqn)
     if name == "conv_general_dilated":
         run = functools.partial(convolve, eqn.primitive, params)
-    elif name in REBUILD and is_typed():
+    elif name in REBUILD and types_say_varying():
         # Types inside of it name the axis; see _trace_typed.
         evaluate = functools.partial(_evaluate, program)
         run = functools.partial(REBUILD[name], evaluate, params)
@@ -235,7 +235,7 @@ def _barrier(x: jax.Array) -> list[jax.Array]:
 
 
 def _vary(over: tuple[Hashable, ...], x: jax.Array) -> list[jax.Array]:
-    return [vary(x, over)]
+    return [vary_over(x, over)]
 
 
 def _body(eqn: jex.JaxprEqn) -> tuple[jex.Jaxpr, Sequence[Any]]:
