@@ -10,6 +10,8 @@ import pathlib
 
 from orbax.checkpoint.path import atomicity
 
+from train.files import sync_folder
+
 NAME = "checksums.json"
 # Orbax writes these after the checksums; it can do without what they say.
 _LATER = ("_CHECKPOINT_METADATA", atomicity.COMMIT_SUCCESS_FILE)
@@ -30,7 +32,8 @@ class SealedPath(atomicity.AtomicRenameTemporaryPath):
         if atomicity.TMP_DIR_SUFFIX not in folder.parent.name:  # of no item
             await asyncio.to_thread(_seal, folder)
         await super().finalize()
-        await asyncio.to_thread(_sync, pathlib.Path(self.get_final()).parent)
+        folder = pathlib.Path(self.get_final()).parent
+        await asyncio.to_thread(sync_folder, folder)
 
 
 def _seal(folder: pathlib.Path) -> None:
@@ -45,15 +48,6 @@ def _seal(folder: pathlib.Path) -> None:
         json.dump(sums, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: pathlib.Path) -> None:
-    """Makes a new name in the folder survive a power failure."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _digest(file: object) -> str:

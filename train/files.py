@@ -36,17 +36,17 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 file.close()  # flushes, which may fail again
             raise
-    _sync(path.parent)
-
-
-def _sync(folder: pathlib.Path) -> None:
-    """Makes a new name in a folder survive a loss of power."""
     with contextlib.suppress(OSError):  # some file systems cannot
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Makes a new name in a folder survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
