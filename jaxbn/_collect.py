@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._call import infers
-from jaxbn._layer import no_moments
+from jaxbn._layer import no_moments, record
 from jaxbn._moments import Moments, merge
 from jaxbn._running import RunningStats
 
@@ -84,7 +84,7 @@ class Collected:
         )
         none = jnp.zeros_like(var)
         return Collected(
-            merge(self.values, batch._replace(count=count)),
+            record(self.values, batch),
             merge(self.means, Moments(kept, batch.mean, none)),
             merge(self.stds, Moments(share, jnp.sqrt(var + epsilon), none)),
             self._log,

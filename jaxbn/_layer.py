@@ -54,7 +54,7 @@ class Call(NamedTuple):
     timestep: int | jax.Array | None
     dtype: Any  # of the result
     hand_out: bool  # moments also where normalization does not need them
-    initializing: bool = False  # outside mapped axes, on as little as one value
+    initializing: bool = False  # on as little as one value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,17 +189,6 @@ class Layer:
         call: Call,
     ) -> tuple[jax.Array, State, Moments | None]:
         """Returns y, the next state, and in training the batch's moments."""
-        layer = self.alone() if call.initializing else self
-        return layer._call(x, scale, bias, state, call)
-
-    def _call(
-        self,
-        x: jax.Array,
-        scale: jax.Array | None,
-        bias: jax.Array | None,
-        state: State,
-        call: Call,
-    ) -> tuple[jax.Array, State, Moments | None]:
         self.split_axes(x)
         mask = check_where(call.mask, x, name="mask")
         if (call.ids is None) != (self.num_ids is None):

@@ -168,6 +168,9 @@ class BatchNorm(nn.Module):
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             x = x.astype(jnp.float32)
         layer = Layer.of(self)
+        initializing = self.is_initializing()
+        if initializing:  # outside of mapped axes
+            layer = layer.alone()
         features, _ = layer.split_axes(x)
         size = tuple(x.shape[axis] for axis in features)
         initial = layer.init(size, x.dtype)
@@ -203,7 +206,6 @@ class BatchNorm(nn.Module):
         collects = variable_of(self)
         by_name = self._hands_out_moments()
         hand_out = by_name or collects is not None
-        initializing = self.is_initializing()
         call = Call(
             inference, mask, ids, timestep, dtype, hand_out, initializing
         )
