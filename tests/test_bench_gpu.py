@@ -11,8 +11,11 @@ import pytest
 
 from tests.bench import (
     gpu,
+    gpu_exact,
     gpu_layers,
     gpu_nets,
+    gpu_run,
+    gpu_step,
     gpu_steps,
     gpu_trace,
     layers,
@@ -94,7 +97,9 @@ def test_networks_of_both_libraries_have_the_published_size(network, size):
 
 def test_networks_of_both_libraries_compute_the_same():
     torch = pytest.importorskip("torch")
-    network = gpu_nets.Network("two", (2, 32, 32, 3), 10, True, 2, (1, 1))
+    network = gpu_nets.Network(
+        "two", "ResNet-50", (2, 32, 32, 3), 10, 2, (1, 1)
+    )
     model = network.build("jaxbn", "float32")
     x = np.random.default_rng(0).normal(size=network.images)
     x = x.astype(np.float32)
@@ -217,9 +222,9 @@ def test_kernels_are_told_apart():
 
 def test_errors_in_a_few_words():
     gone = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying")
-    assert gpu_nets.short(gone) == "out of memory"
-    assert gpu_nets.short(ValueError("one\ntwo")) == "ValueError: one"
-    assert gpu_nets.short(KeyError()) == "KeyError: "
+    assert gpu_run.short(gone) == "out of memory"
+    assert gpu_run.short(ValueError("one\ntwo")) == "ValueError: one"
+    assert gpu_run.short(KeyError()) == "KeyError: "
 
 
 def test_a_failure_leaves_the_other_sections(monkeypatch, tmp_path, capsys):
@@ -266,6 +271,34 @@ def test_bandwidth_is_measured_and_shown(capsys):
     assert "copy GB/s" in capsys.readouterr().out
 
 
+def test_the_layers_are_held_to_float64():
+    rows = gpu.main(["--quick", "--only", "exact"])["exact"]
+    assert rows[-1] == {"note": "all right"}
+    assert len(rows) == 7 * len(gpu_exact.OFFSETS) + 2
+
+
+def test_a_wrong_layer_is_found(monkeypatch):
+    def off(x, *rest):
+        y, (mean, var) = function(x, *rest)
+        return y, (mean, var * (1 + 2e-5))
+
+    function = gpu_exact._function
+    monkeypatch.setattr(gpu_exact, "_function", off)
+    rows = gpu.main(["--quick", "--only", "exact"])["exact"]
+    wrong = [row["case"] for row in rows if row.get("right") is False]
+    assert wrong == [f"batch_norm, offset {o:g}" for o in gpu_exact.OFFSETS]
+
+
+def test_steps_without_the_second_pass_decide_nothing():
+    networks = gpu_nets.QUICK
+    found = gpu_step.compile_all(networks, ["jaxbn", "jaxbn, one pass"])
+    conditionals = [
+        found[networks[0], name].compiled.as_text().count(" conditional(")
+        for name in ("jaxbn", "jaxbn, one pass")
+    ]
+    assert conditionals[0] > 0 and conditionals[1] == 0
+
+
 def test_unknown_section(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--only", "norms"])
@@ -275,7 +308,7 @@ def test_unknown_section(capsys):
 def test_no_time_left_is_said():
     result = gpu.main(["--quick", "--seconds", "0", "--only", "steps"])
     notes = [row["note"] for row in result["steps"]]
-    assert notes[0] == "no time left to compile jaxbn"
+    assert notes == ["no time left to compile"]
 
 
 @pytest.mark.slow
@@ -311,14 +344,21 @@ def test_a_batch_that_does_not_fit_ends_the_search(monkeypatch):
         def __init__(self, *args, batch=4, **fields):
             self.size = batch
 
+        def compile(self):
+            return self
+
         def __call__(self):
             if self.size > 8:
                 raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
             return jnp.zeros(())
 
     monkeypatch.setattr(gpu_steps, "Steps", Full)
-    monkeypatch.setattr(gpu_nets, "steps", lambda network, name: Full())
-    run = gpu_nets.Run(quick=False, seconds=60)
+    monkeypatch.setattr(
+        gpu_steps,
+        "compile_all",
+        lambda networks, names: {(networks[0], names[0]): Full()},
+    )
+    run = gpu_run.Run(quick=False, seconds=60)
     run.networks = gpu_nets.QUICK
     rows = list(gpu_steps.largest_batch(run))
     found = [row.get("outcome", row.get("note")) for row in rows]

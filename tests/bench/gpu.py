@@ -2,12 +2,15 @@
 
 One call prints, the most important first and each line as soon as it is known:
 
+- exact: whether the layers are right on the device, against float64;
 - copy: the bandwidth of the card, to which everything else is held;
-- norm: forward, and forward and backward, of jaxbn, flax, haiku and PyTorch,
-  in time and as a share of the floor: 3 passes over x, with backward 8, at the
-  speed of a copy of the same bytes;
+- norm: forward, and forward and backward, of jaxbn, flax, haiku, equinox and
+  PyTorch, in time and as a share of the floor: 3 passes over x, with backward
+  8, at the speed of a copy of the same bytes;
 - steps: images a second of whole training steps of ResNet-50 and ResNet-18,
-  and their memory, also with jaxbn.remat.policy();
+  and their memory, also with jaxbn.remat.policy(), and without the pass that
+  jaxbn takes only where sums cancel;
+- loop: steps of ResNet-20 at batch 128 in one program, the same way;
 - fused: the norm with a ReLU, and with a sum and a ReLU;
 - trace: the share of a step's device time that goes to normalization;
 - batch: the largest batch that fits.
@@ -34,17 +37,21 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 
 from tests.bench import (
     __main__,
+    gpu_exact,
     gpu_layers,
     gpu_nets,
+    gpu_run,
     gpu_steps,
     torch_peer,
 )
 
 # Each with its share of the time; what one leaves over, the later ones have.
 SECTIONS: dict[str, tuple[Callable[[Any], Iterator[dict]], float]] = {
+    "exact": (gpu_exact.section, 2),
     "copy": (gpu_layers.copy_speed, 1),
     "norm": (gpu_layers.alone, 6),
     "steps": (gpu_steps.speed, 10),
+    "loop": (gpu_steps.loop, 3),
     "fused": (gpu_layers.fused, 4),
     "trace": (gpu_steps.kernels, 4),
     "batch": (gpu_steps.largest_batch, 6),
@@ -70,14 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[dict]]:
         rows = result[name] = []
         start = time.perf_counter()
         try:
-            run = gpu_nets.Run(
+            run = gpu_run.Run(
                 quick=given.quick, seconds=seconds, trace=given.trace
             )
+            if given.network:
+                run.networks = [
+                    n for n in run.networks if n.kind in given.network
+                ]
             for row in section(run):
                 _show(row, rows[-1] if rows else {})
                 rows.append(row)
         except Exception as error:
-            rows.append({"note": f"{name} failed: {gpu_nets.short(error)}"})
+            rows.append({"note": f"{name} failed: {gpu_run.short(error)}"})
             _show(rows[-1], {})
         _print(f"\n({time.perf_counter() - start:.0f} s)")
         if given.json:  # now, lest the whole run is cut off
@@ -97,6 +108,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         choices=list(SECTIONS),
         help="a section; again for more; all without",
+    )
+    parser.add_argument(
+        "--network",
+        action="append",
+        choices=[network.kind for network in gpu_nets.LARGE],
+        help="a network; again for more; all without",
     )
     parser.add_argument(
         "--seconds",

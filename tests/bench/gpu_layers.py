@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.bench import gpu_nets, layers, measure, torch_peer
+from tests.bench import layers, measure, torch_peer
+from tests.bench.gpu_run import Run, short, together
 
 # Passes over x that nothing can do without, forward and with backward. See
 # measure.FLOOR; the ReLU's mask follows from x, and where something was added,
@@ -24,7 +25,7 @@ FLOORS = {
     "norm, relu": (3, 8),
     "norm, add, relu": (4, 10),
 }
-PEERS = ("jaxbn", "flax fast", "flax stable", "haiku")
+PEERS = ("jaxbn", "flax fast", "flax stable", "haiku", "equinox")
 DTYPES = ("bfloat16", "float32")
 
 
@@ -98,7 +99,7 @@ def program(
     return run
 
 
-def copy_speed(run: gpu_nets.Run) -> Iterator[dict]:
+def copy_speed(run: Run) -> Iterator[dict]:
     """Bandwidth of reading and writing once, and the time to start."""
     sizes = (1, 4) if run.quick else (1, 16, 256, 1024, 4096)
     nothing = jnp.zeros(8, jnp.uint32)
@@ -115,106 +116,137 @@ def copy_speed(run: gpu_nets.Run) -> Iterator[dict]:
         }
 
 
-def alone(run: gpu_nets.Run) -> Iterator[dict]:
+def alone(run: Run) -> Iterator[dict]:
     """The norm by itself, over the shapes of two networks."""
     for dtype in DTYPES[:1] if run.quick else DTYPES:
         for backward in (True, False):
-            if not run.over():
-                yield from _rows(run, "norm", dtype, backward)
+            # In full for what training in mixed precision takes.
+            most = 6 if backward and dtype == "bfloat16" else 3
+            yield from _rows(run, "norm", dtype, backward, most)
 
 
-def fused(run: gpu_nets.Run) -> Iterator[dict]:
+def fused(run: Run) -> Iterator[dict]:
     """The norm with a ReLU, and with a sum and a ReLU, in one program."""
     for backward in (True, False):
         for variant in ("norm, relu", "norm, add, relu")[run.quick :]:
-            if not run.over():
-                yield from _rows(run, variant, "bfloat16", backward)
+            yield from _rows(run, variant, "bfloat16", backward, 2)
+
+
+class _Row(NamedTuple):
+    """One shape, and what is computed of it."""
+
+    network: str
+    layers: int
+    shape: tuple[int, ...]
+    dtype: str
+    variant: str
+    backward: bool
+    many: int  # layers in one program
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
 def _rows(
-    run: gpu_nets.Run, variant: str, dtype: str, backward: bool
+    run: Run, variant: str, dtype: str, backward: bool, most: int
 ) -> Iterator[dict]:
     """A row a shape, those first that a network spends most on."""
+    rows = []
     for network in run.networks:
         found = norm_shapes(network.build("jaxbn"), network.images)
-        total: Counter = Counter()
-        most = 1 if run.quick else None
         for shape, times in sorted(
             found.items(), key=lambda item: -math.prod(item[0]) * item[1]
-        )[:most]:
-            if run.over():
-                yield {"note": f"no time left for {network.name} {shape}"}
-                return
-            row = _row(run, shape, dtype, variant, backward)
-            for name, time in row.items():
-                if isinstance(time, Time):
-                    total[name] += times * time.ms
-            yield {"network": network.name, "layers": times} | row
-        if most is None:
-            sums = ", ".join(
-                f"{name} {ms:.3g} ms" for name, ms in total.items()
-            )
-            yield {
-                "note": f"all {found.total()} layers of {network.name}, "
-                f"{row['what']}, {dtype}: {sums}"
-            }
+        )[: 1 if run.quick else most]:
+            row = _Row(network.name, times, shape, dtype, variant, backward, 1)
+            many = copies(row.nbytes, run.on_cpu)
+            rows.append(row._replace(many=many))
+    if run.over():
+        yield {"note": f"no time left for {variant}, {dtype}"}
+        return
+    wanted = [(row, name) for row in rows for name in PEERS]
+    programs = dict(
+        zip(
+            wanted, together([functools.partial(_compiled, *w) for w in wanted])
+        )
+    )
+    for row in rows:
+        if run.over():
+            yield {"note": f"no time left for {row.network} {row.shape}"}
+            return
+        yield _measured(run, row, {n: programs[row, n] for n in PEERS})
 
 
-def _row(
-    run: gpu_nets.Run,
-    shape: tuple[int, ...],
-    dtype: str,
-    variant: str,
-    backward: bool,
-) -> dict:
-    nbytes = math.prod(shape) * jnp.dtype(dtype).itemsize
-    many = copies(nbytes, run.on_cpu)
-    words = [jnp.zeros(nbytes // 4, jnp.uint32) for _ in range(many)]
+def _compiled(row: _Row, name: str) -> Callable[..., Any]:
+    """Returns data -> results, compiled."""
+    layer = layers.build(name, row.shape[-1], dtype=row.dtype)
+    params, state = layer.init()
+    x = jax.ShapeDtypeStruct(row.shape, row.dtype)
+    if layer.channels_first:
+        x = jax.eval_shape(_channels_first, x)
+    compiled = (
+        jax.jit(program(layer, row.variant, row.backward))
+        .lower(params, state, [(x, x, x)] * row.many)
+        .compile()
+    )
+
+    def call(data: list[tuple[jax.Array, ...]]) -> Any:
+        if layer.channels_first:
+            data = jax.tree.map(_channels_first, data)
+        return functools.partial(compiled, params, state, data)
+
+    return call
+
+
+@jax.jit
+def _channels_first(x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(x, -1, 1)
+
+
+def _measured(run: Run, row: _Row, programs: dict[str, Any]) -> dict:
+    words = [jnp.zeros(row.nbytes // 4, jnp.uint32) for _ in range(row.many)]
     copy = jax.jit(lambda words: [w + 1 for w in words])
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: copy(words)}
-    row: dict = {
-        "x": "x".join(map(str, shape)),
-        "dtype": dtype,
-        "what": f"{variant}, {'forward+backward' if backward else 'forward'}",
+    what = "forward+backward" if row.backward else "forward"
+    shown: dict = {
+        "network": row.network,
+        "layers": row.layers,
+        "x": "x".join(map(str, row.shape)),
+        "dtype": row.dtype,
+        "what": f"{row.variant}, {what}",
     }
-    x, ct = measure.inputs(shape, dtype, channels_first=False)
-    # Each of its own, or the compiler would compute once for all.
-    data = [(x + i, jnp.flip(ct), ct) for i in range(many)]
-    for name in PEERS:
+    x, ct = measure.inputs(row.shape, row.dtype, channels_first=False)
+    # Each of its own, or the compiler would compute once for all. All means
+    # are near enough to 0 for one pass.
+    data = [(x + i / 8, jnp.flip(ct), ct) for i in range(row.many)]
+    failed = {}
+    for name, compiled in programs.items():
         try:
-            calls[name] = _call(name, shape, dtype, variant, backward, data)
+            if isinstance(compiled, Exception):
+                raise compiled
+            call = compiled(data)
+            # Here, so that a program that does not fit is missed by itself.
+            jax.block_until_ready(call())
+            calls[name] = call
         except Exception as error:
-            row[name] = gpu_nets.short(error)
+            failed[name] = short(error)
     if torch_peer.device() is not None:
         try:
             calls["torch"] = torch_peer.layer(
-                shape, dtype, variant, backward, many
+                row.shape, row.dtype, row.variant, row.backward, row.many
             )
         except Exception as error:
-            row["torch"] = gpu_nets.short(error)
-    seconds = run.time(calls)
-    passes = FLOORS[variant][backward]
-    row["copy GB/s"] = 2 * nbytes * many / np.median(seconds["copy"]) / 1e9
+            failed["torch"] = short(error)
+    seconds = run.time(calls, rounds=6)
+    passes = FLOORS[row.variant][row.backward]
+    copied = 2 * row.nbytes * row.many / np.median(seconds["copy"]) / 1e9
+    shown["copy GB/s"] = copied
     for name in (*PEERS, "torch"):
         if name in seconds:
-            row[name] = Time(
-                1e3 * float(np.median(seconds[name])) / many,
+            shown[name] = Time(
+                1e3 * float(np.median(seconds[name])) / row.many,
                 share(passes, seconds["copy"], seconds[name]),
             )
-    return row
-
-
-def _call(
-    name: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    variant: str,
-    backward: bool,
-    data: list[tuple[jax.Array, ...]],
-) -> Callable[[], Any]:
-    layer = layers.build(name, shape[-1], dtype=dtype)
-    params, state = layer.init()
-    jitted = jax.jit(program(layer, variant, backward))
-    # Here, so that a program that does not fit is missed by itself.
-    jax.block_until_ready(jitted(params, state, data))
-    return lambda: jitted(params, state, data)
+        else:
+            shown[name] = failed.get(name, "-")
+    return shown

@@ -9,25 +9,32 @@ from typing import Any
 import jax
 import numpy as np
 
-from tests.bench import gpu_nets, gpu_trace, torch_peer
-from tests.bench.gpu_nets import GIB, VARIANTS, Run, Steps, short
+from tests.bench import gpu_trace, torch_peer
+from tests.bench.gpu_nets import QUICK, SMALL, Network
+from tests.bench.gpu_run import Run, short
+from tests.bench.gpu_step import GIB, VARIANTS, Steps, compile_all
+
+LOOP = 50  # steps of a program
 
 
 def speed(run: Run) -> Iterator[dict]:
     """Images a second and memory of a step, with one norm or another."""
+    if run.over():
+        yield {"note": "no time left to compile"}
+        return
+    start = time.perf_counter()
+    names = [n for n in VARIANTS if not (run.quick and n == "none")]
+    compiled = compile_all(run.networks, names)
+    yield {"note": f"compiled in {time.perf_counter() - start:.0f} s"}
     for network in run.networks:
         calls: dict[str, Any] = {}
-        for name, fields in VARIANTS.items():
-            if "policy" in fields and not network.bottleneck:
+        for name in names:
+            steps = compiled.get((network, name))
+            if steps is None:
                 continue
-            if run.quick and name == "none":
-                continue
-            if run.over():
-                yield {"note": f"no time left to compile {name}"}
-                continue
-            start = time.perf_counter()
             try:
-                steps = gpu_nets.steps(network, name)
+                if isinstance(steps, Exception):
+                    raise steps
                 jax.block_until_ready(steps())
             except Exception as error:
                 yield {"note": f"{network.name}, {name}: {short(error)}"}
@@ -39,34 +46,66 @@ def speed(run: Run) -> Iterator[dict]:
                 "norm": name,
                 "temporary GiB": steps.temp / GIB,
                 "all GiB": steps.total / GIB,
-                "compile s": time.perf_counter() - start,
             }
-        for name, compiled in (("torch", False), ("torch compiled", True)):
+        yield from _timed(run, network, calls)
+        for name in ("torch", "torch compiled")[: 1 if run.quick else 2]:
             if torch_peer.device() is None or run.over():
-                break
-            if run.quick and compiled:
-                break
+                yield {"note": f"{name} is left out"}
+                continue
             try:
-                calls[name] = torch_peer.Steps(network, compiled=compiled)
-                jax.block_until_ready(calls[name]())
+                steps = torch_peer.Steps(network, compiled="compiled" in name)
+                jax.block_until_ready(steps())
+                beside = {name: steps}
+                if "flax" in calls:
+                    beside["flax"] = calls["flax"]
+                rows = list(_timed(run, network, beside))
+                yield from (row for row in rows if row["norm"] == name)
             except Exception as error:
-                calls.pop(name, None)
                 yield {"note": f"{network.name}, {name}: {short(error)}"}
-        if not calls:
-            continue
-        seconds = run.time(calls, rounds=8)
-        for name, t in seconds.items():
-            row = {
-                "network": network.name,
-                "batch": network.images[0],
-                "norm": name,
-                "ms": 1e3 * float(np.median(t)),
-                "images/s": network.images[0] / float(np.median(t)),
-            }
-            if "flax" in seconds:
-                ratio = np.median(seconds["flax"] / t)
-                row["speed over flax"] = float(ratio)
-            yield row
+            torch_peer.free()
+
+
+def _timed(
+    run: Run, network: Network, calls: dict[str, Any], times: int = 1
+) -> Iterator[dict]:
+    """A row for each call of so many steps; all in turns."""
+    if not calls:
+        return
+    seconds = run.time(calls, rounds=6)
+    for name, t in seconds.items():
+        row = {
+            "network": network.name,
+            "batch": network.images[0],
+            "norm": name,
+            "ms": 1e3 * float(np.median(t)) / times,
+            "images/s": times * network.images[0] / float(np.median(t)),
+        }
+        if "flax" in seconds:
+            row["speed over flax"] = float(np.median(seconds["flax"] / t))
+        yield row
+
+
+def loop(run: Run) -> Iterator[dict]:
+    """Steps of a small network in one program, where starting kernels counts."""
+    network = QUICK[0] if run.quick else SMALL
+    times = 2 if run.quick else LOOP
+    if run.over():
+        yield {"note": "no time left to compile"}
+        return
+    names = ("jaxbn", "flax", "none", "jaxbn, one pass")
+    for dtype in ("bfloat16", "float32")[: 1 if run.quick else 2]:
+        compiled = compile_all([network], names, loop=times, dtype=dtype)
+        calls = {}
+        for (_, name), steps in compiled.items():
+            try:
+                if isinstance(steps, Exception):
+                    raise steps
+                jax.block_until_ready(steps())
+                calls[name] = steps
+            except Exception as error:
+                yield {"note": f"{network.name}, {name}: {short(error)}"}
+        for row in _timed(run, network, calls, times):
+            yield row | {"dtype": dtype}
 
 
 def largest_batch(run: Run) -> Iterator[dict]:
@@ -81,9 +120,10 @@ def largest_batch(run: Run) -> Iterator[dict]:
             row = {"norm": name, "batch": size}
             try:
                 if size == network.images[0]:
-                    steps = gpu_nets.steps(network, name)
+                    steps = compile_all([network], [name])[network, name]
                 else:
                     steps = Steps(network, batch=size, **VARIANTS[name])
+                    steps.compile()
                 row |= {"all GiB": steps.total / GIB}
                 if limit is not None and steps.total > limit:
                     yield row | {"outcome": f"over {limit / GIB:.1f} GiB"}
@@ -109,7 +149,7 @@ def kernels(run: Run) -> Iterator[dict]:
         if run.over():
             yield {"note": f"no time left to trace {name}"}
             return
-        steps = gpu_nets.steps(network, name)
+        steps = compile_all([network], [name])[network, name]
         where = None if run.trace is None else f"{run.trace}/{name}"
         shares = gpu_trace.shares(steps, steps.compiled.as_text(), where)
         yield {"network": network.name, "norm": name} | {

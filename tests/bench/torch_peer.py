@@ -159,7 +159,7 @@ def resnet(network: Any) -> Any:
 
 
 class Steps:
-    """`gpu_nets.Steps` in PyTorch: channels_last, autocast to bfloat16.
+    """`gpu_step.Steps` in PyTorch: channels_last, autocast to bfloat16.
 
     Args:
       network: a `gpu_nets.Network`.
