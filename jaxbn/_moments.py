@@ -23,14 +23,15 @@ from jaxbn._collectives import (
     all_agree,
     all_sum,
     devices_along,
+    microbatches_among,
 )
 from jaxbn._compat import match_type, vary_over, varying_axes
 from jaxbn._reduction import Reduction
 
-# Squared distance of the mean from the shift, in variances, beyond which sums
-# about the shift are taken again. With u = 2^-24 they have cost the variance
-# up to about (1 + 3 * 16) u = 3e-6 until there, plus what the sums round.
-_LARGEST_SHIFT = 16.0
+# Squared distance of the mean from the shift, in variances, up to which sums
+# about the shift are exact enough: with u = 2^-24 they cost the variance about
+# (1 + 3 * 16) u = 3e-6, plus what the sums round.
+_LARGEST_SHIFT = 16
 
 
 class Moments(NamedTuple):
@@ -87,6 +88,8 @@ class Passes(NamedTuple):
     # (values, constants, shift) -> local count, sum of d and sum of |d|^2, with
     # d = values - shift. The count is a numpy array where it is static.
     sums: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
+    # (values, constants) -> local count and sum of one value in 16, or more.
+    sample: Callable[[Any, Any], tuple[Any, jax.Array]]
     devices: Devices = THIS_DEVICE  # to sum over
     epsilon: float = 0.0  # digits of the variance far below it do not matter
 
@@ -98,16 +101,42 @@ def centered_moments(
     """Moments from one pass of sums about a shift that all devices know.
 
     mean = shift + s1 / n and m2 = s2 - |s1|^2 / n. The difference cancels where
-    the mean lies many standard deviations from the shift. Whether it does is
-    read off the sums, which are those of all devices, so that all agree; only
-    then the sums are taken again, about the mean just found. Thus the ordinary
-    case costs what E[x^2] - E[x]^2 costs, and no case is less exact than two
-    passes. Where vmap maps the statistics, both passes run.
+    the mean lies many standard deviations from the shift. How that is avoided
+    depends on the platform; no way is less exact than two passes.
+
+    Where the shift is given, sums can fuse into what computes the values, and
+    one collective is enough: the way of TPUs and CPUs, see `_about_shift`. On
+    GPUs nothing fuses into a convolution, and a conditional costs 36 us, in
+    which the host is asked for the branch: there the shift is the mean of a
+    sample, see `_about_sample`. Microbatches in lockstep take the first way
+    everywhere: another sum over them would be another sweep.
 
     Source: Chan, Golub, LeVeque (1983), Algorithms for Computing the Sample
     Variance: shifted data, and the corrected two-pass algorithm.
     """
-    sums, devices, epsilon = passes
+    about_shift = functools.partial(_about_shift, passes)
+    if microbatches_among(passes.devices) is not None:
+        return about_shift(values, constants, shift)
+    about_sample = functools.partial(_about_sample, passes)
+    return jax.lax.platform_dependent(
+        *(values, constants, shift),
+        cuda=about_sample,
+        rocm=about_sample,
+        default=about_shift,
+    )
+
+
+def _about_shift(
+    passes: Passes, values: Any, constants: Any, shift: jax.Array
+) -> Centered:
+    """Sums about the shift, and about the mean where these have cancelled.
+
+    Whether they have is read off the sums, which are those of all devices, so
+    that all agree; only then the sums are taken again, about the mean just
+    found. Thus the ordinary case costs what E[x^2] - E[x]^2 costs. Where vmap
+    maps the statistics, both passes run.
+    """
+    sums, _, devices, epsilon = passes
     if varying_axes(shift) & set(devices.names):
         # Each device has its own, as running statistics that never were pooled.
         shift = jnp.zeros(shift.shape, shift.dtype)
@@ -131,10 +160,27 @@ def centered_moments(
         return _from_sums(count, mean, s1, s2)[1:]
 
     cancels = all_agree(_cancels(first, epsilon), devices)
-    # Not a loop: TPUs would copy the values before it, run or not, and GPUs
-    # would keep it out of a CUDA graph.
+    # Not a loop: TPUs would copy the values before it, run or not.
     best = jax.lax.cond(cancels, again, lambda *first: first, *first[1:])
     return Centered(jnp.asarray(found[0]), *best)
+
+
+def _about_sample(
+    passes: Passes, values: Any, constants: Any, _: jax.Array
+) -> Centered:
+    """Sums about the mean of a sample, which never cancel.
+
+    Where a share f of the values has the mean s, the variance of all is at
+    least f (mean - s)^2. So with f = 1/16 the mean lies at most four standard
+    deviations from s, whatever the values are, and there is nothing to check.
+    """
+    count, total = all_sum(passes.sample(values, constants), passes.devices)
+    total, count = promoted(total, nonzero(count))
+    shift = total / count
+    shift = jnp.where(jnp.isfinite(shift), shift, 0)
+    found = all_sum(passes.sums(values, constants, shift), passes.devices)
+    shift = match_type(shift, found[1])
+    return _from_sums(jnp.asarray(found[0]), shift, *found[1:])
 
 
 @centered_moments.defjvp
@@ -218,7 +264,13 @@ def batch_moments(
         s2 = reduction.sum(abs2(centered(hide_from_cse(shift))), ids)
         return count, s1, s2
 
-    passes = Passes(sums, devices, epsilon)
+    def sample(x: jax.Array, constants: Any) -> Any:
+        where, ids = constants
+        part, x, where = reduction.sample(x, where, _LARGEST_SHIFT)
+        x = widen(x) if where is None else jnp.where(where, widen(x), 0)
+        return part.counts(where, ids, shift.real.dtype), part.sum(x, ids)
+
+    passes = Passes(sums, sample, devices, epsilon)
     found: Centered = centered_moments(passes, x, (where, ids), shift)
     return found
 
@@ -236,7 +288,13 @@ def merge_parts(
         s2 = m2 + weight * abs2(d)
         return count.sum(0), times(d, weight).sum(0), s2.sum(0)
 
-    passes = Passes(sums, devices)
+    def sample(parts: Centered, _: None) -> Any:
+        count, start, offset = parts[:3]
+        weight = count.reshape(count.shape + (1,) * (start.ndim - count.ndim))
+        mean = jnp.where(weight > 0, start + offset, 0)
+        return count.sum(0), times(mean, weight).sum(0)
+
+    passes = Passes(sums, sample, devices)
     found: Centered = centered_moments(passes, parts, None, shift)
     return found
 

@@ -104,11 +104,14 @@ def batch_norm(
     Sums are taken about `shift` in one pass over x. Where they would cancel,
     because the mean lies more than four standard deviations from it, they are
     taken again about the mean: float32 then holds the variance to 1e-5 for a
-    mean of up to 1e3 standard deviations, whatever the shift.
+    mean of up to 1e3 standard deviations, whatever the shift. On GPUs, where
+    asking costs more than it saves, the shift is the mean of at least a
+    sixteenth of the batch instead, and no sum about that cancels.
 
     Over devices this is one all-reduce forward and one backward, each of 2C
-    floats, and one more forward with where or ids. Groups gather in place of
-    reducing, and take one more all-reduce for the moments of all.
+    floats, and one more float forward with where or ids; on GPUs also one of C
+    floats forward, for the shift. Groups gather in place of reducing, and take
+    one more all-reduce for the moments of all.
 
     Args:
       x: (N, ..., C), floating or complex: this device's part of the batch.
@@ -125,8 +128,8 @@ def batch_norm(
         the statistics of x alone.
       scope: which examples on these axes share statistics.
       shift: (C,), with ids also (K, C): a value near the mean that is the same
-        on all devices; modules pass their running mean. It saves passes, and
-        changes the result by rounding alone. None is 0.
+        on all devices; modules pass their running mean. It saves passes on
+        CPUs and TPUs, and changes the result by rounding alone. None is 0.
       epsilon: added to the variance, unit of x squared.
       feature_axis: the axis, or axes, that hold the features.
       dtype: of y; None takes that of x.

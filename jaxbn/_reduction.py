@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +80,34 @@ class Reduction(NamedTuple):
         return jnp.expand_dims(
             jnp.moveaxis(rows, 0, self.axes[0]), self.axes[1:]
         )
+
+    def sample(
+        self, x: jax.Array, where: jax.Array | None, share: int
+    ) -> tuple[Reduction, jax.Array, jax.Array | None]:
+        """Takes at least one in `share` of the values of every statistic.
+
+        Every example gives the same part of its values, so that masks and ids
+        of examples change nothing. Examples are not left out, and no axis that
+        is sharded in x or masked in part: for arrays of two axes it is all.
+
+        Returns:
+          The reduction of the sample, its values, and their mask.
+        """
+        spec = jax.typeof(x).sharding.spec
+        left = Fraction(share)
+        shape = list(self.shape)
+        for axis in self.axes[1:]:
+            size = shape[axis]
+            masked = where is not None and where.shape[axis] != 1
+            if not isinstance(size, int) or masked or spec[axis] is not None:
+                continue
+            # A part of less than a half is worth a slice.
+            kept = math.ceil(size / left)
+            if 2 * kept <= size + 1:
+                left = left * kept / size
+                shape[axis] = kept
+                x = jax.lax.slice_in_dim(x, 0, kept, axis=axis)
+        return self._replace(shape=tuple(shape)), x, where
 
     def counts(
         self,

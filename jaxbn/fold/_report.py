@@ -67,6 +67,9 @@ def _is_uncalled(found: Analysis, norm: str) -> bool:
 
 def _why(found: Analysis, op: Op) -> str:
     """Returns why what meets the statistics in op is not folded."""
+    if "branches_platforms" in op.eqn.params:
+        # jaxbn computes the statistics of a batch, from running ones.
+        return _TRAINING
     if list(jax.extend.core.jaxprs_in_params(op.eqn.params)):
         return f"lies inside `{op.label}`, whose body is left alone"
     leaves = [found.program.leaves[i] for i in found.statistics(op)]
