@@ -13,9 +13,12 @@ test-time augmentation:
 | sgd | 94.01% | 1000 | 3.83 (3.09 compiled) |
 | muon | 94.01% | 200 | 2.59 |
 
-Not yet measured on a GPU here, neither accuracy nor time. On a CPU, with
---config.widths="(16,32,32)" --config.dtype=float32 and one seed, sgd came to
-71.72% (73.26% augmented) after 2.9 epochs and muon to 66.40% (67.59%) after 2.
+Measured here on one NVIDIA H200 (jax 0.11.2), with test-time augmentation:
+
+| optimizer | mean test accuracy | seeds | seconds |
+|---|---|---|---|
+| sgd | 93.97% (deviation 0.17) | 10 | 1.487 |
+| muon | 94.07% (deviation 0.16) | 10 | 1.202 |
 
 What differs from there: weights are kept in float32 and rounded to float16 for
 the computation, the 5,000 images of the first layer are the first in the order

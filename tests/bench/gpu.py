@@ -128,7 +128,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trace",
         metavar="DIR",
-        help="keep the profiles of section trace, for xprof or TensorBoard",
+        help="keep the profiles of section trace, for xprof or TensorBoard, "
+        "and the programs",
     )
     return parser.parse_args(arguments)
 

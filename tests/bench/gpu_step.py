@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import jaxbn.remat
 from jaxbn import _moments
@@ -140,21 +141,24 @@ def _many(step: Callable[..., Any], loop: int, state, images, labels):
     return state, values[-1]
 
 
-class _OnePass:
-    """While entered, jaxbn's layers are traced without their second pass.
+@contextlib.contextmanager
+def _changed_core(variant: str) -> Iterator[None]:
+    """While entered, jaxbn's layers are traced in another way.
 
-    That is no batch norm to train with: it shows what the conditional costs.
+    "conditional" takes its shift from the running mean, and a second pass if
+    sums cancel, as on TPUs. "one pass" leaves that pass out. It is no batch
+    norm to train with, and shows what exactness costs.
     """
-
-    def __enter__(self) -> None:
-        self._kept = _moments._cancels
+    with pytest.MonkeyPatch.context() as patch:
         jax.clear_caches()
-        # Known while compiling, so that no conditional is left.
-        _moments._cancels = lambda found, epsilon: jnp.zeros((), bool)
-
-    def __exit__(self, *_: object) -> None:
-        _moments._cancels = self._kept
-        jax.clear_caches()
+        if "conditional" in variant or "one pass" in variant:
+            patch.setattr(_moments, "_about_sample", _moments._about_shift)
+        if "one pass" in variant:
+            # Known while compiling, so that no conditional is left.
+            never = jnp.zeros((), bool)
+            patch.setattr(_moments, "_cancels", lambda found, epsilon: never)
+        yield
+    jax.clear_caches()
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -163,8 +167,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "flax stable": {"norm": "flax stable"},
     "none": {"norm": "none"},
     "jaxbn, recomputed": {"norm": "jaxbn", "policy": jaxbn.remat.policy()},
+    "jaxbn, conditional": {"norm": "jaxbn"},
     "jaxbn, one pass": {"norm": "jaxbn"},
 }
+_CHANGED = ("jaxbn, conditional", "jaxbn, one pass")
 
 _compiled: dict[tuple[Any, ...], Steps] = {}
 
@@ -189,10 +195,11 @@ def compile_all(
     keys = {each: (*each, *sorted(options.items())) for each in wanted}
     missing = [each for each in wanted if keys[each] not in _compiled]
     # First, since tracing it is not for others to see.
-    missing.sort(key=lambda each: each[1] != "jaxbn, one pass")
+    missing.sort(key=lambda each: each[1] not in _CHANGED)
     traced = {}
     for network, name in missing:
-        with _OnePass() if "one pass" in name else contextlib.nullcontext():
+        changed = name in _CHANGED
+        with _changed_core(name) if changed else contextlib.nullcontext():
             traced[network, name] = Steps(network, **VARIANTS[name], **options)
     # One of each network first: the others then find its convolutions tried.
     first = [each for each in missing if each[1] == variants[0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -89,11 +90,11 @@ def loop(run: Run) -> Iterator[dict]:
     """Steps of a small network in one program, where starting kernels counts."""
     network = QUICK[0] if run.quick else SMALL
     times = 2 if run.quick else LOOP
-    if run.over():
-        yield {"note": "no time left to compile"}
-        return
-    names = ("jaxbn", "flax", "none", "jaxbn, one pass")
+    names = ["jaxbn", "flax", "none", "jaxbn, conditional", "jaxbn, one pass"]
     for dtype in ("bfloat16", "float32")[: 1 if run.quick else 2]:
+        if run.over():
+            yield {"note": f"no time left for {dtype}"}
+            return
         compiled = compile_all([network], names, loop=times, dtype=dtype)
         calls = {}
         for (_, name), steps in compiled.items():
@@ -151,7 +152,10 @@ def kernels(run: Run) -> Iterator[dict]:
             return
         steps = compile_all([network], [name])[network, name]
         where = None if run.trace is None else f"{run.trace}/{name}"
-        shares = gpu_trace.shares(steps, steps.compiled.as_text(), where)
+        text = steps.compiled.as_text()
+        shares = gpu_trace.shares(steps, text, where)
+        if where is not None:
+            pathlib.Path(where, "program.txt").write_text(text)
         yield {"network": network.name, "norm": name} | {
             kind: f"{ms:.3g} ms {part:.0%}"
             for kind, (ms, part) in shares.items()

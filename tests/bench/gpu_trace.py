@@ -114,4 +114,17 @@ def _events(profile: pathlib.Path) -> Iterable[tuple[str, float]]:
             for event in line.events:
                 stats = {key: value for key, value in event.stats}
                 if "hlo_op" in stats:
-                    yield str(stats["hlo_op"]), event.duration_ns
+                    name = instruction(str(stats["hlo_op"]), event.name)
+                    yield name, event.duration_ns
+
+
+def instruction(hlo_op: str, kernel: str) -> str:
+    """Returns the HLO instruction of a kernel, from what the profile says.
+
+    Kernels of a CUDA graph are filed under the graph. They bear the name of
+    their instruction, or of the first of those that share the kernel, with an
+    underscore for the dot.
+    """
+    if not hlo_op.startswith("command_buffer"):
+        return hlo_op
+    return re.sub(r"_(\d+)$", r".\1", kernel)
