@@ -5,19 +5,16 @@ This is the functional core, which needs no flax. Modules: `jaxbn.linen` and
 """
 
 from jaxbn._inference import normalize, normalize_weighted
-from jaxbn._moments import Moments, merge, moments, sync
-from jaxbn._normalize import (
-    batch_norm,
-    batch_renorm,
-    renorm_limits,
-    standardize,
-)
+from jaxbn._moments import merge, moments, sync
+from jaxbn._normalize import batch_norm, standardize
+from jaxbn._passes import Moments
+from jaxbn._pool import pool
+from jaxbn._renorm import batch_renorm, renorm_limits
 from jaxbn._running import (
     RunningStats,
     adapt,
     init_running,
     is_finite,
-    pool,
     update_running,
 )
 from jaxbn._scope import Scope

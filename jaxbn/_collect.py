@@ -17,7 +17,8 @@ from flax import nnx
 
 from jaxbn._call import infers
 from jaxbn._layer import no_moments, record
-from jaxbn._moments import Moments, merge
+from jaxbn._moments import merge
+from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
 
 Path = tuple[str, ...]

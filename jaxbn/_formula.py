@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType, PartitionSpec
 
-from jaxbn._collectives import Devices, all_sum, vary_like
-from jaxbn._moments import (
-    Centered,
-    Moments,
-    batch_moments,
+from jaxbn._affine import (
+    Spec,
+    affine,
+    in_rows,
+    is_narrow,
+    minus_shift,
+    nan_for_unknown_ids,
+    per_affine_row,
+    readable,
+)
+from jaxbn._arithmetic import (
     hide_from_cse,
     inner,
-    mean_and_m2,
-    merge_parts,
     nonzero,
     plus,
     times,
-    widen,
 )
-from jaxbn._reduction import Reduction
+from jaxbn._collectives import Devices, all_sum, vary_like
+from jaxbn._groups import of_all_examples
+from jaxbn._moments import batch_moments
+from jaxbn._passes import Centered, Moments, mean_and_m2
 from jaxbn.remat import INPUT, STATISTICS
-
-
-class Spec(NamedTuple):
-    """What is static while tracing."""
-
-    reduction: Reduction  # of x on a device, for its statistics
-    affine: Reduction  # the same, or with ids too: rows of scale and bias
-    devices: Devices  # that share statistics
-    epsilon: float
-    dtype: jnp.dtype  # of y
 
 
 class Renorm(NamedTuple):
@@ -73,7 +68,7 @@ def train(
     """
     x = checkpoint_name(x, INPUT)
     y, stats = _batch_norm(spec, x, scale, bias, constants)
-    return y, _of_all_examples(spec, stats, everyone, constants.shift)
+    return y, of_all_examples(spec, stats, everyone, constants.shift)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -95,7 +90,7 @@ def _batch_norm(
         devices=spec.devices,
         epsilon=spec.epsilon,
     )
-    if _is_narrow(x):
+    if is_narrow(x):
         stats = stats._replace(
             shift=jnp.zeros_like(stats.shift), offset=stats.mean
         )
@@ -121,7 +116,7 @@ def _normalize(
     inv, offset = per_affine_row(spec, (inv, stats.offset))
     slope = times(inv, scale)
     level = plus(times(-offset, slope), bias)
-    shifted = _shifted(spec, x, hide_from_cse(stats.shift), ids)
+    shifted = minus_shift(spec, x, hide_from_cse(stats.shift), ids)
     if where is not None:
         mean = spec.reduction.broadcast(stats.offset, ids)
         shifted = jnp.where(where | jnp.isfinite(x), shifted, mean)
@@ -169,11 +164,11 @@ def _tangent(
     """Derivatives of (y, mean, m2), linear in dx, dscale and dbias."""
     where, ids, _, renorm = constants
     reduction = spec.reduction
-    if not _is_narrow(x):
+    if not is_narrow(x):
         stats = hide_from_cse(stats)
 
     def shifted(shift: jax.Array) -> jax.Array:
-        return readable(x, where, _shifted(spec, x, shift, ids))
+        return readable(x, where, minus_shift(spec, x, shift, ids))
 
     inv = jax.lax.rsqrt(stats.var + spec.epsilon)
     inv, offset = per_affine_row(spec, (inv, stats.offset))
@@ -217,82 +212,7 @@ def _tangent(
     if dbias is not None and where is not None:
         # Bias alone reaches the output of a value that is not read.
         dy = plus(dy, spread(dbias))
-    return _nan_for_unknown_ids(spec, dy, ids).astype(spec.dtype), dmean, dm2
-
-
-def without_explicit_axes(fn: Any, x: jax.Array) -> Any:
-    """Leaves the sharding of what fn computes to the compiler.
-
-    Rows of a sharded axis have no type where mesh axes are Explicit: a run of
-    examples may begin on one device and end on another.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit not in mesh.axis_types:
-        return fn
-    return jax.sharding.auto_axes(
-        fn, out_sharding=(jax.typeof(x).sharding.spec, PartitionSpec())
-    )
-
-
-def _of_all_examples(
-    spec: Spec,
-    stats: Centered,
-    everyone: Devices,
-    shift: jax.Array | None,
-) -> Moments:
-    """Merges the moments of all groups into those of all examples."""
-    chunks, num_ids = spec.reduction.chunks, spec.reduction.num_ids
-    ghost = spec.reduction.chunks != 1
-    if not ghost and spec.devices == everyone:
-        return stats.moments
-    if num_ids is not None:
-        parts = Centered(*(a.reshape(chunks, -1, *a.shape[1:]) for a in stats))
-    elif spec.reduction.has_rows:
-        parts = stats
-    else:
-        parts = Centered(*(a[None] for a in stats))
-    start = jnp.zeros((), parts.shift.dtype) if shift is None else widen(shift)
-    start = jnp.broadcast_to(
-        jax.lax.stop_gradient(start), parts.shift.shape[1:]
-    )
-    copies = spec.devices.size
-    if spec.devices.groups is None:
-        # Along the axes that were summed over, the moments are the same.
-        everyone, copies = everyone.without(spec.devices.names), 1
-    total = merge_parts(parts, start, devices=everyone).moments
-    count = total.count
-    if num_ids is None and count.size == 1:
-        count = count.reshape(())
-    # The members of a group have the same moments, each counted as often.
-    return Moments(count / copies, total.mean, total.m2 / copies)
-
-
-def _is_narrow(x: jax.Array) -> bool:
-    """Whether float32 has so many digits more than x that x - mean needs none.
-
-    Then x * slope + level is exact enough, where level holds the mean, and one
-    operation less: on TPUs that decides whether the backward pass fuses into
-    the convolutions that read it.
-    """
-    return jnp.finfo(x.dtype).bits < jnp.finfo(widen(x).dtype).bits
-
-
-def _shifted(
-    spec: Spec, x: jax.Array, shift: jax.Array, ids: jax.Array | None
-) -> jax.Array:
-    """x - shift, which is exact near a large mean."""
-    if _is_narrow(x):  # and the shift is 0
-        return widen(x)
-    return widen(x) - spec.reduction.broadcast(shift, ids)
-
-
-def readable(
-    x: jax.Array, where: jax.Array | None, value: jax.Array
-) -> jax.Array:
-    """Puts 0 in value where x is masked out and NaN or inf."""
-    if where is None:
-        return value
-    return jnp.where(where | jnp.isfinite(x), value, 0)
+    return nan_for_unknown_ids(spec, dy, ids).astype(spec.dtype), dmean, dm2
 
 
 def _correction(
@@ -316,56 +236,3 @@ def _correction(
     else:
         d = jnp.clip(d, -d_max, d_max)
     return jnp.clip(r, 1 / r_max, r_max), d
-
-
-def affine(
-    spec: Spec,
-    x: jax.Array,
-    slope: jax.Array,
-    level: jax.Array | None,
-    ids: jax.Array | None,
-) -> jax.Array:
-    """x * slope + level, rounded once; slope and level in rows of affine."""
-    y = times(x, spec.affine.broadcast(slope, ids))
-    if level is not None:
-        y = plus(y, spec.affine.broadcast(level, ids))
-    return _nan_for_unknown_ids(spec, y, ids).astype(spec.dtype)
-
-
-def in_rows(reduction: Reduction, value: Any) -> Any:
-    """Repeats one value a feature, or one a feature and id, for every row."""
-    if value is None:
-        return None
-    value = widen(value)
-    if not reduction.has_rows:
-        return value
-    if value.ndim == len(reduction.features):
-        return jnp.broadcast_to(value, (*reduction.rows, *value.shape))
-    return jnp.concatenate([value] * reduction.chunks)
-
-
-def per_affine_row(spec: Spec, statistics: Any) -> Any:
-    """Repeats what every row of statistics has for the ids that share it."""
-    if spec.affine == spec.reduction:
-        return statistics
-    ids = cast("int", spec.affine.num_ids)
-
-    def repeated(value: jax.Array) -> jax.Array:
-        if not spec.reduction.has_rows:
-            return jnp.broadcast_to(value, (ids, *value.shape))
-        return jnp.repeat(value, ids, axis=0)
-
-    return jax.tree.map(repeated, statistics)
-
-
-def _nan_for_unknown_ids(
-    spec: Spec, y: jax.Array, ids: jax.Array | None
-) -> jax.Array:
-    """Puts NaN where an id is out of range: there are no statistics for it."""
-    num_ids = spec.affine.num_ids
-    if ids is None or num_ids is None:
-        return y
-    known = (ids >= 0) & (ids < num_ids)
-    shape = [1] * y.ndim
-    shape[spec.affine.axes[0]] = -1
-    return jnp.where(known.reshape(shape), y, jnp.nan)

@@ -5,6 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxbn._affine import (
+    Spec,
+    affine,
+    in_rows,
+    per_affine_row,
+    readable,
+)
+from jaxbn._arithmetic import abs2, plus, times, widen
 from jaxbn._checks import (
     Axes,
     affine_rows,
@@ -18,14 +26,7 @@ from jaxbn._checks import (
     split_axes,
 )
 from jaxbn._collectives import THIS_DEVICE
-from jaxbn._formula import (
-    Spec,
-    affine,
-    in_rows,
-    per_affine_row,
-    readable,
-)
-from jaxbn._moments import abs2, moments, plus, times, widen
+from jaxbn._moments import moments
 from jaxbn._reduction import Reduction
 
 

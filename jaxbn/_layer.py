@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._arithmetic import widen
 from jaxbn._checks import (
     AxisName,
     check_at_least,
@@ -23,8 +24,10 @@ from jaxbn._checks import (
     split_axes,
 )
 from jaxbn._inference import normalize, normalize_weighted
-from jaxbn._moments import Moments, merge, widen
-from jaxbn._normalize import batch_renorm, normalize_batch
+from jaxbn._moments import merge
+from jaxbn._normalize import normalize_batch
+from jaxbn._passes import Moments
+from jaxbn._renorm import batch_renorm
 from jaxbn._running import (
     RunningStats,
     adapt,

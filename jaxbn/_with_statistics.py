@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._checks import check_ddof
-from jaxbn._moments import Moments
+from jaxbn._passes import Moments
 
 
 def with_statistics(batch_stats: Any, stats: Any, *, ddof: int = 0) -> Any:

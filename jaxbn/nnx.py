@@ -13,7 +13,7 @@ from flax.nnx.nn import dtypes
 from jaxbn._call import Caller, the_batch
 from jaxbn._collect import collect_nnx
 from jaxbn._layer import Call, Layer, Limits, PerId, State
-from jaxbn._moments import Moments
+from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
 from jaxbn._with_statistics import with_statistics
 

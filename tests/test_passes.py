@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn._moments import Passes, centered_moments
+from jaxbn._passes import Passes, centered_moments
 
 CHANNELS = 4
 WHOLE = P()

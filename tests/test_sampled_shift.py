@@ -10,11 +10,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import _moments
+from jaxbn import _passes
 from jaxbn._reduction import Reduction
 from jaxbn.testing import float64_reference
 
-SHARE = _moments._LARGEST_SHIFT
+SHARE = _passes.LARGEST_SHIFT
 CHANNELS = 3
 
 
@@ -22,7 +22,7 @@ CHANNELS = 3
 def as_on_gpus(monkeypatch):
     """Has CPUs take the shift from a sample."""
     jax.clear_caches()
-    monkeypatch.setattr(_moments, "_about_shift", _moments._about_sample)
+    monkeypatch.setattr(_passes, "_about_shift", _passes._about_sample)
     yield
     jax.clear_caches()
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxbn._compat import types_say_varying, varying_axes
 from jaxbn._layer import as_stored
-from jaxbn._moments import Moments
+from jaxbn._passes import Moments
 from jaxbn._running import RunningStats, is_finite, update_running
 from jaxbn.accumulate._lockstep import check_unbound
 from jaxbn.accumulate._loop import Inputs, Stack

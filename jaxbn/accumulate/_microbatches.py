@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxbn._checks import describe
 from jaxbn._compat import vary_over, varying_axes
-from jaxbn._moments import Moments, merge
+from jaxbn._moments import merge
+from jaxbn._passes import Moments
 from jaxbn.accumulate._loop import Inputs
 from jaxbn.accumulate._run import evaluate
 from jaxbn.accumulate._trace import trace

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbn._arithmetic import widen
 from jaxbn._checks import check_input, split_axes
-from jaxbn._moments import moments, widen
+from jaxbn._moments import moments
 from jaxbn.diagnostics._trees import Path, find_one, names
 
 

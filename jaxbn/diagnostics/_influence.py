@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbn._arithmetic import widen
 from jaxbn._checks import check_input
-from jaxbn._moments import widen
 from jaxbn.diagnostics._model import Apply, logits_of
 
 

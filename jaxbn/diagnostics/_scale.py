@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbn._arithmetic import widen
 from jaxbn._checks import check_features, check_input, describe, split_axes
-from jaxbn._moments import moments, widen
+from jaxbn._moments import moments
 from jaxbn._normalize import batch_norm
 from jaxbn.diagnostics._model import Loss, objective
 from jaxbn.diagnostics._trees import Path, channels, check_same, find_one, norm

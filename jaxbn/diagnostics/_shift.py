@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbn._moments import widen
+from jaxbn._arithmetic import widen
 from jaxbn.diagnostics._model import Loss, each, objective
 from jaxbn.diagnostics._trees import Path, check_same, find
 

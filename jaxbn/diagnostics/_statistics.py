@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbn._arithmetic import widen
 from jaxbn._checks import describe
-from jaxbn._moments import Moments, widen
+from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
 from jaxbn.diagnostics._model import Apply, each, logits_of
 

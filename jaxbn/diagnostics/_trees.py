@@ -8,8 +8,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from jaxbn._arithmetic import widen
 from jaxbn._checks import describe
-from jaxbn._moments import widen
 
 # "block/dense/kernel", or its keys as a tuple.
 Path = str | Sequence[str]

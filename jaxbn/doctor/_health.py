@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._moments import Moments
+from jaxbn._passes import Moments
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from jaxbn._collect import (
     with_empty,
 )
 from jaxbn._exchange import Exchanged, exchanged_nnx
-from jaxbn._moments import Moments
+from jaxbn._passes import Moments
 from jaxbn.doctor._outputs import squares
 
 

@@ -18,7 +18,7 @@ from jaxbn._call import (
     linen_options,
 )
 from jaxbn._collect import nested
-from jaxbn._moments import Moments
+from jaxbn._passes import Moments
 from jaxbn.precise._sum import Sum
 
 

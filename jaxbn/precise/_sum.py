@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._moments import Moments
+from jaxbn._passes import Moments
 
 
 class Sum:

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import jaxbn.remat
-from jaxbn import _moments
+from jaxbn import _passes
 from tests.bench.gpu_nets import Network
 from tests.bench.gpu_run import together
 
@@ -152,11 +152,11 @@ def _changed_core(variant: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         jax.clear_caches()
         if "conditional" in variant or "one pass" in variant:
-            patch.setattr(_moments, "_about_sample", _moments._about_shift)
+            patch.setattr(_passes, "_about_sample", _passes._about_shift)
         if "one pass" in variant:
             # Known while compiling, so that no conditional is left.
             never = jnp.zeros((), bool)
-            patch.setattr(_moments, "_cancels", lambda found, epsilon: never)
+            patch.setattr(_passes, "_cancels", lambda found, epsilon: never)
         yield
     jax.clear_caches()
 

@@ -1,0 +1,45 @@
+"""The moments of all examples, from those of the groups that share some."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._affine import Spec
+from jaxbn._arithmetic import widen
+from jaxbn._collectives import Devices
+from jaxbn._moments import merge_parts
+from jaxbn._passes import Centered, Moments
+
+
+def of_all_examples(
+    spec: Spec,
+    stats: Centered,
+    everyone: Devices,
+    shift: jax.Array | None,
+) -> Moments:
+    """Merges the moments of all groups into those of all examples."""
+    chunks, num_ids = spec.reduction.chunks, spec.reduction.num_ids
+    ghost = spec.reduction.chunks != 1
+    if not ghost and spec.devices == everyone:
+        return stats.moments
+    if num_ids is not None:
+        parts = Centered(*(a.reshape(chunks, -1, *a.shape[1:]) for a in stats))
+    elif spec.reduction.has_rows:
+        parts = stats
+    else:
+        parts = Centered(*(a[None] for a in stats))
+    start = jnp.zeros((), parts.shift.dtype) if shift is None else widen(shift)
+    start = jnp.broadcast_to(
+        jax.lax.stop_gradient(start), parts.shift.shape[1:]
+    )
+    copies = spec.devices.size
+    if spec.devices.groups is None:
+        # Along the axes that were summed over, the moments are the same.
+        everyone, copies = everyone.without(spec.devices.names), 1
+    total = merge_parts(parts, start, devices=everyone).moments
+    count = total.count
+    if num_ids is None and count.size == 1:
+        count = count.reshape(())
+    # The members of a group have the same moments, each counted as often.
+    return Moments(count / copies, total.mean, total.m2 / copies)
