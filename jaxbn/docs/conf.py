@@ -48,6 +48,9 @@ _MOVED = {
     "configs/": "../../configs/",
     "train/why.md": "why.myst",
     "train/why/": "../../train/why/",
+    "why/pictures/": "../../train/why/pictures/",
+    "CONTRIBUTING.md": "contributing.myst",
+    "CHANGELOG.md": "changes.myst",
     "../../train/why.md": "why.myst",
     "../../README.md": "index.myst",
 }
