@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jaxbn
-from tests import reference
+from tests.helpers import reference
 
 EPSILON = 1e-5
 CHANNELS = 5

@@ -17,7 +17,7 @@ from scipy.special import erf
 
 from configs import cifar10_94, cifar10_96, digits
 from jaxbn.linen import BatchNorm
-from tests.test_cli import run as run_command
+from tests.helpers.command_line import run as run_command
 from train import UserError, data
 from train.fast import augment, optimizer, programs, step
 from train.fast.network import identity_kernel

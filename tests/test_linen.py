@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxbn.linen import BatchNorm
-from tests import reference
+from tests.helpers import reference
 
 
 def draw(*shape, dtype=jnp.float32):

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn.linen
 from jaxbn.nnx import BatchNorm
 from jaxbn.testing import collectives
-from tests import reference
+from tests.helpers import reference
 
 NOISE = nnx.initializers.normal(1.0)
 

@@ -13,8 +13,8 @@ from jax.test_util import check_grads
 
 import jaxbn
 from jaxbn import RunningStats, Scope
-from tests import reference
-from tests.test_scope import (
+from tests.helpers import reference
+from tests.helpers.contexts import (
     CHANNELS,
     NUM_IDS,
     PARTITIONS,

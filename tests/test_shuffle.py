@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn._shuffle import shuffle, unshuffle
 from jaxbn.testing import collectives
-from tests import reference
+from tests.helpers import reference
 
 DEVICES = 8
 there = functools.partial(shuffle, axis_name="data")

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import digits
 from jaxbn import accumulate
-from tests.test_train import make_recipe as plain_recipe
+from tests.helpers.recipes import make_recipe as plain_recipe
 from train import data, norms, topology
 from train.resnet import ResNet
 from train.step import (

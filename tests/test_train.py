@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 
-from configs import digits, resnet20_cifar10, resnet20_cifar10_short
-from jaxbn.linen import BatchNorm
+from configs import resnet20_cifar10, resnet20_cifar10_short
+from tests.helpers.recipes import make_recipe, mesh_of, small_config
 from train import (
     UserError,
     augment,
@@ -29,7 +28,6 @@ from train import recipe as recipes
 from train.norms import norm_of
 from train.resnet import ResNet
 from train.step import (
-    Recipe,
     init_state,
     make_optimizer,
     make_test_step,
@@ -37,48 +35,9 @@ from train.step import (
 )
 
 
-def small_config(**changes):
-    config = digits.get_config()
-    config.update(
-        width=4,
-        epochs=3,
-        batch_size=64,
-        test_batch_size=64,
-        train_split="train[:256]",
-        test_split="test[:100]",
-    )
-    config.update(changes)
-    return config.lock()
-
-
 @pytest.fixture(scope="module")
 def images():
     return data.load("digits", train_split="train[:256]")
-
-
-def make_recipe(**changes):
-    optimizer = make_optimizer(
-        lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4
-    )
-    recipe = Recipe(
-        model=ResNet(
-            depth=8,
-            num_classes=10,
-            width=4,
-            norm=functools.partial(BatchNorm, momentum=0.9, axis_name="data"),
-        ),
-        optimizer=optimizer,
-        pixel_mean=(80.0,),
-        pixel_std=(90.0,),
-        padding=1,
-        flip=True,
-        seed=0,
-    )
-    return recipe._replace(**changes)
-
-
-def mesh_of(devices):
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
 
 
 # Augmentation

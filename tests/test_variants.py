@@ -16,7 +16,7 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import RunningStats
-from tests import reference
+from tests.helpers import reference
 
 STEPS, N, C = 3, 16, 3
 EPSILON = 1e-5

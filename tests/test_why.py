@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_cli import run as run_command
+from tests.helpers.command_line import run as run_command
 from train import UserError
 from train import data as images
 from train.why import (
