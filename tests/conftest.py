@@ -20,12 +20,13 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles with few optimizations, for files that compile whole networks.
+@pytest.fixture(scope="module", autouse=True)
+def compilation(request):
+    """Turns LLVM's optimizations off; most of the time goes into compilation.
 
-    It takes half as long. Tests of single layers compile as users do.
+    What XLA makes of a program, fusions and collectives among it, is the same.
+    Files marked `optimized` hold the tests of numerics: they compile as users
+    do.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    quick = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)

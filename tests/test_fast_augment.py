@@ -5,11 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from train.fast import augment
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

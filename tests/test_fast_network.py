@@ -15,8 +15,6 @@ from train.fast.network import identity_kernel
 from train.fast.recipe import make_recipe
 from train.fast.whitening import whitening_kernel
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_whitening_whitens():
     rng = np.random.default_rng(0)

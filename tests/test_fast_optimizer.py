@@ -12,8 +12,6 @@ import pytest
 from tests.helpers.fast_runs import small
 from train.fast import optimizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_triangle():
     rate = optimizer.triangle(476, start=0.2, peak=0.23, end=0.07)

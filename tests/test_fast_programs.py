@@ -26,8 +26,6 @@ from train.fast import optimizer, programs, step
 from train.fast.recipe import Prepared
 from train.fast.run import run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def recipe():

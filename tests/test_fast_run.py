@@ -22,8 +22,6 @@ from train.fast import optimizer, programs, step
 from train.fast.recipe import make_recipe, prepare
 from train.fast.run import table, train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize(
     "changes",

@@ -131,8 +131,9 @@ def test_network_is_its_equations(model):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_computes_so_and_keeps_its_parameters():
-    net = build(config_of("wide", depth=10), dtype=jnp.bfloat16)
+@pytest.mark.parametrize("model", SMALL)
+def test_bfloat16_computes_so_and_keeps_its_parameters(model):
+    net = build(config_of(model, **SMALL[model]), dtype=jnp.bfloat16)
     variables = shapes_of(net, 8)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {
         jnp.dtype(jnp.float32)
@@ -145,10 +146,10 @@ def test_bfloat16_computes_so_and_keeps_its_parameters():
         jnp.zeros((2, 8, 8, 3)),
     )
     assert logits.dtype == jnp.float32
-    inside = state["intermediates"]["PreActBlock_0"]
-    assert {leaf.dtype for leaf in jax.tree.leaves(inside)} == {
-        jnp.dtype(jnp.bfloat16)
-    }
+    intermediates = state["intermediates"]
+    blocks = [name for name in intermediates if "Block" in name]
+    inside = jax.tree.leaves([intermediates[name] for name in blocks])
+    assert {leaf.dtype for leaf in inside} == {jnp.dtype(jnp.bfloat16)}
 
 
 # Start

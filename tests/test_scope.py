@@ -25,6 +25,8 @@ from tests.helpers.contexts import (
     problem,
 )
 
+pytestmark = pytest.mark.optimized
+
 
 def assert_matches_float64(got, arguments, labels):
     x, scale, bias, keep, cotangent, ids = arguments

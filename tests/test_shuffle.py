@@ -16,6 +16,8 @@ from jaxbn._shuffle import shuffle, unshuffle
 from jaxbn.testing import collectives
 from tests.helpers import reference
 
+pytestmark = pytest.mark.optimized
+
 DEVICES = 8
 there = functools.partial(shuffle, axis_name="data")
 home = functools.partial(unshuffle, axis_name="data")
