@@ -14,6 +14,19 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation(request):
+    """Turns LLVM's optimizations off; most of the time goes into compilation.
+
+    What XLA makes of a program, fusions and collectives among it, is the same.
+    Files marked `optimized` hold the tests of numerics: they compile as users
+    do.
+    """
+    quick = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn import accumulate
 from jaxbn.linen import BatchNorm
-from tests.accumulation import (
+from tests.helpers.accumulation import (
     DECAY,
     EPSILON,
     assert_close,

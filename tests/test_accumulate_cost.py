@@ -10,7 +10,7 @@ import pytest
 
 import jaxbn
 from jaxbn import accumulate
-from tests.accumulation import (
+from tests.helpers.accumulation import (
     conv,
     jit,
 )

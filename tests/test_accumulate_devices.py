@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn import accumulate
 from jaxbn.testing._collectives import split_conditional
-from tests.accumulation import (
+from tests.helpers.accumulation import (
     BOTH,
     LAYERS,
     assert_close,

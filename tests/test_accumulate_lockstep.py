@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import accumulate
-from tests.accumulation import (
+from tests.helpers.accumulation import (
     assert_close,
     jit,
 )

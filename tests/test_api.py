@@ -4,7 +4,6 @@ import ast
 import builtins
 import dataclasses
 import doctest
-import importlib
 import inspect
 import re
 import sys
@@ -16,37 +15,15 @@ from flax import nnx
 
 import jaxbn.linen
 import jaxbn.nnx
-
-MODULES = {
-    name: importlib.import_module(name)
-    for name in (
-        "jaxbn",
-        "jaxbn.accumulate",
-        "jaxbn.convert",
-        "jaxbn.diagnostics",
-        "jaxbn.doctor",
-        "jaxbn.fold",
-        "jaxbn.linen",
-        "jaxbn.nnx",
-        "jaxbn.precise",
-        "jaxbn.remat",
-        "jaxbn.testing",
-    )
-}
-PUBLIC = {
-    f"{name}.{public}": getattr(module, public)
-    for name, module in MODULES.items()
-    for public in module.__all__
-}
-CLASSES = {n: v for n, v in PUBLIC.items() if inspect.isclass(v)}
-FUNCTIONS = {n: v for n, v in PUBLIC.items() if inspect.isfunction(v)}
-CONSTANTS = PUBLIC.keys() - CLASSES.keys() - FUNCTIONS.keys()
-CALLED = {
-    **FUNCTIONS,
-    "jaxbn.linen.BatchNorm()": jaxbn.linen.BatchNorm.__call__,
-    "jaxbn.nnx.BatchNorm": jaxbn.nnx.BatchNorm.__init__,
-    "jaxbn.nnx.BatchNorm()": jaxbn.nnx.BatchNorm.__call__,
-}
+from tests.helpers.public_api import (
+    CALLED,
+    CLASSES,
+    CONSTANTS,
+    FUNCTIONS,
+    MODULES,
+    PUBLIC,
+    docstring,
+)
 
 # Parameters with defaults that may be given by position, and why.
 POSITIONAL = {
@@ -102,11 +79,6 @@ def heads(text):
     """The names that a section explains; one line may hold several."""
     lines = re.findall(r"^(\*{0,2}\w+(?:, \*{0,2}\w+)*): ", text, re.M)
     return [name.strip("*") for line in lines for name in line.split(", ")]
-
-
-def docstring(name):
-    """That of a class, too, where a constructor is asked for."""
-    return inspect.getdoc(PUBLIC.get(name) or CALLED[name])
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -13,7 +13,7 @@ import jaxbn.nnx
 from jaxbn.linen import BatchNorm
 from jaxbn.testing import assert_shard_invariant
 from jaxbn.testing._float64 import in_float64, narrowest
-from tests.folding import Dictated, initialized, normal
+from tests.helpers.folding import Dictated, initialized, normal
 
 SYNCED = functools.partial(
     BatchNorm, use_running_average=False, axis_name="data"

@@ -1,30 +1,12 @@
 """The command line, as a process of its own."""
 
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 from configs import defaults
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def run(*arguments, module="train", cwd=ROOT):
-    environment = {k: v for k, v in os.environ.items() if k != "NPROC"}
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+from tests.helpers.command_line import ROOT, run
 
 
 def test_quick_start_from_anywhere(tmp_path):

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn.linen import BatchNorm
 
+pytestmark = pytest.mark.optimized
+
 N, CHANNELS, STEPS = 16, 3, 2
 MODULE = BatchNorm(axis_name="data", use_running_average=False)
 

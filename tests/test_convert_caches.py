@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxbn import convert
-from tests.convert_models import Block, data, std
+from tests.helpers.flax_models import Block, data, std
 
 KEY = jax.random.key(0)
 MUTABLE = dict(mutable=["batch_stats"])

@@ -13,8 +13,8 @@ from flax import nnx
 
 import jaxbn.linen
 from jaxbn import convert
-from tests import convert_copies as copies
-from tests.convert_models import Block, C, data, program, std
+from tests.helpers import custom_norms
+from tests.helpers.flax_models import Block, C, data, program, std
 
 KEY = jax.random.key(0)
 
@@ -56,13 +56,13 @@ class OwnCall(nn.BatchNorm):
 @pytest.mark.parametrize(
     "net, norm, options",
     [
-        (Inverse, copies.Copy, {}),
-        (Inverse, copies.Copy, dict(momentum=0.5, epsilon=1e-3)),
-        (Inverse, copies.Copy, dict(use_scale=False, use_bias=False)),
-        (Inverse, copies.Copy, dict(axis_name="data")),
-        (Inverse, copies.Copy, dict(mean_init=np.ones, var_init=np.ones)),
-        (Net, copies.Training, {}),
-        (Net, copies.Training, dict(epsilon=0.1, use_bias=False)),
+        (Inverse, custom_norms.Copy, {}),
+        (Inverse, custom_norms.Copy, dict(momentum=0.5, epsilon=1e-3)),
+        (Inverse, custom_norms.Copy, dict(use_scale=False, use_bias=False)),
+        (Inverse, custom_norms.Copy, dict(axis_name="data")),
+        (Inverse, custom_norms.Copy, dict(mean_init=np.ones, var_init=np.ones)),
+        (Net, custom_norms.Training, {}),
+        (Net, custom_norms.Training, dict(epsilon=0.1, use_bias=False)),
         (Inverse, OwnInit, {}),
         (Net, OwnCall, {}),
     ],
@@ -94,14 +94,26 @@ def test_a_copy_becomes_the_layer(net, norm, options):
 @pytest.mark.parametrize(
     "norm, why",
     [
-        (copies.Deviations, "computes something else: outputs differ"),
-        (copies.WithoutGradient, "computes something else: gradients differ"),
-        (copies.OutsideTheRoot, "computes something else: outputs differ"),
-        (copies.Ghost, "computes something else: outputs differ"),
-        (copies.Unbiased, "computes something else: running statistics differ"),
-        (copies.Renorm, "which has batch_stats/r_max [], batch_stats/steps"),
+        (custom_norms.Deviations, "computes something else: outputs differ"),
         (
-            copies.Virtual,
+            custom_norms.WithoutGradient,
+            "computes something else: gradients differ",
+        ),
+        (
+            custom_norms.OutsideTheRoot,
+            "computes something else: outputs differ",
+        ),
+        (custom_norms.Ghost, "computes something else: outputs differ"),
+        (
+            custom_norms.Unbiased,
+            "computes something else: running statistics differ",
+        ),
+        (
+            custom_norms.Renorm,
+            "which has batch_stats/r_max [], batch_stats/steps",
+        ),
+        (
+            custom_norms.Virtual,
             "which has batch_stats/batch_norm_running_mean [1, 3]",
         ),
     ],
@@ -112,7 +124,7 @@ def test_what_only_looks_like_one(norm, why):
     with pytest.raises(ValueError) as caught:
         jax.eval_shape(change.init, KEY, x)
     text = str(caught.value)
-    assert "norm is tests.convert_copies." + norm.__name__ in text, text
+    assert "norm is tests.helpers.custom_norms." + norm.__name__ in text, text
     assert why in text, text
     assert f"replace={{{norm.__name__}: rule}}" in text
     # With the variables of the author's layer, too, and in inference.
@@ -132,9 +144,9 @@ class Several(nn.Module):
     def __call__(self, x, train=True):
         seen = self.variable("batch_stats", "obs_mean", np.zeros, (C,))
         self.variable("batch_stats", "obs_var", np.ones, (C,))
-        x = copies.Renorm(train is False, name="first")(x - seen.value)
+        x = custom_norms.Renorm(train is False, name="first")(x - seen.value)
         x = Block()(x, train)
-        return Inverse(copies.Deviations, name="block")(x, train)
+        return Inverse(custom_norms.Deviations, name="block")(x, train)
 
 
 def test_everything_that_is_left_is_listed():
@@ -143,12 +155,12 @@ def test_everything_that_is_left_is_listed():
         jax.eval_shape(convert.to_jaxbn(Several()).init, KEY, x)
     _, *lines, _ = str(caught.value).splitlines()
     assert [line.split()[:3] for line in lines] == [
-        ["first", "is", "tests.convert_copies.Renorm,"],
-        ["block/norm", "is", "tests.convert_copies.Deviations,"],
+        ["first", "is", "tests.helpers.custom_norms.Renorm,"],
+        ["block/norm", "is", "tests.helpers.custom_norms.Deviations,"],
         ["the", "model", "itself"],
     ]
     assert "which owns obs_mean and obs_var in batch_stats" in lines[2]
-    keep = [Several, "first", copies.Deviations]
+    keep = [Several, "first", custom_norms.Deviations]
     model = convert.to_jaxbn(Several(), keep=keep)
     variables = model.init(KEY, x)
     y, new = model.apply(variables, x, mutable=["batch_stats"])
@@ -156,7 +168,7 @@ def test_everything_that_is_left_is_listed():
     back = convert.to_flax(model)
     assert program(back, variables, x) == program(Several(), variables, x)
     # Only what the call in question runs.
-    whole = nn.Sequential([nn.Dense(C), copies.Renorm(True)])
+    whole = nn.Sequential([nn.Dense(C), custom_norms.Renorm(True)])
     bound = convert.to_jaxbn(whole).bind(whole.init(KEY, x))
     assert bound.layers[0](x).shape == x.shape
     with pytest.raises(ValueError, match="layers_1 is .*Renorm, which has"):
@@ -187,7 +199,7 @@ class Masked(nn.Module):
     @nn.compact
     def __call__(self, x, paddings, train=True):
         x = nn.Dense(C)(x)
-        return copies.Padded(C, name="norm")(x, paddings, train)
+        return custom_norms.Padded(C, name="norm")(x, paddings, train)
 
 
 def padded(norm, x, paddings, train):
@@ -200,7 +212,7 @@ def padded(norm, x, paddings, train):
 
 def test_a_rule_for_a_class():
     x, paddings = data(), np.array([0] * 5 + [1] * 3, np.float32)
-    model = convert.to_jaxbn(Masked(), replace={copies.Padded: padded})
+    model = convert.to_jaxbn(Masked(), replace={custom_norms.Padded: padded})
     variables = model.init(KEY, x, paddings)
     names = {name: tree.keys() for name, tree in variables.items()}
     assert names["batch_stats"] == {"norm"}
@@ -224,22 +236,22 @@ def test_a_rule_for_a_class():
 
 def test_rules_are_for_subclasses_too_and_may_be_the_layer_itself():
     x = data()
-    rule = {copies.Copy: jaxbn.linen.BatchNorm}
-    model = convert.to_jaxbn(Inverse(copies.Unbiased), replace=rule)
-    variables = Inverse(copies.Copy).init(KEY, x)
+    rule = {custom_norms.Copy: jaxbn.linen.BatchNorm}
+    model = convert.to_jaxbn(Inverse(custom_norms.Unbiased), replace=rule)
+    variables = Inverse(custom_norms.Copy).init(KEY, x)
     want = Inverse(jaxbn.linen.BatchNorm)
     assert program(model, variables, x) == program(want, variables, x)
-    again = convert.to_jaxbn(Inverse(copies.Unbiased), replace=dict(rule))
+    again = convert.to_jaxbn(Inverse(custom_norms.Unbiased), replace=dict(rule))
     assert model == again and hash(model) == hash(again)
     back = convert.to_flax(model)  # the author's layer, which flax has not
-    plain = Inverse(copies.Unbiased)
+    plain = Inverse(custom_norms.Unbiased)
     assert program(back, variables, x) == program(plain, variables, x)
 
 
 def test_rules_that_return_something_else():
     for made in (nn.BatchNorm(parent=None), None, (jaxbn.linen.BatchNorm(), 1)):
-        rule = {copies.Copy: lambda norm, x, inference, made=made: made}
-        model = convert.to_jaxbn(Inverse(copies.Copy), replace=rule)
+        rule = {custom_norms.Copy: lambda norm, x, inference, made=made: made}
+        model = convert.to_jaxbn(Inverse(custom_norms.Copy), replace=rule)
         message = "norm: the rule that replace has for Copy must return a jaxbn"
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(model.init, KEY, data(1))
@@ -251,8 +263,8 @@ def test_rules_that_return_something_else():
 
 def test_a_copy_under_lifted_transforms_and_with_captures():
     x = data()
-    model = convert.to_jaxbn(nn.Sequential([Block(copies.Copy)]))
-    plain = nn.Sequential([Block(copies.Copy)])
+    model = convert.to_jaxbn(nn.Sequential([Block(custom_norms.Copy)]))
+    plain = nn.Sequential([Block(custom_norms.Copy)])
     assert model.tabulate(KEY, x) == plain.tabulate(KEY, x)
     lifted = nn.jit(nn.remat(Block, static_argnums=2), static_argnums=2)
     axes = dict(params=0, batch_stats=0)
@@ -260,7 +272,7 @@ def test_a_copy_under_lifted_transforms_and_with_captures():
         lifted, in_axes=(None, None), axis_size=2, variable_axes=axes,
         split_rngs=dict(params=True),
     )  # fmt: skip
-    got = convert.to_jaxbn(many(copies.Copy))
+    got = convert.to_jaxbn(many(custom_norms.Copy))
     variables = jax.jit(got.init, static_argnums=2)(KEY, x, True)
     y, _ = got.apply(variables, x, True, mutable=["batch_stats"])
     np.testing.assert_allclose(np.std(y, 1), 1, atol=1e-2)
@@ -271,14 +283,17 @@ def test_what_interceptors_see():
 
     def tap(call, args, kwargs, context):
         layer = context.module
-        if isinstance(layer, copies.Copy) and context.method_name == "__call__":
+        if (
+            isinstance(layer, custom_norms.Copy)
+            and context.method_name == "__call__"
+        ):
             before = convert.runs_as(layer, *args, **kwargs)
             y = call(*args, **kwargs)
             seen.append((before, convert.runs_as(layer)))
             return y
         return call(*args, **kwargs)
 
-    model = convert.to_jaxbn(Block(copies.Copy), axis_name="data")
+    model = convert.to_jaxbn(Block(custom_norms.Copy), axis_name="data")
     with nn.intercept_methods(tap):
         variables = jax.eval_shape(model.init, KEY, x)
     (pair,) = seen
@@ -292,7 +307,7 @@ def test_what_interceptors_see():
 
 
 def test_an_unknown_number_of_examples():
-    x, model = data(), convert.to_jaxbn(Inverse(copies.Copy))
+    x, model = data(), convert.to_jaxbn(Inverse(custom_norms.Copy))
     variables = model.init(KEY, x)
     (n,) = jax.export.symbolic_shape("n")
     of = jax.ShapeDtypeStruct((n, C), x.dtype)
@@ -315,7 +330,7 @@ class Wrapped(nn.Module):
         return layer(x, use_running_average=not train)
 
 
-@pytest.mark.parametrize("norm", [nnx.BatchNorm, copies.NnxCopy])
+@pytest.mark.parametrize("norm", [nnx.BatchNorm, custom_norms.NnxCopy])
 def test_nnx_inside_linen(norm):
     x, plain = data(), Wrapped(norm)
     model = convert.to_jaxbn(plain, axis_name="data")
@@ -335,7 +350,7 @@ def test_nnx_inside_linen_is_listed_with_its_path():
     class Body(nnx.Module):
         def __init__(self, rngs):
             self.good = nnx.BatchNorm(C, rngs=rngs)
-            self.bad = nnx.List([copies.GraphNorm(C)])
+            self.bad = nnx.List([custom_norms.GraphNorm(C)])
 
         def __call__(self, x):
             return self.good(x, use_running_average=False)

@@ -18,7 +18,7 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import convert
 from jaxbn.testing import assert_shard_invariant
-from tests.convert_models import (
+from tests.helpers.flax_models import (
     MODELS,
     Block,
     C,

@@ -13,8 +13,8 @@ from flax import nnx
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import convert
-from tests import convert_copies as copies
-from tests.convert_models import (
+from tests.helpers import custom_norms
+from tests.helpers.flax_models import (
     Block,
     C,
     data,
@@ -192,13 +192,13 @@ def graph_norm(norm):
 class CopiesTest(parameterized.TestCase):
     @parameterized.parameters({}, dict(momentum=0.5, epsilon=0.1))
     def test_a_copy_becomes_the_layer(self, **options):
-        x, layer = data(), copies.NnxCopy(C, rngs=nnx.Rngs(0), **options)
+        x, layer = data(), custom_norms.NnxCopy(C, rngs=nnx.Rngs(0), **options)
         layer.scale.set_value(jnp.arange(1.0, 4.0))
         layer.mean.set_value(jnp.arange(3.0))
         model = convert.to_jaxbn(with_layer(layer), axis_name="data")
         got = model.layers[1]
         assert type(got) is jaxbn.nnx.BatchNorm and got.axis_name == "data"
-        assert type(layer) is copies.NnxCopy
+        assert type(layer) is custom_norms.NnxCopy
         want = jaxbn.nnx.BatchNorm(
             C, rngs=nnx.Rngs(0), **{"momentum": 0.9, **options}
         )
@@ -223,8 +223,8 @@ class CopiesTest(parameterized.TestCase):
 
         layers = [
             own(nnx.BatchNorm),
-            own(copies.NnxCopy, ddof=1),
-            copies.GraphNorm(C),
+            own(custom_norms.NnxCopy, ddof=1),
+            custom_norms.GraphNorm(C),
             own(Own),
             own(Same),
         ]
@@ -243,16 +243,16 @@ class CopiesTest(parameterized.TestCase):
         ):
             assert words in line, line
         assert "keep=[NnxCopy, GraphNorm, Own]" in last
-        keep = [copies.NnxCopy, "2", Own]
+        keep = [custom_norms.NnxCopy, "2", Own]
         kept = convert.to_jaxbn(nnx.List(layers), keep=keep)
         assert [type(layer) is type(old) for layer, old in zip(kept, layers)] == [
             False, True, True, True, False,
         ]  # fmt: skip
 
     def test_a_rule_for_a_class(self):
-        x, plain = data(), with_layer(copies.GraphNorm(C))
+        x, plain = data(), with_layer(custom_norms.GraphNorm(C))
         plain.again = plain.layers[1]
-        rule = {copies.GraphNorm: graph_norm}
+        rule = {custom_norms.GraphNorm: graph_norm}
         model = convert.to_jaxbn(plain, replace=rule, axis_name="data")
         layer = model.layers[1]
         assert type(layer) is jaxbn.nnx.BatchNorm and model.again is layer
@@ -261,11 +261,11 @@ class CopiesTest(parameterized.TestCase):
         np.testing.assert_allclose(np.std(model(x), 0), 2, atol=1e-2)
         assert float(layer.mean[0]) != 0
         assert float(plain.layers[1].running_mean[0]) == 0
-        layer = copies.NnxCopy(C, ddof=1, momentum=0.25, rngs=nnx.Rngs(0))
-        rule = {copies.NnxCopy: jaxbn.nnx.BatchNorm}
+        layer = custom_norms.NnxCopy(C, ddof=1, momentum=0.25, rngs=nnx.Rngs(0))
+        rule = {custom_norms.NnxCopy: jaxbn.nnx.BatchNorm}
         named = convert.to_jaxbn(with_layer(layer), replace=rule).layers[1]
         assert type(named) is jaxbn.nnx.BatchNorm and named.momentum == 0.25
-        wrong = {copies.GraphNorm: lambda norm: norm}
+        wrong = {custom_norms.GraphNorm: lambda norm: norm}
         message = (
             "again: the rule that replace has for GraphNorm must.*got GraphN"
         )

@@ -13,8 +13,8 @@ from absl.testing import parameterized
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import convert
-from tests import convert_copies as copies
-from tests.convert_models import (
+from tests.helpers import custom_norms
+from tests.helpers.flax_models import (
     Block,
     C,
     InSetup,
@@ -204,7 +204,7 @@ class PartsTest(parameterized.TestCase):
         assert convert.runs_as(plain) is plain  # nothing is in force
 
     def test_a_layer_that_is_entered_by_another_method(self):
-        class Own(copies.Copy):
+        class Own(custom_norms.Copy):
             def forward(self, x):
                 return self(x, use_running_average=False)
 

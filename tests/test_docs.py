@@ -11,7 +11,7 @@ import zlib
 import pytest
 
 import jaxbn
-from tests.test_api import CONSTANTS, MODULES, PUBLIC, docstring
+from tests.helpers.public_api import CONSTANTS, MODULES, PUBLIC, docstring
 
 DOCS = pathlib.Path(jaxbn.__file__).parent / "docs"
 

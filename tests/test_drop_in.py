@@ -41,7 +41,7 @@ def train(module, variables, x, **call):
 
 
 def in_vmap(fn, *args):
-    return jax.vmap(fn, axis_name="batch")(*args)
+    return jax.jit(jax.vmap(fn, axis_name="batch"))(*args)
 
 
 class TestFeaturesOnly:
@@ -62,7 +62,7 @@ class TestFeaturesOnly:
             ours.apply(v, X[0]), theirs.apply(v, X[0]), rtol=1e-6
         )
         got, want = (
-            jax.vmap(jax.grad(lambda x, m=m: jnp.sin(m.apply(v, x)).sum()))(X)
+            in_vmap(jax.grad(lambda x, m=m: jnp.sin(m.apply(v, x)).sum()), X)
             for m in (ours, theirs)
         )
         chex.assert_trees_all_close(got, want, rtol=1e-5)
@@ -104,73 +104,14 @@ class TestFeaturesOnly:
     def test_inference_with_ids_and_weights(self):
         mean, var = draw(2, C, seed=1), np.square(draw(2, C, seed=2)) + 1
         want = jaxbn.normalize(X, mean, var, ids=IDS)
-        got = jax.vmap(lambda x, i: jaxbn.normalize(x, mean, var, ids=i))(
-            X, IDS
-        )
+        got = in_vmap(lambda x, i: jaxbn.normalize(x, mean, var, ids=i), X, IDS)
         chex.assert_trees_all_close(got, want, rtol=1e-5)
         weighted = functools.partial(
             jaxbn.normalize_weighted, mean=mean[0], var=var[0], weight=0.2
         )
         chex.assert_trees_all_close(
-            jax.vmap(weighted)(X), weighted(X), rtol=1e-5
+            in_vmap(weighted, X), weighted(X), rtol=1e-5
         )
-
-
-def exported(fn, *args, sizes):
-    """fn exported with symbolic sizes and called with args."""
-    specs = jax.export.symbolic_args_specs(args, sizes)
-    return jax.export.export(jax.jit(fn))(*specs).call(*args)
-
-
-class TestSymbolicShapes:
-    def check(self, fn, *args, sizes):
-        chex.assert_trees_all_close(
-            exported(fn, *args, sizes=sizes), fn(*args), atol=1e-5
-        )
-
-    def test_layers(self):
-        _, ours, v = both(use_running_average=False)
-        mask = ("b, 6", "b, 1")
-        self.check(lambda x: train(ours, v, x), X, sizes="b, 6")
-        self.check(
-            lambda x, m: train(ours, v, x, mask=m), X, X[:, :1] > 0, sizes=mask
-        )
-        self.check(
-            jax.grad(lambda x: (train(ours, v, x)[0] ** 3).sum()),
-            X,
-            sizes="b, 6",
-        )
-
-        def make():
-            return jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0))
-
-        self.check(lambda x: make()(x), X, sizes="b, 6")
-
-    def test_images(self):
-        x = X.reshape(4, 2, 2, C)
-        size = "b, h, w, 6"
-        self.check(lambda x: jaxbn.batch_norm(x)[0], x, sizes=size)
-        adapt = BatchNorm(True, prior=4.0)
-        v = adapt.init(jax.random.key(0), x)
-        self.check(lambda x: adapt.apply(v, x), x, sizes=size)
-        weighted = functools.partial(
-            jaxbn.normalize_weighted,
-            mean=jnp.zeros(C),
-            var=jnp.ones(C),
-            weight=0.1,
-        )
-        self.check(weighted, x, sizes=size)
-
-    def test_ids_and_ghost_batches(self):
-        def run(scope, x, ids=None):
-            return jaxbn.batch_norm(x, ids=ids, scope=scope)
-
-        by_id = functools.partial(run, Scope(num_ids=2))
-        self.check(by_id, X, IDS, sizes=("b, 6", "b"))
-        ghost = functools.partial(run, Scope(normalize_over=4))
-        self.check(ghost, X, sizes="4*b, 6")
-        with pytest.raises(ValueError, match="must divide the examples"):
-            exported(ghost, X, sizes="b, 6")
 
 
 class TestNames:
@@ -350,10 +291,12 @@ class TestPool:
             counts = None if counts is None else jnp.asarray(counts)
             stats = jax.tree.map(jnp.asarray, self.STATS)
             stacked = jaxbn.pool(stats, counts=counts)
-            mapped = jax.vmap(
-                lambda s, c: jaxbn.pool(s, counts=c, axis_name="i"),
-                in_axes=(0, None if counts is None else 0),
-                axis_name="i",
+            mapped = jax.jit(
+                jax.vmap(
+                    lambda s, c: jaxbn.pool(s, counts=c, axis_name="i"),
+                    in_axes=(0, None if counts is None else 0),
+                    axis_name="i",
+                )
             )(stats, counts)
         for got in (stacked, jax.tree.map(lambda a: a[0], mapped)):
             np.testing.assert_allclose(got["mean"], [mean], rtol=1e-6)
@@ -397,13 +340,10 @@ class TestMaskedNaN:
             y, _ = train(module, {**v, "params": params}, x, mask=mask)
             return jnp.where(mask, jnp.sin(y), 0).sum(), y
 
-        (_, y), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-            v["params"], poisoned
-        )
+        slope = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        (_, y), grads = slope(v["params"], poisoned)
         chex.assert_tree_all_finite((y, grads))
-        (_, clean), want = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-            v["params"], x
-        )
+        (_, clean), want = slope(v["params"], x)
         chex.assert_trees_all_close(y[1:], clean[1:], atol=1e-6)
         chex.assert_trees_all_close(grads[0], want[0], rtol=1e-5)
 

@@ -18,7 +18,7 @@ from flax import nnx
 import jaxbn.nnx
 from jaxbn.fold import fold
 from jaxbn.linen import BatchNorm
-from tests.folding import (
+from tests.helpers.folding import (
     EPSILON,
     NORMS,
     Pair,

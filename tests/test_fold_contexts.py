@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxbn.fold import fold
-from tests.folding import (
+from tests.helpers.folding import (
     Dictated,
     assert_close,
     dense,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxbn.fold import fold
-from tests.folding import (
+from tests.helpers.folding import (
     EPSILON,
     Dictated,
     assert_close,

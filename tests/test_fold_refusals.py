@@ -16,7 +16,7 @@ from absl.testing import parameterized
 
 from jaxbn.fold import Folded, fold
 from jaxbn.linen import BatchNorm
-from tests.folding import (
+from tests.helpers.folding import (
     Dictated,
     Pair,
     assert_close,

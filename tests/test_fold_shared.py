@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxbn.fold import fold
-from tests.folding import (
+from tests.helpers.folding import (
     Dictated,
     assert_close,
     assert_no_norm_is_left,

@@ -13,7 +13,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxbn.linen import BatchNorm
-from tests import reference
+from tests.helpers import reference
+
+pytestmark = pytest.mark.optimized
 
 
 def draw(*shape, dtype=jnp.float32):
@@ -263,12 +265,13 @@ class SynchronizedTest(parameterized.TestCase):
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
         def step(module):
-            return jax.shard_map(
+            sharded = jax.shard_map(
                 lambda v, x: module.apply(v, x, mutable=["batch_stats"]),
                 mesh=mesh,
                 in_specs=(P(), P("data")),
                 out_specs=(P("data"), P()),
-            )(self.variables, self.x)
+            )
+            return jax.jit(sharded)(self.variables, self.x)
 
         y, state = step(grouped)
         _, whole = step(self.module)

@@ -1,3 +1,5 @@
+"""Moments of a batch, merged and synchronized, against float64."""
+
 import re
 
 import chex
@@ -9,6 +11,8 @@ from absl.testing import parameterized
 
 import jaxbn
 from jaxbn import Moments
+
+pytestmark = pytest.mark.optimized
 
 
 def draw(shape, *, offset=0.0, dtype=np.float32):

@@ -23,6 +23,7 @@ from configs import (
     wide_cifar,
 )
 from jaxbn.linen import BatchNorm
+from tests.helpers import numpy_networks
 from train import UserError, networks
 from train.norms import Affine
 from train.preact import PreActBlock
@@ -110,143 +111,29 @@ def test_another_norm_reaches_every_layer(model):
     assert total(without["params"]) == total(with_norm["params"])
 
 
-# Equations, in float64 and written down once more
-
-
-def conv(x, kernel, stride=1):
-    size = len(kernel)
-    padding = (size // 2, size // 2)
-    x = np.pad(x, ((0, 0), padding, padding, (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
-    return np.einsum(
-        "bhwcij,ijco->bhwo", windows[:, ::stride, ::stride], kernel
-    )
-
-
-def relu(x):
-    return np.maximum(x, 0)
-
-
-class Layers:
-    """Layers of a network or a block by name, in float64."""
-
-    def __init__(self, params, stats):
-        self._params, self._stats = params, stats
-
-    def inside(self, name):
-        return Layers(self._params[name], self._stats[name])
-
-    def conv(self, x, name, stride=1):
-        return conv(x, self._params[name]["kernel"], stride)
-
-    def norm(self, x, name):
-        mean, var = self._stats[name]["mean"], self._stats[name]["var"]
-        scale, bias = self._params[name]["scale"], self._params[name]["bias"]
-        return (x - mean) / np.sqrt(var + 1e-5) * scale + bias
-
-    def logits(self, x):
-        dense = self._params["Dense_0"]
-        return x.mean((1, 2)) @ dense["kernel"] + dense["bias"]
-
-
-def padded(x, width, stride):
-    x = x[:, ::stride, ::stride]
-    more = (width - x.shape[-1]) // 2
-    return np.pad(x, ((0, 0), (0, 0), (0, 0), (more, more)))
-
-
-def resnet(net, x):
-    x = relu(net.norm(net.conv(x, "Conv_0"), "BatchNorm_0"))
-    for i in range(3):
-        stride, block = 1 + (i > 0), net.inside(f"Block_{i}")
-        y = block.conv(x, "Conv_0", stride)
-        y = relu(block.norm(y, "BatchNorm_0"))
-        y = block.norm(block.conv(y, "Conv_1"), "BatchNorm_1")
-        x = relu(padded(x, y.shape[-1], stride) + y)
-    return net.logits(x)
-
-
-def preact(net, x):
-    x = net.conv(x, "Conv_0")
-    for i in range(3):
-        stride, block = 1 + (i > 0), net.inside(f"PreActBlock_{i}")
-        y = relu(block.norm(x, "BatchNorm_0"))
-        x = x if i else y
-        y = block.conv(y, "Conv_0", stride)
-        y = block.conv(relu(block.norm(y, "BatchNorm_1")), "Conv_1")
-        x = padded(x, y.shape[-1], stride) + y
-    return net.logits(relu(net.norm(x, "BatchNorm_0")))
-
-
-def preact_bottleneck(net, x):
-    x = net.conv(x, "Conv_0")
-    for i in range(3):
-        stride, block = 1 + (i > 0), net.inside(f"PreActBlock_{i}")
-        y = relu(block.norm(x, "BatchNorm_0"))
-        x = block.conv(y, "shortcut", stride)
-        y = block.conv(y, "Conv_0", stride)
-        for j in (1, 2):
-            y = block.conv(relu(block.norm(y, f"BatchNorm_{j}")), f"Conv_{j}")
-        x = x + y
-    return net.logits(relu(net.norm(x, "BatchNorm_0")))
-
-
-def wide(net, x):
-    x = net.conv(x, "Conv_0")
-    for i in range(3):
-        stride, block = 1 + (i > 0), net.inside(f"PreActBlock_{i}")
-        y = relu(block.norm(x, "BatchNorm_0"))
-        x = block.conv(y, "shortcut", stride)
-        y = block.conv(y, "Conv_0", stride)
-        y = block.conv(relu(block.norm(y, "BatchNorm_1")), "Conv_1")
-        x = x + y
-    return net.logits(relu(net.norm(x, "BatchNorm_0")))
-
-
-def resnet18(net, x):
-    x = relu(net.norm(net.conv(x, "Conv_0"), "BatchNorm_0"))
-    for i in range(8):
-        stride = 2 if i in (2, 4, 6) else 1
-        block = net.inside(f"ProjectionBlock_{i}")
-        y = relu(block.norm(block.conv(x, "Conv_0", stride), "BatchNorm_0"))
-        y = block.norm(block.conv(y, "Conv_1"), "BatchNorm_1")
-        if stride == 2:
-            x = block.conv(x, "shortcut", stride)
-            x = block.norm(x, "shortcut_norm")
-        x = relu(x + y)
-    return net.logits(x)
-
-
-def randomized(variables, rng):
-    """Values for the shapes, that no two layers have the same."""
-
-    def one(path, leaf):
-        name = path[-1].key
-        if name in ("var", "scale"):
-            return rng.uniform(0.5, 1.5, leaf.shape)
-        spread = np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1))
-        return rng.normal(0, spread if name == "kernel" else 0.3, leaf.shape)
-
-    return jax.tree_util.tree_map_with_path(one, variables)
+# Equations
 
 
 @pytest.mark.parametrize("model", SMALL)
 def test_network_is_its_equations(model):
     net = build(config_of(model, **SMALL[model]))
     rng = np.random.default_rng(0)
-    variables = randomized(shapes_of(net, 8), rng)
+    variables = numpy_networks.randomized(shapes_of(net, 8), rng)
     images = rng.normal(size=(2, 8, 8, 3))
     got = jax.jit(functools.partial(net.apply, train=False))(
         jax.tree.map(jnp.float32, variables), jnp.float32(images)
     )
-    layers = Layers(variables["params"], variables["batch_stats"])
-    want = globals()[model](layers, images)
+    layers = numpy_networks.Layers(
+        variables["params"], variables["batch_stats"]
+    )
+    want = getattr(numpy_networks, model)(layers, images)
     assert got.dtype == jnp.float32 and want.std() > 0.1
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_computes_so_and_keeps_its_parameters():
-    net = build(config_of("wide", depth=10), dtype=jnp.bfloat16)
+@pytest.mark.parametrize("model", SMALL)
+def test_bfloat16_computes_so_and_keeps_its_parameters(model):
+    net = build(config_of(model, **SMALL[model]), dtype=jnp.bfloat16)
     variables = shapes_of(net, 8)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {
         jnp.dtype(jnp.float32)
@@ -259,10 +146,10 @@ def test_bfloat16_computes_so_and_keeps_its_parameters():
         jnp.zeros((2, 8, 8, 3)),
     )
     assert logits.dtype == jnp.float32
-    inside = state["intermediates"]["PreActBlock_0"]
-    assert {leaf.dtype for leaf in jax.tree.leaves(inside)} == {
-        jnp.dtype(jnp.bfloat16)
-    }
+    intermediates = state["intermediates"]
+    blocks = [name for name in intermediates if "Block" in name]
+    inside = jax.tree.leaves([intermediates[name] for name in blocks])
+    assert {leaf.dtype for leaf in inside} == {jnp.dtype(jnp.bfloat16)}
 
 
 # Start

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn._passes import Passes, centered_moments
 
+pytestmark = pytest.mark.optimized
+
 CHANNELS = 4
 WHOLE = P()
 

@@ -20,6 +20,8 @@ import jaxbn
 import jaxbn.linen
 from tests.bench import layers, measure, sections, sharded
 
+pytestmark = pytest.mark.optimized
+
 FLAX = ("flax fast", "flax stable", "nnx")
 FAST = ("flax fast", "nnx", "haiku")
 CHANNELS = sharded.CHANNELS

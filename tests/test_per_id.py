@@ -15,9 +15,8 @@ from jax.test_util import check_grads
 
 import jaxbn
 import jaxbn.nnx
-from tests import reference
-from tests.helpers.layers import draw, linen_layer, nnx_layer
-from tests.test_scope import (
+from tests.helpers import reference
+from tests.helpers.contexts import (
     CHANNELS,
     NUM_IDS,
     PARTITIONS,
@@ -26,6 +25,7 @@ from tests.test_scope import (
     on_global_arrays,
     problem,
 )
+from tests.helpers.layers import draw, linen_layer, nnx_layer
 
 IDS = np.arange(8) % 2
 SHIFT = np.float32(1 + IDS[:, None])  # with a bias of 1 and 2

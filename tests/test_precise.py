@@ -17,6 +17,8 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import precise
 
+pytestmark = pytest.mark.optimized
+
 
 class Net(nn.Module):
     @nn.compact

@@ -132,8 +132,10 @@ def kept(block, params, stats, x):
     )
 
 
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
-@pytest.mark.parametrize("inputs", (True, False))
+@pytest.mark.parametrize(
+    "dtype, inputs",
+    ((jnp.float32, True), (jnp.float32, False), (jnp.bfloat16, True)),
+)
 def test_a_block_keeps_convolutions_its_input_and_vectors(dtype, inputs):
     variables, x, _ = arguments(dtype)
     policy = jaxbn.remat.policy(inputs=inputs)

@@ -56,7 +56,10 @@ sys.meta_path.insert(0, Slow())
 """
 
 
-@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_a_run_saves_and_says_so_in_one_line(number, tmp_path):
     process = start(tmp_path, LONG)
     wait_until(lambda: steps_of(tmp_path), process)
@@ -67,10 +70,14 @@ def test_a_run_saves_and_says_so_in_one_line(number, tmp_path):
     assert one_line(error).startswith(f"Stopped and saved at step {step};")
 
 
-@pytest.mark.parametrize("number", CODES)
 @pytest.mark.parametrize(
-    "patch",
-    [IMPORTING, pytest.param(TINY + COMPILING, marks=pytest.mark.slow)],
+    "patch, number",
+    [
+        (IMPORTING, signal.SIGINT),
+        pytest.param(IMPORTING, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(TINY + COMPILING, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(TINY + COMPILING, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_before_the_first_step_it_leaves_at_once(patch, number, tmp_path):
     process = start(tmp_path, LONG, patch=patch)

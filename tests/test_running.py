@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn import Moments, RunningStats
 
+pytestmark = pytest.mark.optimized
+
 
 def test_one_and_ten_steps_match_the_recurrence():
     rng = np.random.default_rng(0)

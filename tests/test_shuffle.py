@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn._shuffle import shuffle, unshuffle
 from jaxbn.testing import collectives
-from tests import reference
+from tests.helpers import reference
+
+pytestmark = pytest.mark.optimized
 
 DEVICES = 8
 there = functools.partial(shuffle, axis_name="data")

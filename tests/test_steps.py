@@ -14,9 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from configs import digits
 from jaxbn import accumulate
-from tests.test_train import make_recipe as plain_recipe
+from tests.helpers.recipes import make_recipe as plain_recipe
 from train import data, norms, topology
-from train.resnet import ResNet
 from train.step import (
     augmented,
     init_state,
@@ -38,22 +37,24 @@ class Poisoned(nn.Module):
 
 
 class Tiny(nn.Module):
-    """Compiles in a second, where it does not matter which network it is."""
+    """Two norms; compiles in a second."""
 
     norm: object
+    dtype: object = jnp.float32
 
     @nn.compact
     def __call__(self, x, *, train):
-        x = nn.Dense(8)(x.reshape(len(x), -1))
-        x = nn.gelu(self.norm(use_running_average=not train)(x))
-        return nn.Dense(10)(x)
+        x = x.reshape(len(x), -1).astype(self.dtype)
+        for _ in range(2):
+            x = nn.Dense(8, dtype=self.dtype)(x)
+            norm = self.norm(use_running_average=not train, dtype=self.dtype)
+            x = nn.gelu(norm(x))
+        return nn.Dense(10, dtype=self.dtype)(x).astype(jnp.float32)
 
 
-def network(axis_name="data", **fields):
+def network(axis_name="data", dtype=jnp.float32):
     norm = functools.partial(norms.BatchNorm, momentum=0.9, axis_name=axis_name)
-    return Poisoned(
-        ResNet(depth=8, num_classes=10, width=4, norm=norm, **fields)
-    )
+    return Poisoned(Tiny(norm, dtype))
 
 
 def make_recipe(**changes):
@@ -119,12 +120,7 @@ def test_the_schedule_counts_the_batches_that_are_left_out(place, batches):
     optimizer = make_optimizer(
         lambda count: rates[count], momentum=0.0, nesterov=False, weight_decay=0
     )
-    norm = functools.partial(norms.BatchNorm, momentum=0.9, axis_name="data")
-    recipe = make_recipe(
-        stop_if_nonfinite=False,
-        optimizer=optimizer,
-        model=Poisoned(Tiny(norm)),
-    )
+    recipe = make_recipe(stop_if_nonfinite=False, optimizer=optimizer)
     states, _ = walk(recipe, place, batches)
     counts = [int(optax.tree.get(s.opt_state, "count")) for s in states]
     assert counts == [int(s.step) for s in states] == [1, 2, 3, 4]

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 
 import jax
@@ -21,14 +22,10 @@ from tests.helpers.runs import (
     wait_until,
 )
 
-# A smooth nonlinearity. At a ReLU kink a rounding difference can flip a
-# gradient, and runs on other devices then diverge.
-SMOOTH = """
-import flax.linen as nn
-nn.relu = nn.gelu
-"""
-start = functools.partial(runs.start, patch=SMOOTH, devices=8)
-start_two = functools.partial(runs.start_two, patch=SMOOTH, devices=4)
+# So wide that its checkpoint is larger than the files of a full disk.
+WIDE = runs.TINY.replace("Dense(8)", "Dense(64)")
+start = functools.partial(runs.start, patch=WIDE, devices=8)
+start_two = functools.partial(runs.start_two, patch=WIDE, devices=4)
 
 
 def start_two_by_slurm(workdir):
@@ -67,6 +64,15 @@ def newest_state(workdir):
     return {
         jax.tree_util.keystr(path): np.asarray(value) for path, value in flat
     }
+
+
+def assert_close(got, want):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        scale = np.abs(value).max() + 1e-3
+        np.testing.assert_allclose(
+            got[name], value, atol=1e-4 * scale, rtol=0, err_msg=name
+        )
 
 
 def records_of(workdir):
@@ -115,27 +121,15 @@ def test_a_run_that_suffers_ends_bit_for_bit_as_one_that_did_not(
     assert f"The checkpoint of step {stopped} is whole" in last
     assert steps_of(workdir)[-1] == stopped
 
-    # kill -9, while a checkpoint is being written or just was.
+    # kill -9, as soon as a checkpoint was written.
     process = start(workdir)
-    folder = workdir / "checkpoints"
-    wait_until(
-        lambda: (
-            any("tmp" in name for name in os.listdir(folder))
-            or steps_of(workdir)[-1] > stopped
-        ),
-        process,
-    )
+    wait_until(lambda: steps_of(workdir)[-1] > stopped + 1, process)
     process.kill()
     assert end(process)[0] == -signal.SIGKILL
 
     # A newest checkpoint that was cut off: put aside, with a warning.
-    process = start(workdir)
-    before = steps_of(workdir)[-1]
-    wait_until(lambda: steps_of(workdir)[-1] > before + 1, process)
-    process.kill()
-    end(process)
     damaged = steps_of(workdir)[-1]
-    for path in (folder / str(damaged)).rglob("d/*"):
+    for path in (workdir / "checkpoints" / str(damaged)).rglob("d/*"):
         os.truncate(path, path.stat().st_size // 2)
 
     code, _, error = end(start(workdir))
@@ -145,7 +139,9 @@ def test_a_run_that_suffers_ends_bit_for_bit_as_one_that_did_not(
     assert (workdir / f"damaged-checkpoint-{damaged}").is_dir()
 
     want, got = newest_state(undisturbed), newest_state(workdir)
-    assert want.keys() == got.keys() and len(want) > 30
+    assert want.keys() == got.keys()
+    for part in ("step", "params", "batch_stats", "opt_state"):
+        assert any(name.startswith(f"['{part}']") for name in want)
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
     assert without_speed(records_of(workdir)) == without_speed(
@@ -156,11 +152,20 @@ def test_a_run_that_suffers_ends_bit_for_bit_as_one_that_did_not(
 def test_two_processes_are_one_run_and_any_topology_goes_on_with_it(
     undisturbed, tmp_path
 ):
-    """2 x 4 devices to the end; then half of it there, half on 2 devices.
+    """Half of it on 2 x 4 devices, the rest there or on 2 devices.
 
-    The first two are told where they meet, the others are two tasks of SLURM.
+    The first two are tasks of SLURM, the others are told where they meet.
     """
     workdir = tmp_path / "two"
+    both = start_two_by_slurm(workdir)
+    wait_until(lambda: steps_of(workdir), both[0])
+    both[1].terminate()  # one is told, both stop at the same step
+    ends = [end(process) for process in both]
+    assert [code for code, *_ in ends] == [75, 75], ends
+    assert steps_of(workdir)[-1] < EPOCHS * STEPS
+    moved = tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+
     first, second = start_two(workdir)
     code, out, error = end(first)
     assert code == 0, error
@@ -169,33 +174,16 @@ def test_two_processes_are_one_run_and_any_topology_goes_on_with_it(
     assert code == 0, error
     assert not re.search("epoch|loss|accuracy|train", silent), silent
     assert "8 cpu devices (data=8, 2 processes)" in out
-    want, got = newest_state(undisturbed), newest_state(workdir)
-    for name, value in want.items():
-        scale = np.abs(value).max() + 1e-3
-        np.testing.assert_allclose(
-            got[name], value, atol=1e-4 * scale, rtol=0, err_msg=name
-        )
+    assert_close(newest_state(workdir), newest_state(undisturbed))
     losses = [
         [record["train_loss"] for record in records_of(path)]
         for path in (workdir, undisturbed)
     ]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
-    moved = tmp_path / "moved"
-    both = start_two_by_slurm(moved)
-    wait_until(lambda: steps_of(moved), both[0])
-    both[1].terminate()  # one is told, both stop at the same step
-    ends = [end(process) for process in both]
-    assert [code for code, *_ in ends] == [75, 75], ends
-    assert steps_of(moved)[-1] < EPOCHS * STEPS
     code, _, error = end(start(moved, devices=2))
     assert code == 0, error
-    got = newest_state(moved)
-    for name, value in want.items():
-        scale = np.abs(value).max() + 1e-3
-        np.testing.assert_allclose(
-            got[name], value, atol=1e-4 * scale, rtol=0, err_msg=name
-        )
+    assert_close(newest_state(moved), newest_state(undisturbed))
 
 
 def test_a_workdir_that_cannot_be():

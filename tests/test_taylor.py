@@ -9,6 +9,8 @@ from jax.experimental.jet import jet
 import jaxbn
 from tests.helpers.layers import linen_layer
 
+pytestmark = pytest.mark.optimized
+
 WRAPPERS = {
     "eager": lambda f: f,
     "jit": jax.jit,

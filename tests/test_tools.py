@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from configs import digits
-from tests import test_networks as reference
+from tests.helpers import numpy_networks
+from tests.helpers.made_runs import make_run
 from train import UserError, averaged, compare, data, evaluate, saved
 from train.checkpoint import Checkpoints, Progress
 from train.prepared import prepare
@@ -56,8 +57,10 @@ class Made:
             for step, epoch, batch, accuracy in made:
                 rng = np.random.default_rng(step)
                 own = {
-                    "params": reference.randomized(blank.params, rng),
-                    "batch_stats": reference.randomized(blank.batch_stats, rng),
+                    "params": numpy_networks.randomized(blank.params, rng),
+                    "batch_stats": numpy_networks.randomized(
+                        blank.batch_stats, rng
+                    ),
                 }
                 self.variables[step] = own
                 state = jax.tree.map(lambda leaf: np.zeros(leaf.shape), blank)
@@ -82,8 +85,8 @@ class Made:
         """In float64, by the equations of the network."""
         mean, std = self.inputs
         own = self.variables[step]
-        layers = reference.Layers(own["params"], own["batch_stats"])
-        return reference.resnet(layers, (images - np.array(mean)) / std)
+        layers = numpy_networks.Layers(own["params"], own["batch_stats"])
+        return numpy_networks.resnet(layers, (images - np.array(mean)) / std)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +159,7 @@ def test_new_statistics_are_those_of_so_many_training_batches(made):
     mean, std = made.inputs
     x = (images[places] - np.array(mean)) / std
     kernel = made.variables[10]["params"]["Conv_0"]["kernel"]
-    y = reference.conv(x, kernel)
+    y = numpy_networks.conv(x, kernel)
     layer = stats["BatchNorm_0"]
     np.testing.assert_allclose(layer["mean"], y.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(layer["var"], y.var((0, 1, 2)), rtol=1e-4)
@@ -220,40 +223,6 @@ def test_reading_a_run_leaves_a_damaged_checkpoint_where_it_is(made, tmp_path):
     assert int(found.state.step) == 8 and found.progress.epoch == 2
     assert newest.is_dir() and unfinished.is_dir()
     assert not [*workdir.glob("damaged*")]
-
-
-# Compare
-
-
-def make_run(workdir, accuracies, *, finished=True, **changes):
-    config = digits.get_config()
-    config.update(epochs=3, **changes)
-    open_workdir(workdir, config.lock())
-    lines = []
-    for epoch, accuracy in enumerate(accuracies, 1):
-        record = {
-            "epoch": epoch,
-            "step": 10 * epoch,
-            "train_loss": 2 - accuracy,
-            "train_accuracy": accuracy,
-            "test_loss": 1 - accuracy,
-            "test_accuracy": accuracy,
-            "learning_rate": 0.1,
-            # The first has the compilation.
-            "images_per_second": 100.0 if epoch > 1 else 1.0,
-            "skipped": 0,
-        }
-        lines.append(json.dumps(record) + "\n")
-    (workdir / "metrics.jsonl").write_text("".join(lines))
-    if finished:
-        summary = {
-            "test_accuracy": accuracies[-1],
-            "devices": 4,
-            "device_kind": "cpu",
-            "seconds": 20.0 + config.seed,
-        }
-        (workdir / "summary.json").write_text(json.dumps(summary))
-    return workdir
 
 
 def rows_of(out):

@@ -1,6 +1,5 @@
 """Every variant of the layer, in linen and nnx, against float64."""
 
-import functools
 import re
 
 import flax.linen as nn
@@ -9,69 +8,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import RunningStats
-from tests import reference
-
-STEPS, N, C = 3, 16, 3
-EPSILON = 1e-5
-
-
-class Linen:
-    """A layer as a pure function of its state, a dict of arrays."""
-
-    def __init__(self, **options):
-        self.layer = jaxbn.linen.BatchNorm(**options)
-
-    def init(self, x, **call):
-        variables = self.layer.init(jax.random.key(0), x, False, **call)
-        return {**variables["params"], **variables["batch_stats"]}
-
-    def __call__(self, state, x, *, train=True, **call):
-        params = {k: v for k, v in state.items() if k in ("scale", "bias")}
-        stats = {k: v for k, v in state.items() if k not in params}
-        y, updates = self.layer.apply(
-            {"params": params, "batch_stats": stats},
-            x,
-            not train,
-            mutable=["batch_stats"] if train else [],
-            **call,
-        )
-        return y, {**params, **updates.get("batch_stats", stats)}
-
-
-class Nnx:
-    def __init__(self, **options):
-        layer = jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0), **options)
-        self.graph, self.start = nnx.split(layer)
-
-    def init(self, x, **call):
-        return nnx.to_pure_dict(self.start)
-
-    def __call__(self, state, x, *, train=True, **call):
-        whole = jax.tree.map(lambda a: a, self.start)
-        nnx.replace_by_pure_dict(whole, state)
-        layer = nnx.merge(self.graph, whole)
-        y = layer(x, use_running_average=not train, **call)
-        return y, nnx.to_pure_dict(nnx.state(layer))
-
-
-KINDS = pytest.mark.parametrize("kind", (Linen, Nnx))
+from tests.helpers import reference
+from tests.helpers.variants import (
+    CONTEXTS,
+    EPSILON,
+    KINDS,
+    STEPS,
+    C,
+    Linen,
+    N,
+    Nnx,
+    assert_running,
+    batches,
+    in_shard_map,
+)
 
 
 @pytest.fixture(scope="module")
 def data():
-    """Batches, and masks by which devices keep unequally many, one nothing."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(2, 3, (STEPS, N, 4, C)).astype(np.float32)
-    keep = rng.random((STEPS, N, 4, 1)) < 0.6
-    keep[:, 4:6] = False
-    return x, keep
+    return batches()
 
 
 def float64_running(x, keep, weights, *, ddof=0, start=(0.0, 1.0)):
@@ -90,11 +52,6 @@ def run(layer, x, keep, **call):
     for batch, kept in zip(x, keep):
         y, state = step(state, batch, kept)
     return y, state
-
-
-def assert_running(state, want, rtol=1e-5):
-    np.testing.assert_allclose(state["mean"], want[0], rtol=rtol)
-    np.testing.assert_allclose(state["var"], want[1], rtol=rtol)
 
 
 AVERAGES = {
@@ -122,63 +79,6 @@ def test_averages(kind, name, data):
         np.testing.assert_array_equal(state["steps"], [STEPS] * C)
     else:
         assert "steps" not in state
-
-
-def in_shard_map(step, *, check_vma=True):
-    def mapped(state, x, keep):
-        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-        return jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(P(), P("data"), P("data")),
-            out_specs=(P("data"), P()),
-            check_vma=check_vma,
-        )(state, x, keep)
-
-    return jax.jit(mapped)
-
-
-def in_vmap(step):
-    def mapped(state, x, keep):
-        x, keep = (a.reshape(8, -1, *a.shape[1:]) for a in (x, keep))
-        y, state = jax.vmap(step, (None, 0, 0), (0, None), axis_name="data")(
-            state, x, keep
-        )
-        return y.reshape(-1, *y.shape[2:]), state
-
-    return jax.jit(mapped)
-
-
-def in_pmap(step):
-    mapped = jax.pmap(step, "data", in_axes=(None, 0, 0), out_axes=(0, None))
-
-    def joined(state, x, keep):
-        split = [a.reshape(8, -1, *a.shape[1:]) for a in (x, keep)]
-        y, state = mapped(state, *split)
-        return y.reshape(-1, *y.shape[2:]), state
-
-    return joined
-
-
-def on_global_arrays(step, *, kind=AxisType.Auto):
-    def placed(state, x, keep):
-        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-        with jax.set_mesh(mesh):
-            sharding = NamedSharding(mesh, P("data"))
-            return jax.jit(step)(state, *jax.device_put((x, keep), sharding))
-
-    return placed
-
-
-CONTEXTS = {
-    "jit": jax.jit,
-    "shard_map": in_shard_map,
-    "check_vma=False": functools.partial(in_shard_map, check_vma=False),
-    "vmap": in_vmap,
-    "pmap": in_pmap,
-    "Auto": on_global_arrays,
-    "Explicit": functools.partial(on_global_arrays, kind=AxisType.Explicit),
-}
 
 
 def ramp(step):
@@ -359,96 +259,6 @@ def test_statistics_per_timestep_with_sequences_that_end(kind):
     late, _ = layer(state, x[4], train=False, timestep=4)
     want = (x[4] - state["mean"][-1]) / np.sqrt(state["var"][-1] + EPSILON)
     np.testing.assert_allclose(late, want, atol=1e-5)
-
-
-@KINDS
-def test_an_example_counts_in_its_own_inference(kind, data):
-    x, keep = data[0][0], data[1][0]
-    layer = kind(example_weight=0.2)
-    state = layer.init(x) | dict(
-        mean=jnp.array([1.0, 2.0, 3.0]), var=jnp.array([4.0, 1.0, 9.0])
-    )
-    y, new = layer(state, x, train=False, mask=keep)
-    assert_running(new, (state["mean"], state["var"]))
-    mean, var = (np.float64(state[k]) for k in ("mean", "var"))
-    for i in range(N):
-        values = np.float64(x[i])[keep[i, :, 0]]
-        m, v = mean, var
-        if len(values):  # the formula as the paper writes it
-            m = 0.2 * values.mean(0) + 0.8 * mean
-            v = 0.2 * (values**2).mean(0) + 0.8 * (var + mean**2) - m**2
-        want = (x[i] - m) / np.sqrt(v + EPSILON)
-        np.testing.assert_allclose(y[i], want, atol=1e-5)
-    # In training it changes nothing.
-    got, want = (one(state, x, mask=keep)[0] for one in (layer, kind()))
-    np.testing.assert_array_equal(got, want)
-
-
-@KINDS
-@pytest.mark.parametrize("context", ["jit", "shard_map", "vmap", "Explicit"])
-def test_adaptation_at_test_time(kind, context, data):
-    x, keep = data[0][0], data[1][0]
-    layer = kind(prior=10.0, axis_name="data")
-    state = layer.init(x) | dict(
-        mean=jnp.array([1.0, 2.0, 3.0]), var=jnp.array([4.0, 1.0, 9.0])
-    )
-    step = CONTEXTS[context](
-        lambda state, x, keep: layer(state, x, train=False, mask=keep)
-    )
-    y, new = step(state, x, keep)
-    assert_running(new, (state["mean"], state["var"]))
-    values = np.float64(x)[keep[..., 0]]
-    weight = len(values) / (len(values) + 10 * 4)  # 4 values an example
-    m = weight * values.mean(0) + (1 - weight) * np.float64(state["mean"])
-    v = weight * values.var(0) + (1 - weight) * np.float64(state["var"])
-    np.testing.assert_allclose(y, (x - m) / np.sqrt(v + EPSILON), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "axes, ids", [(-1, None), (1, None), (0, None), ((0, 3), None), (1, True)]
-)
-def test_example_weights_on_any_axes(axes, ids):
-    rng = np.random.default_rng(0)
-    x = rng.normal(2, 3, (5, 6, 4, 3)).astype(np.float32)
-    features = sorted(a % 4 for a in np.atleast_1d(axes))
-    size = tuple(x.shape[a] for a in features)
-    first = min(set(range(4)) - set(features))  # the axis of examples
-    ids = None if ids is None else rng.integers(0, 2, x.shape[first])
-    rows = size if ids is None else (2, *size)
-    mean, var = rng.normal(size=rows), rng.uniform(1, 4, rows)
-    scale, bias = rng.normal(size=(2, *rows))
-    got = jaxbn.normalize_weighted(
-        x,
-        *(jnp.float32(a) for a in (mean, var, scale, bias)),
-        weight=0.3,
-        ids=ids,
-        feature_axis=axes,
-    )
-    for i in range(x.shape[first]):
-        one, out = (np.take(a, [i], first) for a in (np.float64(x), got))
-        axis = tuple(set(range(4)) - set(features))
-        m, v, s, b = (
-            np.expand_dims(a if ids is None else a[ids[i]], axis)
-            for a in (mean, var, scale, bias)
-        )
-        own = dict(axis=axis, keepdims=True)
-        square = 0.3 * (one**2).mean(**own) + 0.7 * (v + m**2)
-        m = 0.3 * one.mean(**own) + 0.7 * m
-        want = (one - m) / np.sqrt(square - m**2 + EPSILON) * s + b
-        np.testing.assert_allclose(out, want, atol=2e-5)
-
-
-def test_weight_zero_is_inference_and_one_is_instance_norm(data):
-    x = data[0][0]
-    stats = jnp.full(C, 0.5), jnp.full(C, 4.0)
-    got = jaxbn.normalize_weighted(x, *stats, weight=0.0)
-    np.testing.assert_allclose(got, jaxbn.normalize(x, *stats), atol=1e-6)
-    got = jaxbn.normalize_weighted(x, *stats, weight=1.0)
-    wide = np.float64(x)
-    want = (wide - wide.mean(1, keepdims=True)) / np.sqrt(
-        wide.var(1, keepdims=True) + EPSILON
-    )
-    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Why batch norm works: the frame, and what must hold on every seed."""
 
-import functools
 import json
 import re
 import subprocess
@@ -12,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_cli import run as run_command
+from tests.helpers.command_line import run as run_command
 from train import UserError
-from train import data as images
 from train.why import (
     EXPERIMENTS,
     data,
@@ -22,7 +20,6 @@ from train.why import (
     gradient,
     invariance,
     lengths,
-    nets,
     propagation,
     tolerance,
 )
@@ -178,191 +175,6 @@ def test_every_experiment_has_a_claim(capsys):
     for name in EXPERIMENTS:
         assert re.search(rf"^{name} +\w", shown, re.MULTILINE)
         assert callable(why._module(name).run)
-
-
-def test_data_is_standardized(digits):
-    assert digits.train_x.shape == (1437, 64) and digits.num_classes == 10
-    assert digits.test_x.shape == (360, 64) and digits.shape == (8, 8, 1)
-    assert digits.train_x.dtype == np.float32
-    assert abs(digits.train_x.mean(dtype=np.float64)) < 1e-6
-    assert abs(digits.train_x.std(dtype=np.float64) - 1) < 1e-6
-    # One unit for all pixels: those that are always white stay so.
-    assert np.ptp(digits.train_x[:, 0]) == 0
-    with pytest.raises(UserError, match="'mnist'; choose digits or cifar10"):
-        data.load(Settings(data="mnist"))
-
-
-def test_cifar_is_averaged(monkeypatch):
-    rng = np.random.default_rng(0)
-    parts = [
-        images.Split(
-            rng.integers(0, 256, (n, 32, 32, 3), np.uint8),
-            rng.integers(0, 10, n, np.int32),
-        )
-        for n in (20, 5)
-    ]
-    asked = {}
-
-    def load(name, **options):
-        asked[name] = options
-        return images.Dataset(*parts, 10)
-
-    monkeypatch.setattr(images, "load", load)
-    found = data.load(Settings(data="cifar10", data_dir="/d", quick=True))
-    assert asked["cifar10"] == {
-        "data_dir": "/d",
-        "train_split": "train[:4000]",
-        "test_split": "test[:1000]",
-    }
-    wide = [p.images.astype(np.float64) for p in parts]
-    small = [
-        (a[:, ::2] + a[:, 1::2])[:, :, ::2]
-        + (a[:, ::2] + a[:, 1::2])[:, :, 1::2]
-        for a in wide
-    ]
-    mean, std = small[0].mean((0, 1, 2)), small[0].std((0, 1, 2))
-    want = ((small[1] - mean) / std).reshape(5, -1)
-    np.testing.assert_allclose(found.test_x, want, atol=1e-4)
-    assert found.shape == (16, 16, 3) and found.train_x.shape == (20, 768)
-
-
-def test_places_are_epochs():
-    rows = data.places(10, batch_size=3, steps=7, seed=5)
-    assert rows.shape == (7, 3) and rows.dtype == np.int32
-    for epoch in (rows[:3], rows[3:6]):
-        assert len(set(epoch.ravel())) == 9
-    np.testing.assert_array_equal(
-        rows, data.places(10, batch_size=3, steps=9, seed=5)[:7]
-    )
-    assert (rows != data.places(10, batch_size=3, steps=7, seed=6)).any()
-
-
-def reference(params, x, *, norm, epsilon=1e-5):
-    """float64 numpy, sharing no code."""
-    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    for name in ("layer0", "layer1", "head"):
-        layer = params[name]
-        x = x @ layer["kernel"]
-        if name == "head":
-            return x + layer["bias"]
-        if norm:
-            x = (x - x.mean(0)) / np.sqrt(x.var(0) + epsilon) * layer["scale"]
-        x = np.maximum(x + layer["bias"], 0)
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_nets_match_float64(norm):
-    params = nets.init(jax.random.key(0), (5, 7, 6, 3), norm=norm)
-    assert nets.layers(params) == ("layer0", "layer1", "head")
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda a: a + 0.3 * rng.normal(size=a.shape).astype(np.float32), params
-    )
-    x = rng.normal(size=(16, 5)).astype(np.float32)
-    out = jax.jit(functools.partial(nets.apply, norm=norm))(params, x)
-    want = reference(params, x.astype(np.float64), norm=norm)
-    np.testing.assert_allclose(out.logits, want, rtol=1e-4, atol=1e-5)
-    assert len(out.taps) == 2 and len(out.moments) == (2 if norm else 0)
-
-    @jax.jit
-    def infer(params, x):
-        """With the statistics of all, four of them."""
-        known = nets.population(params, x, norm=norm)
-        return nets.apply(params, x[:4], norm=norm, statistics=known).logits
-
-    again = infer(params, x)
-    np.testing.assert_allclose(again, want[:4], rtol=1e-4, atol=1e-5)
-
-
-def test_options_of_a_net():
-    keys = jax.random.key(3), (4, 40, 40, 3)
-    plain, normed = (nets.init(*keys, norm=n) for n in (False, True))
-    for name in plain:
-        np.testing.assert_array_equal(
-            plain[name]["kernel"], normed[name]["kernel"]
-        )
-    assert "scale" not in plain["layer0"] and "scale" not in normed["head"]
-    bare = nets.init(*keys, affine=False, before=True)
-    assert {*bare["layer1"]} == {*bare["head"]} == {"kernel", "before"}
-    for gain, variance in (
-        ("he", 2 / 40),
-        ("lecun", 1 / 40),
-        ("glorot", 1 / 40),
-    ):
-        kernel = nets.init(*keys, gain=gain, factor=3.0)["layer1"]["kernel"]
-        assert kernel.var() == pytest.approx(9 * variance, rel=0.1)
-    x = jax.random.normal(jax.random.key(1), (32, 4))
-    out = nets.apply(bare, x, norm_logits=True)
-    np.testing.assert_allclose(out.logits.mean(0), 0, atol=1e-6)
-    np.testing.assert_allclose(out.logits.var(0), 1, rtol=1e-3)
-    doubled = nets.apply(plain, x, norm=False, between=lambda i, h: h * 2**i)
-    want = nets.apply(plain, x, norm=False)
-    np.testing.assert_allclose(doubled.taps[1], 2 * want.taps[1], rtol=1e-6)
-
-
-def test_statistics_kept_out_of_the_gradient():
-    """The same loss; of its gradient only the part with fixed statistics."""
-    with jax.enable_x64(True):
-        params = nets.init(jax.random.key(0), (4, 6, 3), dtype=float)
-        rng = np.random.default_rng(0)
-        batch = rng.normal(size=(8, 4)), rng.integers(0, 3, 8)
-        known = nets.population(params, batch[0])
-        slopes = {}
-        for name, options in {
-            "full": {},
-            "kept out": {"stop_statistics": True},
-            "constant": {"statistics": known},
-        }.items():
-            loss = nets.loss_of(**options)
-            slopes[name] = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-                params, (), batch
-            )
-        values = [float(value[0]) for value, _ in slopes.values()]
-        np.testing.assert_allclose(values, values[0], rtol=1e-12)
-        full, kept_out, constant = (
-            g["layer0"]["kernel"] for _, g in slopes.values()
-        )
-        np.testing.assert_allclose(kept_out, constant, rtol=1e-9)
-        assert jnp.abs(full - kept_out).max() > 1e-3
-
-
-def test_sgd_is_its_formula():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(12, 3)), rng.normal(size=12)
-    places = data.places(12, batch_size=4, steps=5, seed=0)
-    rates = np.array([0.1, 0.2, 0.1, 0.05, 0.3])
-
-    def loss(w, batch_stats, batch):
-        return jnp.square(batch[0] @ w - batch[1]).mean(), batch_stats
-
-    with jax.enable_x64(True):
-        got, losses, kept = nets.sgd(
-            loss,
-            jnp.ones(3),
-            (jnp.array(x), jnp.array(y)),
-            places,
-            rates,
-            weight_decay=0.1,
-            momentum=0.5,
-            watch=lambda old, new: (old, new),
-        )
-    w, v, seen = np.ones(3), np.zeros(3), []
-    for index, rate in zip(places, rates):
-        error = x[index] @ w - y[index]
-        seen.append(np.square(error).mean())
-        v = 0.5 * v + x[index].T @ error / 2 + 0.1 * w
-        w = w - rate * v
-    np.testing.assert_allclose(got, w, rtol=1e-12)
-    np.testing.assert_allclose(losses, seen, rtol=1e-12)
-    np.testing.assert_allclose(kept[0][1:], kept[1][:-1])
-    np.testing.assert_allclose(kept[1][-1], w, rtol=1e-12)
-
-
-def test_accuracy_of_what_is_not_finite():
-    params = {"head": {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}}
-    x = jnp.eye(3).at[2].set(jnp.nan)
-    labels = jnp.array([0, 2, 0])
-    assert nets.accuracy(params, x, labels) == pytest.approx(1 / 3)
 
 
 # What the experiments find. Bands are those of all seeds that were tried.

@@ -1,0 +1,72 @@
+"""Configs that cannot be trained, and what the error says."""
+
+import re
+
+import pytest
+
+from tests.helpers.recipes import small_config
+from train import UserError, loop, topology
+from train.norms import norm_of
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 60}, "nearest that does is 56 or 64"),
+        ({"batch_size": 4}, "nearest that does is 8."),
+        ({"batch_size": 512}, "batch_size=512 is more than the 256 examples"),
+        ({"epochs": 0}, "epochs must be in (0, 1e6]; got 0."),
+        ({"schedule": "cosin"}, "did you mean 'cosine'?"),
+        ({"dtype": "float16"}, "dtype='float16' is unknown"),
+        ({"norm": "group"}, "norm='group' is unknown; take one of debiased, "),
+        ({"mesh": "rows"}, "write the axes replica and data once each"),
+        ({"mesh": "replica=3,data=2"}, "does not fit 8 devices"),
+        ({"mesh": "replica=3,data"}, "does not fit 8 devices"),
+        ({"norm_axes": "replica"}, "must be one of all, none, data"),
+        ({"norm": "flax", "norm_axes": "none"}, "it must be 'all'"),
+        (
+            {"norm_options": {"normalize_over": 7}},
+            "norm='jaxbn': normalize_over=7 neither divides the 8 examples of "
+            "a device nor is a multiple that divides 8 devices; the nearest "
+            "that works is 8.",
+        ),
+        (
+            {"norm": "ghost", "batch_size": 40},
+            "norm='ghost': normalize_over=32 neither divides the 5 examples",
+        ),
+        (
+            {"norm_options": {"normalize_over": 3}, "microbatches": 4},
+            "normalize_over=3 neither divides the 2 examples of a device nor "
+            "is a multiple that divides 32 devices",
+        ),
+        (
+            {"norm_options": {"normalize_over": 8}, "norm_axes": "none"},
+            "norm_axes='none' and normalize_over=8 each say which examples",
+        ),
+        (
+            {"norm_options": {"ddof": 2}},
+            "norm_options.ddof must be in [0, 1]; got 2.",
+        ),
+        ({"norm_momentum": 2.0}, "momentum must be in [0, 1]; got 2.0."),
+        ({"label_smoothing": 1.0}, "label_smoothing must be in [0, 1)"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is unknown"),
+        ({"checkpoint_every": -1}, "checkpoint_every must be in [0, "),
+        ({"microbatches": 3}, "microbatches=3 does not divide the 8 examples"),
+        ({"seeds": 0}, "seeds must be in [1, 10000]; got 0."),
+        ({"steps_per_dispatch": 0}, "steps_per_dispatch must be in [1, "),
+        ({"model": "resnext"}, "model='resnext' is unknown"),
+    ],
+)
+def test_config_that_cannot_run(changes, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        loop.train(small_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("over", [1, 2, 4, 16, 64])
+def test_normalize_over_that_fits_the_microbatches(over):
+    config = small_config(norm_options={"normalize_over": over}, microbatches=4)
+    place = topology.make("data", config.batch_size, config.microbatches)
+    for microbatches in (1, 4):
+        norm = norm_of(config, place, microbatches=microbatches)
+        assert norm().normalize_over == over
