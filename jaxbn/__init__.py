@@ -7,6 +7,7 @@ This is the functional core, which needs no flax. Modules: `jaxbn.linen` and
 from jaxbn._inference import normalize, normalize_weighted
 from jaxbn._moments import merge, moments, sync
 from jaxbn._normalize import batch_norm, standardize
+from jaxbn._options import ExampleWeight, Prior, Running
 from jaxbn._passes import Moments
 from jaxbn._pool import pool
 from jaxbn._renorm import batch_renorm, renorm_limits
@@ -21,7 +22,10 @@ from jaxbn._scope import Scope
 from jaxbn._shuffle import shuffle, unshuffle
 
 __all__ = [
+    "ExampleWeight",
     "Moments",
+    "Prior",
+    "Running",
     "RunningStats",
     "Scope",
     "adapt",

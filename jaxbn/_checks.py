@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,16 @@ from jaxbn._compat import axes_in_scope, is_bound
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 Axes = int | Sequence[int]
+
+
+def given_fields(options: Any) -> str:
+    """Returns the repr of a dataclass without the fields at their default."""
+    given = (
+        f"{field.name}={getattr(options, field.name)!r}"
+        for field in dataclasses.fields(options)
+        if getattr(options, field.name) != field.default
+    )
+    return f"{type(options).__name__}({', '.join(given)})"
 
 
 def describe(x: jax.Array) -> str:
@@ -157,8 +169,8 @@ def affine_rows(
         if len(shape) == len(features) + 1:
             return shape[0]
     raise ValueError(
-        "ids choose rows of statistics, with scope.num_ids, or of scale and "
-        "bias, where those are (K, C); got scope.num_ids=None and scale and "
+        "ids choose rows of statistics, with sharing.num_ids, or of scale and "
+        "bias, where those are (K, C); got sharing.num_ids=None and scale and "
         f"bias of shapes {shapes}."
     )
 
@@ -172,7 +184,7 @@ def check_ids(
     """Returns ids as an array; raises unless it holds an integer an example."""
     if (ids is None) != (num_ids is None):
         raise ValueError(
-            f"ids and scope.num_ids go together; got ids "
+            f"ids and sharing.num_ids go together; got ids "
             f"{'None' if ids is None else describe(jnp.asarray(ids))} and "
             f"num_ids={num_ids}."
         )

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._call import infers
-from jaxbn._layer import no_moments, record
 from jaxbn._moments import merge
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
+from jaxbn._state import no_moments, record
 
 Path = tuple[str, ...]
 

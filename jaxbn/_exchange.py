@@ -17,13 +17,12 @@ from jaxbn._collect import Collected, Log, Path, collect_linen
 from jaxbn.convert import _nnx
 from jaxbn.convert._checks import owned_statistics
 from jaxbn.convert._layers import layer_path, variables_of
+from jaxbn.convert._models import on_one_device
 from jaxbn.convert._rule import Rule
 
-# Groups of devices need devices; the statistics of all are the same.
-_WITHOUT_GROUPS: dict[str, Any] = {
-    "axis_index_groups": None,
-    "group_size": None,
-}
+# What says which devices form groups. Groups need devices; the statistics of
+# all are the same.
+_GROUPS = ("axis_index_groups", "sharing")
 
 
 class Exchanged:
@@ -36,7 +35,7 @@ class Exchanged:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._ours = convert.to_jaxbn(model, **_WITHOUT_GROUPS)
+        self._ours = on_one_device(model)
         self.layers: dict[Path, nn.Module] = {}
 
     def collect(
@@ -68,7 +67,7 @@ class Exchanged:
             except ValueError:
                 if not left:
                     raise
-        self._ours = convert.to_jaxbn(self._model, keep=left, **_WITHOUT_GROUPS)
+        self._ours = on_one_device(self._model, keep=left)
         with nn.intercept_methods(watch):
             return collect_linen(self._ours, variables, batch, True, **options)
 
@@ -86,14 +85,14 @@ class Exchanged:
             return given if isinstance(given, kinds) else running
         fields = dict(rule.fields)
         groups: dict[str, Any] = {
-            name: fields.get(name, getattr(layer, name, None))
-            for name in _WITHOUT_GROUPS
+            name: fields.get(name, getattr(layer, name, getattr(running, name)))
+            for name in _GROUPS
         }
         return running.clone(**groups)
 
 
 def exchanged_nnx(model: Any) -> Any:
     """Returns a copy of an nnx model whose layers hand out moments."""
-    rule = Rule(jaxbn.linen.BatchNorm, tuple(_WITHOUT_GROUPS.items()))
+    rule = Rule(jaxbn.linen.BatchNorm, one_device=True)
     left = _nnx.exchange(nnx.clone(model, graph=True), rule)
-    return convert.to_jaxbn(model, keep=list(left), **_WITHOUT_GROUPS)
+    return on_one_device(model, keep=list(left))

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxbn._arithmetic import widen
 from jaxbn._checks import (
     AxisName,
-    check_at_least,
     check_between,
-    check_ddof,
     check_epsilon,
     check_limits,
     check_where,
@@ -24,8 +20,8 @@ from jaxbn._checks import (
     split_axes,
 )
 from jaxbn._inference import normalize, normalize_weighted
-from jaxbn._moments import merge
 from jaxbn._normalize import normalize_batch
+from jaxbn._options import ExampleWeight, Limits, PerId, Prior, Running
 from jaxbn._passes import Moments
 from jaxbn._renorm import batch_renorm
 from jaxbn._running import (
@@ -36,16 +32,7 @@ from jaxbn._running import (
     update_running,
 )
 from jaxbn._scope import Scope
-
-PerId = Literal["statistics", "affine", "both"]
-Limits = tuple[float | jax.Array, float | jax.Array]
-
-
-class State(NamedTuple):
-    """The variables that training moves."""
-
-    running: RunningStats  # (C,), with ids (K, C), with timesteps (T, C)
-    skipped: jax.Array | None  # () batches left out; None: nobody counts
+from jaxbn._state import State, as_stored, in_row, put_row, take_row, widened
 
 
 class Call(NamedTuple):
@@ -69,35 +56,34 @@ class Layer:
     epsilon: float
     axis_name: AxisName
     axis_index_groups: Sequence[Sequence[int]] | None
-    group_size: int | None
-    normalize_over: int | None
-    num_ids: int | None
+    sharing: Scope
     per_id: PerId
-    skip_nonfinite: bool
-    ddof: int
-    debias: bool
+    running: Running
     renorm: Limits | Callable[[jax.Array], Limits] | None
-    frozen: bool
-    update_stats: bool
+    inference: Prior | ExampleWeight | None
     train_affine: bool
-    num_timesteps: int | None
-    example_weight: float
-    prior: float | None
 
     def __post_init__(self) -> None:
         check_epsilon(self.epsilon)
-        check_ddof(self.ddof)
-        check_between("example_weight", self.example_weight, 0, 1)
+        for name, kinds in (
+            ("sharing", (Scope,)),
+            ("running", (Running,)),
+            ("inference", (Prior, ExampleWeight, type(None))),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                known = " or ".join(
+                    "None" if kind is type(None) else f"jaxbn.{kind.__name__}"
+                    for kind in kinds
+                )
+                raise ValueError(f"{name} must be {known}; got {value!r}.")
         if self.momentum is not None:
             check_between("momentum", self.momentum, 0, 1)
-            if self.debias and is_known(self.momentum) and self.momentum >= 1:
+            debias = self.running.debias
+            if debias and is_known(self.momentum) and self.momentum >= 1:
                 raise ValueError(
                     f"debias=True needs momentum < 1; got {self.momentum}."
                 )
-        if self.prior is not None:
-            check_at_least("prior", self.prior, 0)
-        if self.num_timesteps is not None:
-            check_at_least("num_timesteps", self.num_timesteps, 1)
         if self.renorm is not None and not callable(self.renorm):
             if len(self.renorm) != 2:
                 raise ValueError(
@@ -112,19 +98,15 @@ class Layer:
         if self.per_id != "statistics" and self.num_ids is None:
             raise ValueError(
                 f"per_id={self.per_id!r} gives scale and bias a row for each "
-                "id and needs num_ids; got num_ids=None."
+                "id and needs sharing.num_ids; got num_ids=None."
             )
-        scope = self.scope  # raises ValueError where its options are wrong
-        if self.num_timesteps is not None and scope.num_ids is not None:
+        shared = self.shared_by  # raises ValueError where it is wrong
+        timesteps = self.running.num_timesteps
+        if timesteps is not None and shared.num_ids is not None:
             raise ValueError(
-                f"num_timesteps={self.num_timesteps} and "
-                f"num_ids={self.num_ids} each give the running statistics "
-                "rows; give one of them, or per_id='affine'."
-            )
-        if self.example_weight and self.prior is not None:
-            raise ValueError(
-                f"example_weight={self.example_weight} and prior={self.prior} "
-                "are two ways to normalize in inference; give one of them."
+                f"num_timesteps={timesteps} and num_ids={self.num_ids} each "
+                "give the running statistics rows; give one of them, or "
+                "per_id='affine'."
             )
 
     @classmethod
@@ -141,19 +123,33 @@ class Layer:
             self,
             axis_name=None,
             axis_index_groups=None,
-            group_size=None,
-            normalize_over=None,
+            sharing=Scope(num_ids=self.num_ids),
         )
 
     @property
-    def scope(self) -> Scope:
-        """Which examples share statistics."""
-        return Scope(
-            group_size=self.group_size,
-            axis_index_groups=self.axis_index_groups,
-            normalize_over=self.normalize_over,
-            num_ids=None if self.per_id == "affine" else self.num_ids,
+    def num_ids(self) -> int | None:
+        return self.sharing.num_ids
+
+    @property
+    def shared_by(self) -> Scope:
+        """Which examples share statistics, with flax's axis_index_groups."""
+        scope = self.sharing
+        if self.per_id == "affine":
+            scope = dataclasses.replace(scope, num_ids=None)
+        if self.axis_index_groups is None:
+            return scope
+        if scope.axis_index_groups is not None:
+            raise ValueError(
+                "axis_index_groups is given twice, to the layer and in sharing; "
+                "give it once."
+            )
+        return dataclasses.replace(
+            scope, axis_index_groups=self.axis_index_groups
         )
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.running.mode == "frozen"
 
     def split_axes(
         self, x: jax.Array
@@ -171,17 +167,17 @@ class Layer:
     def counts_steps(self) -> bool:
         """Whether the running statistics come with a count of batches."""
         scheduled = callable(self.renorm)
-        return self.momentum is None or self.debias or scheduled
+        return self.momentum is None or self.running.debias or scheduled
 
     def init(self, size: tuple[int, ...], dtype: Any) -> State:
         """Returns the state before the first batch, for features of size."""
-        rows = self.scope.num_ids or self.num_timesteps
+        rows = self.shared_by.num_ids or self.running.num_timesteps
         shape = size if rows is None else (rows, *size)
         running = init_running(
             shape, dtype=dtype, count_steps=self.counts_steps
         )
-        skipped = jnp.zeros((), jnp.int32) if self.skip_nonfinite else None
-        return State(running, skipped)
+        counts = self.running.skip_nonfinite
+        return State(running, jnp.zeros((), jnp.int32) if counts else None)
 
     def __call__(
         self,
@@ -197,32 +193,34 @@ class Layer:
         if (call.ids is None) != (self.num_ids is None):
             ids = None if call.ids is None else describe(jnp.asarray(call.ids))
             raise ValueError(
-                "num_ids of the layer and ids of the call go together; got "
+                "sharing.num_ids of the layer and ids of the call go together; got "
                 f"num_ids={self.num_ids} and ids={ids}."
             )
         if not self.train_affine:
             scale, bias = jax.lax.stop_gradient((scale, bias))
         # Without scale and bias nothing is left to choose per id.
-        chooses = self.scope.num_ids or scale is not None or bias is not None
+        chooses = (
+            self.shared_by.num_ids or scale is not None or bias is not None
+        )
         row = self._row(call.timestep)
-        running = _widened(_take(state.running, row))
+        running = widened(take_row(state.running, row))
         options = dict(
             ids=call.ids if chooses else None,
             epsilon=self.epsilon,
             feature_axis=self.axis,
             dtype=call.dtype,
         )
-        if call.inference or self.frozen:
+        if call.inference or self.is_frozen:
             plain = not call.inference
             y = self._infer(x, scale, bias, running, mask, options, plain)
             if call.inference or not call.hand_out:
                 return y, state, None
             batch = self._moments(x, mask, call.ids)
-            return y, state, _in_row(batch, state.running, row)
+            return y, state, in_row(batch, state.running, row)
         options.update(
             where=mask,
             axis_name=self.axis_name,
-            scope=self.scope,
+            sharing=self.shared_by,
             shift=running.mean,
         )
         if self.renorm is None:
@@ -242,21 +240,21 @@ class Layer:
                 limits = limits(jnp.max(steps))
             options.update(r_max=limits[0], d_max=limits[1])
             y, batch = batch_renorm(x, scale, bias, running=running, **options)
-        handed = _in_row(batch, state.running, row)
-        if not self.update_stats:
+        handed = in_row(batch, state.running, row)
+        if self.running.mode == "keep":
             return y, state, handed
         new = update_running(
             running,
             batch,
             decay=self.momentum,
-            ddof=self.ddof,
-            debias=self.debias,
-            skip_nonfinite=self.skip_nonfinite,
+            ddof=self.running.ddof,
+            debias=self.running.debias,
+            skip_nonfinite=self.running.skip_nonfinite,
         )
         skipped = state.skipped
         if skipped is not None:
             skipped = skipped + jnp.where(is_finite(batch), 0, 1)
-        stored = as_stored(_put(state.running, new, row), state.running)
+        stored = as_stored(put_row(state.running, new, row), state.running)
         return y, State(stored, skipped), handed
 
     def _infer(
@@ -269,18 +267,19 @@ class Layer:
         options: dict[str, Any],
         plain: bool,
     ) -> jax.Array:
-        if self.example_weight and not plain:
+        inference = None if plain else self.inference
+        if isinstance(inference, ExampleWeight):
             return normalize_weighted(
                 x,
                 running.mean,
                 running.var,
                 scale,
                 bias,
-                weight=self.example_weight,
+                weight=inference.weight,
                 where=where,
                 **options,
             )
-        if self.prior is None or plain:
+        if inference is None:
             return normalize(
                 x,
                 running.mean,
@@ -296,7 +295,7 @@ class Layer:
         values = 1
         for axis in axes[1:]:
             values *= x.shape[axis]
-        adapted = adapt(running, batch, prior=self.prior * values)
+        adapted = adapt(running, batch, prior=inference.examples * values)
         return normalize(
             x, adapted.mean, adapted.var, scale, bias, where=where, **options
         )
@@ -309,10 +308,10 @@ class Layer:
     ) -> Moments:
         _, batch = normalize_batch(
             x,
-            ids=None if self.scope.num_ids is None else ids,
+            ids=None if self.shared_by.num_ids is None else ids,
             where=where,
             axis_name=self.axis_name,
-            scope=self.scope,
+            sharing=self.shared_by,
             epsilon=self.epsilon,
             feature_axis=self.axis,
             one_value=True,
@@ -321,13 +320,14 @@ class Layer:
 
     def _row(self, timestep: int | jax.Array | None) -> jax.Array | None:
         """Index of the running statistics of a timestep; the last one stays."""
-        if (timestep is None) != (self.num_timesteps is None):
+        length = self.running.num_timesteps
+        if (timestep is None) != (length is None):
             raise ValueError(
-                "num_timesteps of the layer and timestep of the call go "
-                f"together; got num_timesteps={self.num_timesteps} and "
+                "running.num_timesteps of the layer and timestep of the call "
+                f"go together; got num_timesteps={length} and "
                 f"timestep={timestep}."
             )
-        if timestep is None or self.num_timesteps is None:
+        if timestep is None or length is None:
             return None
         timestep = jnp.asarray(timestep)
         if timestep.ndim or not jnp.issubdtype(timestep.dtype, jnp.integer):
@@ -335,73 +335,4 @@ class Layer:
                 "timestep must be one integer for the whole batch; got "
                 f"{describe(timestep)}."
             )
-        return jnp.clip(timestep, 0, self.num_timesteps - 1)
-
-
-def _take(running: RunningStats, row: jax.Array | None) -> RunningStats:
-    if row is None:
-        return running
-    own: RunningStats = jax.tree.map(lambda a: a[row], running)
-    return own
-
-
-def _widened(running: RunningStats) -> RunningStats:
-    return running._replace(mean=widen(running.mean), var=widen(running.var))
-
-
-def as_stored(new: RunningStats, old: RunningStats) -> RunningStats:
-    """Rounds to the dtype of old where its owner has cast it below float32.
-
-    A loop that carries the state keeps its dtypes. The layer makes no state
-    that narrow itself.
-    """
-
-    def stored(new: jax.Array, old: jax.Array) -> jax.Array:
-        narrow = widen(old).dtype != old.dtype and not jnp.iscomplexobj(new)
-        return new.astype(old.dtype) if narrow else new
-
-    return new._replace(
-        mean=stored(new.mean, old.mean), var=stored(new.var, old.var)
-    )
-
-
-def _put(
-    running: RunningStats, new: RunningStats, row: jax.Array | None
-) -> RunningStats:
-    if row is None:
-        return new
-
-    def put(rows: jax.Array, new: jax.Array) -> jax.Array:
-        rows = rows.astype(np.promote_types(rows.dtype, new.dtype))
-        return rows.at[row].set(new)
-
-    rows: RunningStats = jax.tree.map(put, running, new)
-    return rows
-
-
-def _in_row(
-    batch: Moments, running: RunningStats, row: jax.Array | None
-) -> Moments:
-    """The moments of a timestep among those of all, where the rest is empty."""
-    if row is None:
-        return batch
-    every = jnp.broadcast_to(batch.count, batch.mean.shape)
-    rows: Moments = jax.tree.map(
-        lambda a: (
-            jnp.zeros((len(running.mean), *a.shape), a.dtype).at[row].set(a)
-        ),
-        batch._replace(count=every),
-    )
-    return rows
-
-
-def no_moments(running: RunningStats) -> Moments:
-    """Returns the moments of nothing, an entry for each running statistic."""
-    mean, var, _ = jax.tree.map(jnp.zeros_like, _widened(running))
-    return Moments(var, mean, var)
-
-
-def record(old: Moments, batch: Moments) -> Moments:
-    """Adds a batch to the moments a layer hands out, whose shapes stay."""
-    count = jnp.broadcast_to(batch.count, batch.mean.shape)
-    return merge(old, batch._replace(count=count))
+        return jnp.clip(timestep, 0, length - 1)

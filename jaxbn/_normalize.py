@@ -41,7 +41,7 @@ def standardize(
     ids: jax.Array | None = None,
     where: jax.Array | None = None,
     axis_name: AxisName = None,
-    scope: Scope = _EVERYTHING,
+    sharing: Scope = _EVERYTHING,
     shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
@@ -51,7 +51,7 @@ def standardize(
 
     Args:
       x: (N, ..., C), floating or complex: this device's part of the batch.
-      ids, where, axis_name, scope, shift: as in `batch_norm`.
+      ids, where, axis_name, sharing, shift: as in `batch_norm`.
       epsilon, feature_axis, dtype: likewise.
 
     Returns:
@@ -65,7 +65,7 @@ def standardize(
         ids=ids,
         where=where,
         axis_name=axis_name,
-        scope=scope,
+        sharing=sharing,
         shift=shift,
         epsilon=epsilon,
         feature_axis=feature_axis,
@@ -81,7 +81,7 @@ def batch_norm(
     ids: jax.Array | None = None,
     where: jax.Array | None = None,
     axis_name: AxisName = None,
-    scope: Scope = _EVERYTHING,
+    sharing: Scope = _EVERYTHING,
     shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
@@ -89,7 +89,7 @@ def batch_norm(
 ) -> tuple[jax.Array, Moments]:
     """Normalizes x with the statistics of its own batch.
 
-    With mean and var = m2 / count over all kept values in scope,
+    With mean and var = m2 / count over all kept values that share statistics,
     xhat = (x - mean) / sqrt(var + epsilon) and y = xhat * scale + bias.
     Derivatives go through the statistics, forward and reverse, to any order:
     dxhat = (dx - E[dx] - xhat E[xhat dx]) / sqrt(var + epsilon). Only x and
@@ -115,7 +115,7 @@ def batch_norm(
       x: (N, ..., C), floating or complex: this device's part of the batch.
       scale: (C,), with ids also (K, C), or None for 1.
       bias: likewise, or None for 0.
-      ids: (N,) integers in [0, K). With scope.num_ids = K each id has its own
+      ids: (N,) integers in [0, K). With sharing.num_ids = K each id has its own
         statistics, and may have its own scale and bias; without, ids share
         statistics, and scale or bias is (K, C). An example with another id
         has the output NaN, and enters the statistics of no id.
@@ -124,7 +124,7 @@ def batch_norm(
       axis_name: name, or tuple of names, of the mapped axes the batch lies
         on. Outside any mapped axis x is already the whole batch. None takes
         the statistics of x alone.
-      scope: which examples on these axes share statistics.
+      sharing: which examples on these axes share statistics.
       shift: (C,), with ids also (K, C): a value near the mean that is the same
         on all devices; modules pass their running mean. It saves passes on
         CPUs and TPUs, and changes the result by rounding alone. None is 0.
@@ -134,12 +134,12 @@ def batch_norm(
 
     Returns:
       (y, Moments): y has the shape of x. The moments are float32 or wider, of
-      all examples along axis_name whatever the scope, of each id, the same on
+      all examples along axis_name whatever they share, of each id, the same on
       every device, and differentiable.
 
     Raises:
       ValueError: an argument does not fit x, or axis_name is not bound though
-        another named axis is, or the scope does not divide the batch.
+        another named axis is, or sharing does not divide the batch.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (32, 8, 8, 16))
@@ -157,7 +157,7 @@ def batch_norm(
         ids=ids,
         where=where,
         axis_name=axis_name,
-        scope=scope,
+        sharing=sharing,
         shift=shift,
         epsilon=epsilon,
         feature_axis=feature_axis,
@@ -175,7 +175,7 @@ def normalize_batch(
     ids: jax.Array | None,
     where: jax.Array | None,
     axis_name: AxisName,
-    scope: Scope,
+    sharing: Scope,
     shift: jax.Array | None = None,
     epsilon: float,
     feature_axis: Axes,
@@ -198,7 +198,7 @@ def normalize_batch(
             ids=jnp.asarray(ids)[None],
             where=where,
             axis_name=axis_name,
-            scope=scope,
+            sharing=sharing,
             shift=shift,
             epsilon=epsilon,
             feature_axis=tuple(axis + 1 for axis in features),
@@ -207,19 +207,19 @@ def normalize_batch(
         )
         return y[0], batch
     where = check_where(where, x)
-    rows = affine_rows(ids, scope.num_ids, scale, bias, features)
+    rows = affine_rows(ids, sharing.num_ids, scale, bias, features)
     ids = check_ids(ids, rows, x, axes)
     scale, bias = check_affine(scale, bias, x, features, rows)
     if shift is not None:
-        shift = check_features("shift", shift, x, features, scope.num_ids)
+        shift = check_features("shift", shift, x, features, sharing.num_ids)
     if renorm is not None:
         mean, var, *limits = renorm
         renorm = Renorm(
-            check_features("running.mean", mean, x, features, scope.num_ids),
-            check_features("running.var", var, x, features, scope.num_ids),
+            check_features("running.mean", mean, x, features, sharing.num_ids),
+            check_features("running.var", var, x, features, sharing.num_ids),
             *map(widen, limits),
         )
-    reduction, devices = scope.resolve(x, axes, axis_name)
+    reduction, devices = sharing.resolve(x, axes, axis_name)
     if not one_value:
         _check_several(x, reduction, devices)
     dtype = jnp.dtype(dtype or x.dtype)

@@ -26,7 +26,7 @@ def batch_renorm(
     ids: jax.Array | None = None,
     where: jax.Array | None = None,
     axis_name: AxisName = None,
-    scope: Scope = _EVERYTHING,
+    sharing: Scope = _EVERYTHING,
     shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
@@ -49,7 +49,7 @@ def batch_renorm(
       r_max: (), at least 1; see `renorm_limits` for the schedule.
       d_max: (), at least 0; in standard deviations. A complex d is shortened
         to this length.
-      ids, where, axis_name, scope, shift: as in `batch_norm`.
+      ids, where, axis_name, sharing, shift: as in `batch_norm`.
       epsilon, feature_axis, dtype: likewise.
 
     Returns:
@@ -72,7 +72,7 @@ def batch_renorm(
         ids=ids,
         where=where,
         axis_name=axis_name,
-        scope=scope,
+        sharing=sharing,
         shift=shift,
         epsilon=epsilon,
         feature_axis=feature_axis,

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import jax
 
-from jaxbn._checks import AxisName, check_at_least
+from jaxbn._checks import AxisName, check_at_least, given_fields
 from jaxbn._collectives import (
     THIS_DEVICE,
     Devices,
@@ -65,6 +65,14 @@ class Scope:
             # Hashable, so that a module with a Scope is.
             groups = tuple(tuple(group) for group in self.axis_index_groups)
             object.__setattr__(self, "axis_index_groups", groups)
+
+    __repr__ = given_fields
+
+    def without_groups(self) -> Scope:
+        """Returns the scope without groups of devices."""
+        return dataclasses.replace(
+            self, group_size=None, axis_index_groups=None
+        )
 
     def resolve(
         self, x: jax.Array, axes: tuple[int, ...], axis_name: AxisName

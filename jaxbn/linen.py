@@ -13,16 +13,11 @@ from flax.linen import dtypes
 from jaxbn._call import Caller, caller, linen_options, the_batch
 from jaxbn._collect import collect_linen, nested, variable_of
 from jaxbn._compat import applied_mutable
-from jaxbn._layer import (
-    Call,
-    Layer,
-    Limits,
-    PerId,
-    State,
-    no_moments,
-    record,
-)
+from jaxbn._layer import Call, Layer
+from jaxbn._options import ExampleWeight, Limits, PerId, Prior, Running
 from jaxbn._running import RunningStats
+from jaxbn._scope import Scope
+from jaxbn._state import State, no_moments, record
 
 __all__ = ["BatchNorm", "batch_moments"]
 
@@ -38,8 +33,8 @@ class BatchNorm(nn.Module):
     an empty batch leaves the running statistics alone, and an `axis_name`
     that is not bound means that the array is already global.
 
-    With momentum=None all batches weigh the same. That, debias and a renorm
-    that is a function add the variable `steps` to batch_stats, int32 of the
+    With momentum=None all batches weigh the same. That, running.debias and a
+    renorm that is a function add the variable `steps` to batch_stats, int32 of the
     shape of mean. Where `mutable` names the collection `batch_moments`, the
     layer leaves the Moments of the batch there, not where True or a DenyList
     takes the collection in; see `batch_moments`.
@@ -62,38 +57,19 @@ class BatchNorm(nn.Module):
         squared deviations.
       force_float32_reductions: has no effect; reductions and the running
         statistics that the layer makes are always float32 or wider.
-      group_size: neighbouring devices that share statistics; see `Scope`.
-      normalize_over: examples that share statistics whatever the topology;
-        see `Scope`.
-      num_ids: K; the call takes ids, integers in [0, K), and each id has
-        running and batch statistics of its own, (K, C); see per_id.
-      per_id: what ids choose a row of, where num_ids is K: "statistics";
-        "affine", scale and bias, (K, C), while all examples share statistics
-        (class-conditional batch norm); or "both".
-      skip_nonfinite: a batch with a NaN or inf on any device changes no
-        running statistic; the variable `skipped` in batch_stats, () int32,
-        counts them.
-      ddof: 0 stores the biased variance in the running statistics, 1 the
-        unbiased one, m2 / (count - 1), as PyTorch does. Normalization takes
-        the biased one.
-      debias: what the running statistics start from counts nothing; see
-        `jaxbn.update_running`.
+      sharing: which examples share statistics: groups of devices, so many
+        examples on any topology, ids; see `Scope`.
+      per_id: what ids choose a row of, where sharing.num_ids is K: "statistics",
+        (K, C); "affine", scale and bias, (K, C), while all examples share
+        statistics (class-conditional batch norm); or "both".
+      running: how running statistics are kept, and whether they are frozen;
+        see `Running`.
       renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function of the
         number of batches so far that returns them, such as
         `jaxbn.renorm_limits`. None is batch norm.
-      frozen: True normalizes with the running statistics in training too and
-        leaves them as they are, whatever use_running_average says.
-      update_stats: False normalizes with the batch and leaves the running
-        statistics as they are.
+      inference: a `Prior` or an `ExampleWeight`, which blend the batch into
+        the running statistics in inference; None leaves it out.
       train_affine: False stops the gradient of scale and bias.
-      num_timesteps: T; the call takes timestep, each has running statistics
-        of its own, (T, C), and those of the last serve any later one. For
-        recurrent nets.
-      example_weight: in inference an example counts that much in its own
-        statistics; see `jaxbn.normalize_weighted`.
-      prior: in inference the running statistics count as that many examples
-        beside those of the batch; see `jaxbn.adapt`. None leaves the batch
-        out.
 
     Raises:
       ValueError: an option is out of its range, or two exclude each other.
@@ -113,20 +89,12 @@ class BatchNorm(nn.Module):
     axis_index_groups: Sequence[Sequence[int]] | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
-    group_size: int | None = None
-    normalize_over: int | None = None
-    num_ids: int | None = None
+    sharing: Scope = Scope()
     per_id: PerId = "statistics"
-    skip_nonfinite: bool = False
-    ddof: int = 0
-    debias: bool = False
+    running: Running = Running()
     renorm: Limits | Callable[[jax.Array], Limits] | None = None
-    frozen: bool = False
-    update_stats: bool = True
+    inference: Prior | ExampleWeight | None = None
     train_affine: bool = True
-    num_timesteps: int | None = None
-    example_weight: float = 0.0
-    prior: float | None = None
 
     def __post_init__(self) -> None:
         Layer.of(self)  # raises ValueError for options of no layer
@@ -149,8 +117,8 @@ class BatchNorm(nn.Module):
           use_running_average: see the attribute; give it in one place.
           mask: bool, broadcastable to x; False leaves a value out of the
             statistics.
-          ids: (N,) integers in [0, K) where num_ids is K.
-          timestep: (), integer, where num_timesteps is set.
+          ids: (N,) integers in [0, K) where sharing.num_ids is K.
+          timestep: (), integer, where running.num_timesteps is set.
 
         Returns:
           Array of the shape of x.
@@ -159,7 +127,8 @@ class BatchNorm(nn.Module):
           ValueError: an argument does not fit x or the options; or see
             `jaxbn.batch_norm`.
         """
-        if self.frozen and self.use_running_average is None:
+        frozen = self.running.mode == "frozen"
+        if frozen and self.use_running_average is None:
             use_running_average = bool(use_running_average)
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -214,7 +183,7 @@ class BatchNorm(nn.Module):
             if collects is not None:
                 collects.value.note_inference()
             return y
-        if self.update_stats and not self.frozen:
+        if self.running.mode == "update":
             values = (*new.running, new.skipped)
             for variable, value in zip(variables, values):
                 if variable is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,18 @@ from flax.nnx.nn import dtypes
 
 from jaxbn._call import Caller, the_batch
 from jaxbn._collect import collect_nnx
-from jaxbn._layer import Call, Layer, Limits, PerId, State
+from jaxbn._layer import Call, Layer
+from jaxbn._options import (
+    ExampleWeight,
+    Limits,
+    PerId,
+    Prior,
+    Running,
+)
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
+from jaxbn._scope import Scope
+from jaxbn._state import State
 from jaxbn._with_statistics import with_statistics
 
 __all__ = [
@@ -23,6 +32,31 @@ __all__ = [
     "batch_norms",
     "set_statistics",
 ]
+
+
+_SCOPE, _RUNNING = Scope(), Running()
+
+
+class _FlaxOptions(TypedDict, total=False):
+    """The options of `flax.nnx.BatchNorm`, as they are there."""
+
+    use_running_average: bool
+    axis: int
+    momentum: Any  # a number, or None: all batches weigh the same
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Any
+    scale_init: Any
+    axis_name: Any
+    axis_index_groups: Any
+    use_fast_variance: bool
+    promote_dtype: Any
+    rngs: nnx.Rngs
+    bias_metadata: Any
+    scale_metadata: Any
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -44,37 +78,20 @@ class BatchNorm(nnx.BatchNorm):
 
     Args:
       num_features: C, the length of the feature axis.
-      group_size: neighbouring devices that share statistics; see `Scope`.
-      normalize_over: examples that share statistics whatever the topology;
-        see `Scope`.
-      num_ids: K; the call takes ids, integers in [0, K), and each id has
-        running and batch statistics of its own, (K, C); see per_id.
-      per_id: what ids choose a row of, where num_ids is K: "statistics";
-        "affine", scale and bias, (K, C), while all examples share statistics
-        (class-conditional batch norm); or "both". The rows start equal.
-      skip_nonfinite: a batch with a NaN or inf on any device changes no
-        running statistic; the Variable `skipped`, () int32, counts them.
-      ddof: 0 stores the biased variance in the running statistics, 1 the
-        unbiased one, m2 / (count - 1), as PyTorch does. Normalization takes
-        the biased one.
-      debias: what the running statistics start from counts nothing; see
-        `jaxbn.update_running`.
+      sharing: which examples share statistics: groups of devices, so many
+        examples on any topology, ids; see `Scope`.
+      per_id: what ids choose a row of, where sharing.num_ids is K:
+        "statistics", (K, C); "affine", scale and bias, (K, C), while all
+        examples share statistics (class-conditional batch norm); or "both".
+        The rows start equal.
+      running: how running statistics are kept, and whether they are frozen;
+        see `Running`.
       renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function of the
         number of batches so far that returns them, such as
         `jaxbn.renorm_limits`. None is batch norm.
-      frozen: True normalizes with the running statistics in training too and
-        leaves them as they are, whatever use_running_average says.
-      update_stats: False normalizes with the batch and leaves the running
-        statistics as they are.
+      inference: a `Prior` or an `ExampleWeight`, which blend the batch into
+        the running statistics in inference; None leaves it out.
       train_affine: False stops the gradient of scale and bias.
-      num_timesteps: T; the call takes timestep, each has running statistics
-        of its own, (T, C), and those of the last serve any later one. For
-        recurrent nets.
-      example_weight: in inference an example counts that much in its own
-        statistics; see `jaxbn.normalize_weighted`.
-      prior: in inference the running statistics count as that many examples
-        beside those of the batch; see `jaxbn.adapt`. None leaves the batch
-        out.
       **options: of `flax.nnx.BatchNorm`: use_running_average, axis, momentum
         (the core's decay; None weighs all batches equally), epsilon, dtype (of
         the result), param_dtype, use_bias, use_scale, bias_init, scale_init,
@@ -89,7 +106,7 @@ class BatchNorm(nnx.BatchNorm):
       scale: nnx.Param, (C,), or None.
       bias: nnx.Param, (C,), or None.
       steps: nnx.BatchStat, int32 of the shape of mean, with momentum=None,
-        debias, or a renorm that is a function; else None.
+        running.debias, or a renorm that is a function; else None.
 
     Raises:
       ValueError: an option is out of its range, or two exclude each other.
@@ -99,37 +116,21 @@ class BatchNorm(nnx.BatchNorm):
         self,
         num_features: int,
         *,
-        group_size: int | None = None,
-        normalize_over: int | None = None,
-        num_ids: int | None = None,
+        sharing: Scope = _SCOPE,
         per_id: PerId = "statistics",
-        skip_nonfinite: bool = False,
-        ddof: int = 0,
-        debias: bool = False,
+        running: Running = _RUNNING,
         renorm: Limits | Callable[[jax.Array], Limits] | None = None,
-        frozen: bool = False,
-        update_stats: bool = True,
+        inference: Prior | ExampleWeight | None = None,
         train_affine: bool = True,
-        num_timesteps: int | None = None,
-        example_weight: float = 0.0,
-        prior: float | None = None,
-        **options: Any,
+        **options: Unpack[_FlaxOptions],
     ):
         super().__init__(num_features, **options)
-        self.group_size = group_size
-        self.normalize_over = normalize_over
-        self.num_ids = num_ids
+        self.sharing = sharing
         self.per_id = per_id
-        self.skip_nonfinite = skip_nonfinite
-        self.ddof = ddof
-        self.debias = debias
+        self.running = running
         self.renorm = renorm
-        self.frozen = frozen
-        self.update_stats = update_stats
+        self.inference = inference
         self.train_affine = train_affine
-        self.num_timesteps = num_timesteps
-        self.example_weight = example_weight
-        self.prior = prior
         # A Variable of `Collected`, where `batch_moments` puts one.
         self.moments: Any = nnx.data(None)
         layer = Layer.of(self)
@@ -164,8 +165,8 @@ class BatchNorm(nnx.BatchNorm):
           use_running_average: goes before the attribute unless it is None.
           mask: bool, broadcastable to x; False leaves a value out of the
             statistics.
-          ids: (N,) integers in [0, K) where num_ids is K.
-          timestep: (), integer, where num_timesteps is set.
+          ids: (N,) integers in [0, K) where sharing.num_ids is K.
+          timestep: (), integer, where running.num_timesteps is set.
 
         Returns:
           Array of the shape of x.
@@ -178,7 +179,7 @@ class BatchNorm(nnx.BatchNorm):
         inference = use_running_average
         if inference is None:
             inference = self.use_running_average
-        if inference is None and self.frozen:
+        if inference is None and self.running.mode == "frozen":
             inference = False
         if inference is None:
             raise ValueError(
@@ -206,7 +207,7 @@ class BatchNorm(nnx.BatchNorm):
             if hand_out:
                 self.moments.get_value().note_inference()
             return y
-        if self.update_stats and not self.frozen:
+        if self.running.mode == "update":
             # Not by index, which would round to the dtype of the old value.
             variables = (self.mean, self.var, *counters)
             for variable, value in zip(variables, (*new.running, new.skipped)):

@@ -129,8 +129,7 @@ def test_flax_moments_move_running_statistics_once():
                 BatchNorm,
                 use_running_average=False,
                 momentum=DECAY,
-                debias=True,
-                skip_nonfinite=True,
+                running=jaxbn.Running(debias=True, skip_nonfinite=True),
             )
             return norm(name="last")(nn.Dense(3)(norm(name="first")(x)))
 

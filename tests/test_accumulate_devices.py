@@ -98,7 +98,7 @@ def test_mapped_axis_around():
 
 def loss_in_pairs(axis_name):
     scope = jaxbn.Scope(group_size=2)
-    norm = functools.partial(jaxbn_norm, axis_name, scope=scope)
+    norm = functools.partial(jaxbn_norm, axis_name, sharing=scope)
     return loss_of(norm, total=over(axis_name))
 
 
@@ -157,7 +157,7 @@ def test_groups_of_microbatches(check_vma):
 
 def loss_in_runs(axis_name, length):
     scope = jaxbn.Scope(normalize_over=length)
-    norm = functools.partial(jaxbn_norm, axis_name, scope=scope)
+    norm = functools.partial(jaxbn_norm, axis_name, sharing=scope)
     return loss_of(norm, total=over(axis_name) if axis_name else lambda x: x)
 
 

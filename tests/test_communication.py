@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxbn
 from jaxbn.linen import BatchNorm
 from jaxbn.testing import collectives
 from train import data
@@ -103,13 +104,20 @@ def test_sharded_arrays_under_jit_send_as_much(kind):
 
 
 def test_a_group_gathers_and_one_reduction_serves_running_statistics():
-    got = sent(forward, X, specs=(P("data"), P()), group_size=2)
+    got = sent(
+        forward, X, specs=(P("data"), P()), sharing=jaxbn.Scope(group_size=2)
+    )
     assert got["all-gather"] == (1, 2 * 2 * C * FLOAT)
     assert got["all-reduce"] == (1, (2 * C + 1) * FLOAT)
 
 
 def test_ghost_batches_reduce_for_running_statistics_alone():
-    got = sent(forward, X, specs=(P("data"), P()), normalize_over=1)
+    got = sent(
+        forward,
+        X,
+        specs=(P("data"), P()),
+        sharing=jaxbn.Scope(normalize_over=1),
+    )
     assert got == {"all-reduce": (1, (2 * C + 1) * FLOAT)}
 
 

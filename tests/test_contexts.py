@@ -205,8 +205,8 @@ def test_flax_fails_where_this_runs():
     (
         {},
         dict(where=np.arange(4)[:, None] < 3),
-        dict(ids=np.arange(4) % 2, scope=jaxbn.Scope(num_ids=2)),
-        dict(scope=jaxbn.Scope(normalize_over=2)),
+        dict(ids=np.arange(4) % 2, sharing=jaxbn.Scope(num_ids=2)),
+        dict(sharing=jaxbn.Scope(normalize_over=2)),
     ),
     ids=("plain", "mask", "ids", "ghost"),
 )

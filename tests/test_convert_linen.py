@@ -119,8 +119,12 @@ class LinenTest(parameterized.TestCase):
         groups = [[[0, 1], [2, 3]], ((0, 1), (2, 3))]
         a, b = (convert.to_jaxbn(plain, axis_index_groups=g) for g in groups)
         assert a == b and hash(a) == hash(b)
-        steps = convert.to_jaxbn(convert.to_jaxbn(plain, momentum=0.5), ddof=1)
-        assert steps == convert.to_jaxbn(plain, ddof=1, momentum=0.5)
+        steps = convert.to_jaxbn(
+            convert.to_jaxbn(plain, momentum=0.5), running=jaxbn.Running(ddof=1)
+        )
+        assert steps == convert.to_jaxbn(
+            plain, running=jaxbn.Running(ddof=1), momentum=0.5
+        )
         changed = model.clone(decay=0.5)
         assert changed == convert.to_jaxbn(Block(decay=0.5), axis_name="data")
 
@@ -158,7 +162,10 @@ class LinenTest(parameterized.TestCase):
         assert program(half, variables, x) == program(want, variables, x)
 
     @parameterized.parameters(
-        dict(num_ids=2), dict(frozen=True), dict(ddof=1), dict(momentum=None)
+        dict(sharing=jaxbn.Scope(num_ids=2)),
+        dict(running=jaxbn.Running(mode="frozen")),
+        dict(running=jaxbn.Running(ddof=1)),
+        dict(momentum=None),
     )
     def test_flax_cannot_express(self, **field):
         (name, value), x = *field.items(), data()
@@ -171,11 +178,11 @@ class LinenTest(parameterized.TestCase):
             jax.eval_shape(model.init, jax.random.key(0), x)
 
     def test_flax_cannot_express_what_conversion_has_set(self):
-        model = convert.to_jaxbn(Block(), num_ids=2)
-        message = "every layer: flax's BatchNorm has no counterpart of num_ids"
+        model = convert.to_jaxbn(Block(), sharing=jaxbn.Scope(num_ids=2))
+        message = "every layer: flax's BatchNorm has no counterpart of sharing"
         with pytest.raises(ValueError, match=message):
             convert.to_flax(model)
-        back = convert.to_flax(convert.to_jaxbn(model, num_ids=None))
+        back = convert.to_flax(convert.to_jaxbn(model, sharing=jaxbn.Scope()))
         variables = jax.eval_shape(back.init, jax.random.key(0), data())
         want = program(Block(), variables, data())
         assert program(back, variables, data()) == want

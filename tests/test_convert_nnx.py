@@ -109,7 +109,7 @@ class NnxTest(parameterized.TestCase):
             NnxNet(nnx.BatchNorm),
             momentum=None,
             axis_name="data",
-            skip_nonfinite=True,
+            running=jaxbn.Running(skip_nonfinite=True),
         )
         assert model.stack.steps.shape == (2, C)
         assert model.stack.skipped.shape == (2,)
@@ -118,13 +118,20 @@ class NnxTest(parameterized.TestCase):
             model.shared.mean[...], 0.5 * x.mean(0), rtol=1e-5
         )
         assert model.shared.axis_name == "data"
-        again = convert.to_jaxbn(model, group_size=2, frozen=True)
-        assert again.shared.frozen and again.shared.momentum is None
-        assert again.shared.group_size == 2
-        assert model.shared.group_size is None
+        again = convert.to_jaxbn(
+            model,
+            sharing=jaxbn.Scope(group_size=2),
+            running=jaxbn.Running(mode="frozen"),
+        )
+        assert again.shared.running.mode == "frozen"
+        assert again.shared.momentum is None
+        assert again.shared.sharing.group_size == 2
+        assert model.shared.sharing.group_size is None
         np.testing.assert_array_equal(again.shared.steps[...], [2, 2, 2])
         plain = dict(
-            group_size=None, frozen=False, momentum=0.9, skip_nonfinite=False
+            sharing=jaxbn.Scope(),
+            running=jaxbn.Running(),
+            momentum=0.9,
         )
         back = convert.to_flax(convert.to_jaxbn(again, **plain))
         assert back.shared.axis_name == "data" and back.shared.momentum == 0.9
@@ -139,9 +146,9 @@ class NnxTest(parameterized.TestCase):
 
     def test_what_is_refused(self):
         net = NnxNet(nnx.BatchNorm)
-        message = r"shared: num_ids=2 would turn mean of shape \(3,\) into \(2"
+        message = r"shared: sharing=Scope\(num_ids=2\) would turn mean of shape \(3,\) into \(2"
         with pytest.raises(ValueError, match=message.replace("shared", ".*")):
-            convert.to_jaxbn(net, num_ids=2)
+            convert.to_jaxbn(net, sharing=jaxbn.Scope(num_ids=2))
         with pytest.raises(ValueError, match="use_bias=False would turn bias"):
             convert.to_jaxbn(net, use_bias=False)
 
@@ -162,8 +169,12 @@ class NnxTest(parameterized.TestCase):
             convert.to_flax(kept)
         half = convert.to_jaxbn(kept, momentum=0.5)
         assert type(half.many[0]) is Ours and half.many[0].momentum == 0.5
-        kept.many[0] = jaxbn.nnx.BatchNorm(C, num_ids=2, rngs=nnx.Rngs(0))
-        message = "many/0: flax's BatchNorm has no counterpart of num_ids=2."
+        kept.many[0] = jaxbn.nnx.BatchNorm(
+            C, sharing=jaxbn.Scope(num_ids=2), rngs=nnx.Rngs(0)
+        )
+        message = (
+            r"many/0: flax's BatchNorm has no counterpart of sharing=Scope\(num"
+        )
         with pytest.raises(ValueError, match=message):
             convert.to_flax(kept)
         layer = jaxbn.nnx.BatchNorm(C, momentum=None, rngs=nnx.Rngs(0))
@@ -181,7 +192,7 @@ def graph_norm(norm):
         norm.num_features,
         momentum=norm.momentum,
         epsilon=norm.eps,
-        ddof=1,
+        running=jaxbn.Running(ddof=1),
         rngs=nnx.Rngs(0),
     )
     layer.mean, layer.var = norm.running_mean, norm.running_var
@@ -256,7 +267,7 @@ class CopiesTest(parameterized.TestCase):
         model = convert.to_jaxbn(plain, replace=rule, axis_name="data")
         layer = model.layers[1]
         assert type(layer) is jaxbn.nnx.BatchNorm and model.again is layer
-        assert layer.axis_name == "data" and layer.ddof == 1
+        assert layer.axis_name == "data" and layer.running.ddof == 1
         model.train()
         np.testing.assert_allclose(np.std(model(x), 0), 2, atol=1e-2)
         assert float(layer.mean[0]) != 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import convert
@@ -111,7 +112,7 @@ class PartsTest(parameterized.TestCase):
 
         inner = nn.Sequential([nn.BatchNorm()])
         assert decays(Net(inner)) == [0.9, 0.99]
-        one = convert.to_jaxbn(inner, momentum=0.5, debias=False)
+        one = convert.to_jaxbn(inner, momentum=0.5, running=jaxbn.Running())
         assert decays(Net(one)) == [0.9, 0.5]
         both = convert.to_jaxbn(Net(one), momentum=0.25)
         assert decays(both) == [0.25, 0.25]

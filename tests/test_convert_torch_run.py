@@ -36,7 +36,9 @@ def test_options():
     assert got["use_running_average"] is False and not got["use_bias"]
     back = convert.options_to_torch(got)
     assert back["bias"] is False and not back["track_running_stats"]
-    layer = jaxbn.linen.BatchNorm(ddof=1, axis_name="data", dtype=jnp.bfloat16)
+    layer = jaxbn.linen.BatchNorm(
+        running=jaxbn.Running(ddof=1), axis_name="data", dtype=jnp.bfloat16
+    )
     fields = {name: getattr(layer, name) for name in layer.__dataclass_fields__}
     assert convert.options_to_torch(fields) == dict(
         momentum=0.01, eps=1e-5, affine=True, track_running_stats=True
@@ -66,8 +68,10 @@ def test_options_of_a_synchronized_layer():
             "BatchNorm has no field eps.",
         ),
         (
-            lambda: convert.options_to_torch(dict(num_ids=2)),
-            "PyTorch has nothing like num_ids=2.",
+            lambda: convert.options_to_torch(
+                dict(sharing=jaxbn.Scope(num_ids=2))
+            ),
+            r"PyTorch has nothing like sharing=Scope\(num_ids=2\)",
         ),
         (
             lambda: convert.options_to_torch(dict(use_scale=False)),
@@ -113,7 +117,7 @@ def test_training_goes_as_in_torch(momentum, kind):
     if kind == "SyncBatchNorm":  # on one process it is the same formula
         module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
     options = convert.options_from_torch(module, axis_name="data")
-    unbiased = jaxbn.linen.BatchNorm(**options, ddof=1)
+    unbiased = jaxbn.linen.BatchNorm(**options, running=jaxbn.Running(ddof=1))
     biased = jaxbn.linen.BatchNorm(**options)
     like = jax.eval_shape(
         functools.partial(unbiased.init, use_running_average=False),

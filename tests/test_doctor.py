@@ -171,8 +171,8 @@ def test_layers_that_are_not_synchronized(healthy, batches):
 @pytest.mark.parametrize(
     "options, examples",
     [
-        (dict(group_size=2), 16),
-        (dict(normalize_over=8), 8),
+        (dict(sharing=jaxbn.Scope(group_size=2)), 16),
+        (dict(sharing=jaxbn.Scope(normalize_over=8)), 8),
         (dict(axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]]), 32),
     ],
 )
@@ -254,7 +254,9 @@ def test_frozen_layers_are_compared_with_the_data_too(healthy, batches):
         @nn.compact
         def __call__(self, x, train):
             return jaxbn.linen.BatchNorm(
-                frozen=True, axis_name="data", name="first"
+                running=jaxbn.Running(mode="frozen"),
+                axis_name="data",
+                name="first",
             )(x)
 
     variables = {

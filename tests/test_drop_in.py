@@ -93,12 +93,12 @@ class TestFeaturesOnly:
             batch.var[0], np.var(X, 0, where=keep), rtol=1e-5
         )
         scope = Scope(num_ids=2)
-        y, _ = in_vmap(lambda x, i: norm(x, ids=i, scope=scope), X, IDS)
-        want, _ = jaxbn.batch_norm(X, ids=IDS, scope=scope)
+        y, _ = in_vmap(lambda x, i: norm(x, ids=i, sharing=scope), X, IDS)
+        want, _ = jaxbn.batch_norm(X, ids=IDS, sharing=scope)
         chex.assert_trees_all_close(y, want, atol=1e-6)
         scope = Scope(normalize_over=4)
-        y, _ = in_vmap(lambda x: norm(x, scope=scope), X)
-        want, _ = jaxbn.batch_norm(X, scope=scope)
+        y, _ = in_vmap(lambda x: norm(x, sharing=scope), X)
+        want, _ = jaxbn.batch_norm(X, sharing=scope)
         chex.assert_trees_all_close(y, want, atol=1e-5)
 
     def test_inference_with_ids_and_weights(self):
@@ -236,11 +236,15 @@ def test_vmap_inside_of_what_is_differentiated(inner, outer):
 class TestScopes:
     @pytest.mark.parametrize(
         "options",
-        (dict(normalize_over=4), dict(normalize_over=4, num_ids=2), {}),
+        (
+            dict(normalize_over=4),
+            dict(normalize_over=4, num_ids=2),
+            {},
+        ),
     )
     def test_no_examples(self, options):
         ids = jnp.zeros(0, jnp.int32) if "num_ids" in options else None
-        y, batch = jaxbn.batch_norm(X[:0], ids=ids, scope=Scope(**options))
+        y, batch = jaxbn.batch_norm(X[:0], ids=ids, sharing=Scope(**options))
         assert y.shape == (0, C)
         chex.assert_trees_all_equal(batch.mean, jnp.zeros_like(batch.mean))
 
@@ -248,10 +252,14 @@ class TestScopes:
     def test_masks_per_feature(self, is_complex):
         x = (X + 1j * X[::-1]).astype(np.complex64) if is_complex else X
         keep = X > -0.5
-        for options in ({}, dict(num_ids=2), dict(normalize_over=4, num_ids=2)):
+        for options in (
+            {},
+            dict(num_ids=2),
+            dict(normalize_over=4, num_ids=2),
+        ):
             ids = IDS if "num_ids" in options else None
             y, batch = jaxbn.batch_norm(
-                x, where=keep, ids=ids, scope=Scope(**options)
+                x, where=keep, ids=ids, sharing=Scope(**options)
             )
             assert np.isfinite(y).all()
             for row in range(2 if "num_ids" in options else 1):
@@ -270,7 +278,7 @@ class TestScopes:
             jaxbn.batch_norm(
                 draw(examples, C),
                 axis_name="data",
-                scope=Scope(group_size=size),
+                sharing=Scope(group_size=size),
             )
 
 
@@ -322,10 +330,12 @@ class TestMaskedNaN:
     @pytest.mark.parametrize(
         "fields",
         (
-            dict(frozen=True, use_running_average=False),
+            dict(
+                running=jaxbn.Running(mode="frozen"), use_running_average=False
+            ),
             dict(use_running_average=True),
-            dict(use_running_average=True, example_weight=0.1),
-            dict(use_running_average=True, prior=3.0),
+            dict(use_running_average=True, inference=jaxbn.ExampleWeight(0.1)),
+            dict(use_running_average=True, inference=jaxbn.Prior(3.0)),
         ),
     )
     def test_layers(self, fields, poison):

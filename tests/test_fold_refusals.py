@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+import jaxbn
 from jaxbn.fold import Folded, fold
 from jaxbn.linen import BatchNorm
 from tests.helpers.folding import (
@@ -104,9 +105,9 @@ def after_product(x):
 
 def per_example(x):
     ids = jnp.argmax(x, -1)
-    return BatchNorm(use_running_average=True, num_ids=3, name="norm")(
-        dense(x), ids=ids
-    )
+    return BatchNorm(
+        use_running_average=True, sharing=jaxbn.Scope(num_ids=3), name="norm"
+    )(dense(x), ids=ids)
 
 
 def on_constant_kernel(x):

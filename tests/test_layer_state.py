@@ -245,7 +245,7 @@ def narrowed(state, dtype):
     [
         {},
         {"renorm": (3.0, 5.0)},
-        {"debias": True, "skip_nonfinite": True},
+        {"running": jaxbn.Running(debias=True, skip_nonfinite=True)},
         {"momentum": None},
     ],
     ids=str,
@@ -258,7 +258,7 @@ def test_a_carry_keeps_the_dtype_that_it_was_cast_to(scan, dtype, options):
         decay = options.get("momentum", 0.99)
         if decay is None:
             decay = step / (step + 1)
-        elif "debias" in options:
+        elif "running" in options:
             decay *= (1 - decay**step) / (1 - decay ** (step + 1))
         mean = (decay * mean + (1 - decay) * x.mean(0)).astype(dtype)
         var = (decay * var + (1 - decay) * x.var(0)).astype(dtype)
@@ -277,7 +277,7 @@ def test_a_carry_keeps_the_dtype_that_it_was_cast_to(scan, dtype, options):
 @pytest.mark.parametrize("scan", [scan_linen, scan_nnx])
 def test_a_carry_of_timesteps_keeps_its_dtype(scan):
     batches = draw(6, 16, 3)
-    options = {"num_timesteps": 2, "momentum": 0.0}
+    options = {"running": jaxbn.Running(num_timesteps=2), "momentum": 0.0}
     got = scan(options, jnp.bfloat16, batches, timestep=1)
     want = np.stack([np.zeros(3), batches[-1].mean(0)]).astype(jnp.bfloat16)
     chex.assert_trees_all_equal(got["mean"], want)

@@ -12,6 +12,7 @@ from absl.testing import parameterized
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import jaxbn
 from jaxbn.linen import BatchNorm
 from tests.helpers import reference
 
@@ -208,7 +209,9 @@ class SynchronizedTest(parameterized.TestCase):
 
     def test_nonfinite_batch_on_one_device_is_skipped_on_all(self):
         module = BatchNorm(
-            axis_name="data", use_running_average=False, skip_nonfinite=True
+            axis_name="data",
+            use_running_average=False,
+            running=jaxbn.Running(skip_nonfinite=True),
         )
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
         step = jax.jit(
@@ -235,7 +238,7 @@ class SynchronizedTest(parameterized.TestCase):
         module = BatchNorm(
             axis_name="data",
             use_running_average=False,
-            num_ids=2,
+            sharing=jaxbn.Scope(num_ids=2),
             per_id="both",
             momentum=0.0,
         )
@@ -261,7 +264,7 @@ class SynchronizedTest(parameterized.TestCase):
         chex.assert_trees_all_close(again, y, rtol=1e-4, atol=1e-5)
 
     def test_groups_keep_running_statistics_of_all(self):
-        grouped = self.module.clone(group_size=2)
+        grouped = self.module.clone(sharing=jaxbn.Scope(group_size=2))
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
         def step(module):

@@ -62,9 +62,9 @@ class DropInTest(parameterized.TestCase):
         module = BatchNorm(
             3,
             rngs=nnx.Rngs(0),
-            num_ids=2,
+            sharing=jaxbn.Scope(num_ids=2),
             per_id="both",
-            skip_nonfinite=True,
+            running=jaxbn.Running(skip_nonfinite=True),
             momentum=0.0,
         )
         assert module.scale.shape == module.mean.shape == (2, 3)
@@ -82,7 +82,9 @@ class DropInTest(parameterized.TestCase):
         assert module.skipped[...] == 1
         module(x, ids=ids)
         assert module.skipped[...] == 1
-        ghost = BatchNorm(3, rngs=nnx.Rngs(0), normalize_over=4)
+        ghost = BatchNorm(
+            3, rngs=nnx.Rngs(0), sharing=jaxbn.Scope(normalize_over=4)
+        )
         y = np.asarray(ghost(x)).reshape(2, 4, 3)
         np.testing.assert_allclose(y.mean(1), 0, atol=1e-6)
 

@@ -15,6 +15,7 @@ from tests.helpers.layers import (
     call_linen,
     call_nnx,
     draw,
+    grouped,
     linen_layer,
     nnx_layer,
 )
@@ -51,33 +52,65 @@ OUT_OF_RANGE = [
     ),
     *(
         (
-            dict(example_weight=value),
-            f"example_weight must be in [0, 1]; got {value}.",
+            dict(mode=value),
+            f"mode must be one of ('update', 'keep', 'frozen'); got {value!r}.",
         )
-        for value in (-0.5, 1.5, NAN)
+        for value in ("freeze", None)
     ),
-    *(
-        (dict(prior=value), f"prior must be at least 0; got {value}.")
-        for value in (-1, NAN)
+    (
+        dict(num_timesteps=0),
+        "num_timesteps must be at least 1; got 0.",
     ),
-    (dict(num_timesteps=0), "num_timesteps must be at least 1; got 0."),
-    (dict(num_ids=0), "num_ids must be at least 1; got 0."),
+    (
+        dict(num_ids=0),
+        "num_ids must be at least 1; got 0.",
+    ),
     (dict(renorm=(0.5, 1.0)), "r_max must be a number and at least 1; got 0.5"),
     (dict(renorm=(1.0, -1.0)), "d_max must be a number and at least 0; got -1"),
     (dict(renorm=(NAN, 1.0)), "r_max must be a number and at least 1; got nan"),
     (dict(renorm=(3.0,)), "renorm must be (r_max, d_max), or a function"),
-    (dict(debias=True, momentum=1.0), "debias=True needs momentum < 1"),
-    (dict(per_id="both"), "needs num_ids; got num_ids=None."),
-    (dict(per_id="both", num_timesteps=2), "needs num_ids; got num_ids="),
-    (dict(per_id="affine"), "needs num_ids; got num_ids=None."),
-    (dict(per_id="scale", num_ids=2), "per_id must be one of ('statistics', "),
-    (dict(num_ids=2, num_timesteps=2), "give one of them"),
-    (dict(prior=1.0, example_weight=0.5), "give one of them"),
+    (
+        dict(running=jaxbn.Running(debias=True), momentum=1.0),
+        "debias=True needs momentum < 1",
+    ),
+    (dict(per_id="both"), "needs sharing.num_ids; got num_ids=None."),
+    (
+        dict(per_id="both", running=jaxbn.Running(num_timesteps=2)),
+        "needs sharing.num_ids; got num_ids=",
+    ),
+    (dict(per_id="affine"), "needs sharing.num_ids; got num_ids=None."),
+    (
+        dict(per_id="scale", sharing=jaxbn.Scope(num_ids=2)),
+        "per_id must be one of ('statistics', ",
+    ),
+    (
+        dict(
+            sharing=jaxbn.Scope(num_ids=2),
+            running=jaxbn.Running(num_timesteps=2),
+        ),
+        "give one of them",
+    ),
+    (
+        dict(
+            axis_index_groups=[[0, 1]],
+            sharing=jaxbn.Scope(axis_index_groups=[[0, 1]]),
+        ),
+        "axis_index_groups is given twice",
+    ),
+    (dict(sharing=8), "sharing must be jaxbn.Scope; got 8."),
+    (dict(running={"ddof": 1}), "running must be jaxbn.Running; got {'ddof"),
+    (
+        dict(inference=4.0),
+        "inference must be jaxbn.Prior or jaxbn.ExampleWeight or None; got 4",
+    ),
     (
         dict(group_size=2, normalize_over=4),
         "group_size and normalize_over each say which devices share",
     ),
-    (dict(group_size=0), "group_size must be at least 1; got 0."),
+    (
+        dict(group_size=0),
+        "group_size must be at least 1; got 0.",
+    ),
 ]
 
 
@@ -85,12 +118,27 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize("options, message", OUT_OF_RANGE, ids=str)
 def test_a_layer_refuses_when_it_is_made(make, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        make(**options)
+        make(**grouped(options))
+
+
+@pytest.mark.parametrize(
+    "kind, value, message",
+    [
+        (jaxbn.ExampleWeight, -0.5, "weight must be in [0, 1]; got -0.5."),
+        (jaxbn.ExampleWeight, 1.5, "weight must be in [0, 1]; got 1.5."),
+        (jaxbn.ExampleWeight, NAN, "weight must be in [0, 1]; got nan."),
+        (jaxbn.Prior, -1, "examples must be at least 0; got -1."),
+        (jaxbn.Prior, NAN, "examples must be at least 0; got nan."),
+    ],
+)
+def test_ways_of_inference_refuse(kind, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kind(value)
 
 
 def test_clones_and_submodules_are_checked():
     with pytest.raises(ValueError, match="ddof must be 0"):
-        linen_layer().clone(ddof=2)
+        linen_layer().clone(running=jaxbn.Running(ddof=2))
 
     class Net(nn.Module):
         @nn.compact
@@ -110,16 +158,20 @@ def test_clones_and_submodules_are_checked():
         dict(momentum=None),
         dict(epsilon=0),
         dict(epsilon=np.float32(1e-3)),
-        dict(ddof=np.int64(1)),
-        dict(prior=0.0),
-        dict(prior=INF),
-        dict(example_weight=1),
+        dict(running=jaxbn.Running(ddof=np.int64(1))),
+        dict(inference=jaxbn.Prior(0.0)),
+        dict(inference=jaxbn.Prior(INF)),
+        dict(inference=jaxbn.ExampleWeight(1)),
         dict(renorm=(1, 0)),
         dict(renorm=(np.float32(3), INF)),
         dict(renorm=jaxbn.renorm_limits),
-        dict(num_ids=1, per_id="both"),
-        dict(num_ids=2, per_id="affine", num_timesteps=2),
-        dict(num_timesteps=1),
+        dict(sharing=jaxbn.Scope(num_ids=1), per_id="both"),
+        dict(
+            sharing=jaxbn.Scope(num_ids=2),
+            per_id="affine",
+            running=jaxbn.Running(num_timesteps=2),
+        ),
+        dict(running=jaxbn.Running(num_timesteps=1)),
     ],
     ids=lambda options: " ".join(options),
 )
@@ -148,7 +200,10 @@ def test_traced_options_pass():
             for value in (-0.1, 1.5, NAN)
         ),
         (dict(decay=np.float32(2)), "decay must be in [0, 1]; got 2.0."),
-        (dict(decay=0.9, ddof=2), "ddof must be 0, the biased variance, or 1"),
+        (
+            dict(decay=0.9, ddof=2),
+            "ddof must be 0, the biased variance, or 1",
+        ),
     ],
     ids=str,
 )
@@ -211,9 +266,13 @@ def test_a_mask_is_bool(call, dtype):
             "num_ids of the layer and ids of the call go together; got "
             "num_ids=None and ids=int",
         ),
-        ({"num_ids": 2}, {}, "got num_ids=2 and ids=None."),
         (
-            {"num_ids": 2},
+            {"sharing": jaxbn.Scope(num_ids=2)},
+            {},
+            "got num_ids=2 and ids=None.",
+        ),
+        (
+            {"sharing": jaxbn.Scope(num_ids=2)},
             dict(ids=np.zeros(5, int)),
             "ids must be integers of shape (4,)",
         ),
@@ -223,7 +282,8 @@ def test_a_mask_is_bool(call, dtype):
 def test_errors_have_the_words_of_the_layer(
     call, options, arguments, message, inference
 ):
-    options = {**options, "frozen": inference}
+    mode = "frozen" if inference else "update"
+    options = {**options, "running": jaxbn.Running(mode=mode)}
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         call(draw(4, 2, 3), options, **arguments)
     assert not re.search("where|scope", str(error.value).split("---")[0])
@@ -255,14 +315,14 @@ class TestOneValue:
 
     def test_in_ghost_batches_of_one(self):
         with pytest.raises(ValueError, match="each statistic is of one value"):
-            jaxbn.batch_norm(draw(4, 3), scope=jaxbn.Scope(normalize_over=1))
+            jaxbn.batch_norm(draw(4, 3), sharing=jaxbn.Scope(normalize_over=1))
 
     def test_where_it_is_defined(self):
-        frozen = linen_layer(frozen=True)
+        frozen = linen_layer(running=jaxbn.Running(mode="frozen"))
         variables = frozen.init(jax.random.key(0), self.X)
         names = ["batch_stats", "batch_moments"]
         frozen.apply(variables, self.X, mutable=names)
-        infer = jaxbn.linen.BatchNorm(True, prior=4.0)
+        infer = jaxbn.linen.BatchNorm(True, inference=jaxbn.Prior(4.0))
         assert infer.apply(variables, self.X).any()
         renorm = linen_layer(renorm=(1.5, 0.5))
         assert renorm.apply(variables, self.X, mutable=names)[0].any()

@@ -141,7 +141,10 @@ class TestLayers:
     """Class-conditional batch norm, as in generators of images."""
 
     def test_linen(self):
-        x, module = draw(8, 3), linen_layer(num_ids=2, per_id="affine")
+        x, module = (
+            draw(8, 3),
+            linen_layer(sharing=jaxbn.Scope(num_ids=2), per_id="affine"),
+        )
         v = module.init(jax.random.key(0), x, ids=IDS)
         assert jax.tree.map(jnp.shape, v) == {
             "params": {"scale": (2, 3), "bias": (2, 3)},
@@ -156,7 +159,11 @@ class TestLayers:
         y, state = module.apply(v, x, ids=IDS, mutable=["batch_stats"])
         chex.assert_trees_all_close(y, xhat + SHIFT, atol=1e-6)
         chex.assert_trees_all_equal(state, want)
-        for fields in ({}, dict(example_weight=0.1), dict(prior=3.0)):
+        for fields in (
+            {},
+            dict(inference=jaxbn.ExampleWeight(0.1)),
+            dict(inference=jaxbn.Prior(3.0)),
+        ):
             evaluate = module.clone(use_running_average=True, **fields)
             shifted = evaluate.apply(v, x, ids=IDS)
             plain = evaluate.apply(
@@ -171,7 +178,10 @@ class TestLayers:
             module.apply(v, x, mutable=["batch_stats"])
 
     def test_nnx(self):
-        x, layer = draw(8, 3), nnx_layer(num_ids=2, per_id="affine")
+        x, layer = (
+            draw(8, 3),
+            nnx_layer(sharing=jaxbn.Scope(num_ids=2), per_id="affine"),
+        )
         assert layer.scale.shape == (2, 3) and layer.mean.shape == (3,)
         layer.bias[...] = jnp.array([[1.0] * 3, [2.0] * 3])
         xhat = nnx_layer()(x)
@@ -181,7 +191,7 @@ class TestLayers:
 
     @pytest.mark.parametrize("per_id", ("affine", "both"))
     def test_partition_names_are_those_of_a_row(self, per_id):
-        options = dict(num_ids=2, per_id=per_id)
+        options = dict(sharing=jaxbn.Scope(num_ids=2), per_id=per_id)
         mesh = jax.make_mesh(
             (4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2
         )

@@ -104,7 +104,7 @@ class ScopeTest(parameterized.TestCase):
     def test_unknown_id_is_nan_and_enters_nothing(self):
         x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
         ids = jnp.array([0, 1, 2, -1])
-        y, batch = jaxbn.batch_norm(x, ids=ids, scope=Scope(num_ids=2))
+        y, batch = jaxbn.batch_norm(x, ids=ids, sharing=Scope(num_ids=2))
         assert np.isnan(y[2:]).all() and np.isfinite(y[:2]).all()
         chex.assert_trees_all_close(
             batch,
@@ -117,7 +117,7 @@ class ScopeTest(parameterized.TestCase):
     def test_nan_of_one_id_stays_there(self):
         x = jnp.ones((6, 2)).at[0].set(jnp.nan)
         ids = jnp.array([0, 0, 1, 1, 1, 1])
-        y, batch = jaxbn.batch_norm(x, ids=ids, scope=Scope(num_ids=2))
+        y, batch = jaxbn.batch_norm(x, ids=ids, sharing=Scope(num_ids=2))
         assert np.isnan(batch.mean[0]).all() and np.isfinite(y[2:]).all()
 
     def test_features_before_the_examples(self):
@@ -125,15 +125,15 @@ class ScopeTest(parameterized.TestCase):
         x = rng.normal(size=(3, 8, 5)).astype(np.float32)
         ids = jnp.arange(8) % 2
         scope = Scope(num_ids=2, normalize_over=4)
-        got = jaxbn.batch_norm(x, ids=ids, scope=scope, feature_axis=0)
-        want = jaxbn.batch_norm(x.transpose(1, 2, 0), ids=ids, scope=scope)
+        got = jaxbn.batch_norm(x, ids=ids, sharing=scope, feature_axis=0)
+        want = jaxbn.batch_norm(x.transpose(1, 2, 0), ids=ids, sharing=scope)
         chex.assert_trees_all_close(got[0].transpose(1, 2, 0), want[0])
         chex.assert_trees_all_close(got[1], want[1])
 
 
 def run_in_vmap(scope, **changes):
     x = jnp.ones((8, 4, 3))
-    options = dict(axis_name="data", scope=scope) | changes
+    options = dict(axis_name="data", sharing=scope) | changes
     jax.vmap(
         lambda x: jaxbn.batch_norm(x, **options)[0],
         axis_name="data",
@@ -163,7 +163,7 @@ def run_in_vmap(scope, **changes):
             "group_size and normalize_over each say which devices share",
         ),
         (dict(num_ids=0), "num_ids must be at least 1; got 0"),
-        (dict(num_ids=2), "ids and scope.num_ids go together"),
+        (dict(num_ids=2), "ids and sharing.num_ids go together"),
     ],
 )
 def test_scopes_that_cannot_be(scope, message):
@@ -176,13 +176,13 @@ def test_scopes_that_cannot_be(scope, message):
 )
 def test_ids_that_do_not_fit(ids):
     with pytest.raises(ValueError, match="ids must be integers of shape"):
-        jaxbn.batch_norm(jnp.ones((4, 3)), ids=ids, scope=Scope(num_ids=2))
+        jaxbn.batch_norm(jnp.ones((4, 3)), ids=ids, sharing=Scope(num_ids=2))
 
 
 def test_groups_of_devices_need_devices():
     x = jnp.ones((8, 3))
     with pytest.raises(ValueError, match="Use jax.set_mesh, or normalize_over"):
-        jaxbn.batch_norm(x, axis_name="data", scope=Scope(group_size=2))
+        jaxbn.batch_norm(x, axis_name="data", sharing=Scope(group_size=2))
     scope = Scope(axis_index_groups=[[0], [1]])
     with pytest.raises(ValueError, match="On global arrays use group_size"):
-        jaxbn.batch_norm(x, axis_name="data", scope=scope)
+        jaxbn.batch_norm(x, axis_name="data", sharing=scope)

@@ -27,31 +27,31 @@ def strict():
 
 OPTIONS = {
     "plain": {},
-    "ids": dict(num_ids=2),
-    "affine per id": dict(num_ids=2, per_id="affine"),
-    "both per id": dict(num_ids=2, per_id="both"),
-    "ghost": dict(normalize_over=4),
-    "ghost and ids": dict(normalize_over=4, num_ids=2),
-    "group": dict(group_size=2, axis_name="data"),
-    "debias": dict(debias=True),
+    "ids": dict(sharing=jaxbn.Scope(num_ids=2)),
+    "affine per id": dict(sharing=jaxbn.Scope(num_ids=2), per_id="affine"),
+    "both per id": dict(sharing=jaxbn.Scope(num_ids=2), per_id="both"),
+    "ghost": dict(sharing=jaxbn.Scope(normalize_over=4)),
+    "ghost and ids": dict(sharing=jaxbn.Scope(normalize_over=4, num_ids=2)),
+    "group": dict(sharing=jaxbn.Scope(group_size=2), axis_name="data"),
+    "debias": dict(running=jaxbn.Running(debias=True)),
     "cumulative": dict(momentum=None),
-    "unbiased": dict(ddof=1),
-    "skip": dict(skip_nonfinite=True),
+    "unbiased": dict(running=jaxbn.Running(ddof=1)),
+    "skip": dict(running=jaxbn.Running(skip_nonfinite=True)),
     "renorm": dict(renorm=(1.5, 0.5)),
     "schedule": dict(renorm=jaxbn.renorm_limits),
-    "timesteps": dict(num_timesteps=2),
-    "frozen": dict(frozen=True),
-    "weighted": dict(example_weight=0.1),
-    "prior": dict(prior=2.0),
+    "timesteps": dict(running=jaxbn.Running(num_timesteps=2)),
+    "frozen": dict(running=jaxbn.Running(mode="frozen")),
+    "weighted": dict(inference=jaxbn.ExampleWeight(0.1)),
+    "prior": dict(inference=jaxbn.Prior(2.0)),
     "axes": dict(axis=(1, 2)),
 }
 
 
 def arguments(options, masked):
     given = {}
-    if "num_ids" in options:
+    if options.get("sharing", Scope()).num_ids is not None:
         given["ids"] = IDS
-    if "num_timesteps" in options:
+    if options.get("running", jaxbn.Running()).num_timesteps is not None:
         given["timestep"] = 1
     if masked:
         given["mask"] = np.arange(N)[:, None, None] > 2
@@ -113,7 +113,7 @@ def test_nnx(name):
 def test_core():
     x = draw(N, C)
     by_id = jaxbn.batch_norm(
-        x, ids=IDS, where=x > 0, scope=Scope(num_ids=2, normalize_over=4)
+        x, ids=IDS, where=x > 0, sharing=Scope(num_ids=2, normalize_over=4)
     )
     parts = [jaxbn.moments(x[:4]), jaxbn.moments(x[4:], where=x[4:] > 0)]
     merged = jaxbn.merge(*parts)

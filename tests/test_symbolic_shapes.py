@@ -65,7 +65,7 @@ class TestSymbolicShapes:
         x = X.reshape(4, 2, 2, C)
         size = "b, h, w, 6"
         self.check(lambda x: jaxbn.batch_norm(x)[0], x, sizes=size)
-        adapt = BatchNorm(True, prior=4.0)
+        adapt = BatchNorm(True, inference=jaxbn.Prior(4.0))
         v = adapt.init(jax.random.key(0), x)
         self.check(lambda x: adapt.apply(v, x), x, sizes=size)
         weighted = functools.partial(
@@ -78,7 +78,7 @@ class TestSymbolicShapes:
 
     def test_ids_and_ghost_batches(self):
         def run(scope, x, ids=None):
-            return jaxbn.batch_norm(x, ids=ids, scope=scope)
+            return jaxbn.batch_norm(x, ids=ids, sharing=scope)
 
         by_id = functools.partial(run, Scope(num_ids=2))
         self.check(by_id, X, IDS, sizes=("b, 6", "b"))

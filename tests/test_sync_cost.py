@@ -28,7 +28,7 @@ def over(function, out_specs, devices=8):
 def norm(axis_name="data", **scope):
     def forward(x):
         y, _ = jaxbn.batch_norm(
-            x, axis_name=axis_name, scope=jaxbn.Scope(**scope)
+            x, axis_name=axis_name, sharing=jaxbn.Scope(**scope)
         )
         return y
 
@@ -152,7 +152,7 @@ def test_programs_that_do_not_fit():
             unsynchronized=over(norm(), P("data")),
             **LINK,
         )
-    groups = over(norm(group_size=4), P("data"))
+    groups = over(norm(sharing=jaxbn.Scope(group_size=4)), P("data"))
     with pytest.raises(ValueError, match="joins 4 devices, and devices=2"):
         sync_cost(groups, X, devices=2, **LINK)
 

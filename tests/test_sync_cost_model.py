@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxbn
 from jaxbn.linen import BatchNorm
 from jaxbn.testing import LINKS, collectives, group_costs, sync_cost
 from tests.bench.gpu_nets import ResNet50
@@ -44,7 +45,7 @@ class Net(nn.Module):
             x = BatchNorm(
                 use_running_average=False,
                 axis_name=self.axis_name,
-                group_size=self.group_size,
+                sharing=jaxbn.Scope(group_size=self.group_size),
             )(x)
             x = nn.relu(x)
         return nn.Dense(3)(x)

@@ -50,7 +50,7 @@ def test_ids_groups_and_masks():
 
     def f(x):
         ids = jnp.arange(8) % 2
-        return jaxbn.batch_norm(x, ids=ids, where=x > -1, scope=scope)[0]
+        return jaxbn.batch_norm(x, ids=ids, where=x > -1, sharing=scope)[0]
 
     _, (first, _) = jet(f, (x,), ((jnp.ones_like(x), jnp.zeros_like(x)),))
     _, want = jax.jvp(f, (x,), (jnp.ones_like(x),))

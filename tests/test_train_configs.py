@@ -69,4 +69,4 @@ def test_normalize_over_that_fits_the_microbatches(over):
     place = topology.make("data", config.batch_size, config.microbatches)
     for microbatches in (1, 4):
         norm = norm_of(config, place, microbatches=microbatches)
-        assert norm().normalize_over == over
+        assert norm().sharing.normalize_over == over

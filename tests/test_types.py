@@ -12,17 +12,22 @@ USER = """
 import jax
 
 import jaxbn
+import jaxbn.nnx
+from flax import nnx
 from jaxbn.linen import BatchNorm
 
 x = jax.random.normal(jax.random.key(0), (8, 4))
 y, batch = jaxbn.batch_norm(x, axis_name=("data", "model"), feature_axis=-1)
 running = jaxbn.update_running(jaxbn.init_running(4), batch, decay=0.9)
 var: jax.Array = running.var
-norm = BatchNorm(axis_name="data", group_size=8)
+norm = BatchNorm(axis_name="data", sharing=jaxbn.Scope(group_size=8))
 jaxbn.batch_norm(x, eps=1e-5)  # wrong
 jaxbn.Scope(group_size="8")  # wrong
 steps: jax.Array = running.steps  # wrong
 BatchNorm(momentum="0.9")  # wrong
+BatchNorm(running=jaxbn.Running(mode="freeze"))  # wrong
+jaxbn.nnx.BatchNorm(4, epsilon="1", rngs=nnx.Rngs(0))  # wrong
+jaxbn.nnx.BatchNorm(4, eps=1e-5, rngs=nnx.Rngs(0))  # wrong
 """
 
 

@@ -55,14 +55,17 @@ def run(layer, x, keep, **call):
 
 
 AVERAGES = {
-    "ddof": (dict(momentum=0.8, ddof=1), [0.512, 0.128, 0.16, 0.2]),
+    "ddof": (
+        dict(momentum=0.8, running=jaxbn.Running(ddof=1)),
+        [0.512, 0.128, 0.16, 0.2],
+    ),
     "cumulative": (dict(momentum=None), [0, 1 / 3, 1 / 3, 1 / 3]),
     "debiased": (
-        dict(momentum=0.8, debias=True),
+        dict(momentum=0.8, running=jaxbn.Running(debias=True)),
         np.array([0, 0.128, 0.16, 0.2]) / 0.488,
     ),
     "debiased slowly": (
-        dict(momentum=0.9999, debias=True, ddof=1),
+        dict(momentum=0.9999, running=jaxbn.Running(debias=True, ddof=1)),
         np.array([0, 0.99980001, 0.9999, 1]) / 2.99970001,
     ),
 }
@@ -73,9 +76,10 @@ AVERAGES = {
 def test_averages(kind, name, data):
     options, weights = AVERAGES[name]
     _, state = run(kind(**options), *data)
-    want = float64_running(*data, weights, ddof=options.get("ddof", 0))
+    running = options.get("running", jaxbn.Running())
+    want = float64_running(*data, weights, ddof=running.ddof)
     assert_running(state, want)
-    if options["momentum"] is None or options.get("debias"):
+    if options["momentum"] is None or running.debias:
         np.testing.assert_array_equal(state["steps"], [STEPS] * C)
     else:
         assert "steps" not in state
@@ -94,10 +98,8 @@ def test_all_at_once_in_every_context(kind, context, data):
     layer = kind(
         axis_name="data",
         momentum=0.8,
-        ddof=1,
-        debias=True,
+        running=jaxbn.Running(ddof=1, debias=True, skip_nonfinite=True),
         renorm=ramp,
-        skip_nonfinite=True,
     )
     state = layer.init(x[0])
     step = CONTEXTS[context](lambda state, x, keep: layer(state, x, mask=keep))
@@ -126,14 +128,25 @@ def test_all_at_once_in_every_context(kind, context, data):
 
 @KINDS
 @pytest.mark.parametrize(
-    "options", [dict(group_size=2), dict(normalize_over=8), dict(num_ids=2)]
+    "options",
+    [
+        dict(sharing=jaxbn.Scope(group_size=2)),
+        dict(sharing=jaxbn.Scope(normalize_over=8)),
+        dict(sharing=jaxbn.Scope(num_ids=2)),
+    ],
 )
 def test_averages_under_every_scope(kind, options, data):
     """The running statistics are those of all examples, whoever shares."""
     x, keep = data
-    layer = kind(axis_name="data", momentum=None, ddof=1, **options)
+    layer = kind(
+        axis_name="data",
+        momentum=None,
+        running=jaxbn.Running(ddof=1),
+        **options,
+    )
     ids = np.arange(N) % 2
-    call = dict(ids=ids[:2]) if "num_ids" in options else {}  # 2 a device
+    by_id = options["sharing"].num_ids is not None
+    call = dict(ids=ids[:2]) if by_id else {}  # 2 a device
     state = layer.init(x[0][:2], **call)
     step = in_shard_map(
         lambda state, x, keep: layer(state, x, mask=keep, **call)
@@ -152,7 +165,7 @@ def test_averages_under_every_scope(kind, options, data):
 
 @KINDS
 def test_an_id_that_is_rare_is_averaged_over_its_own_batches(kind):
-    layer = kind(momentum=None, num_ids=2)
+    layer = kind(momentum=None, sharing=jaxbn.Scope(num_ids=2))
     x = np.random.default_rng(0).normal(5, 2, (3, 6, C)).astype(np.float32)
     ids = np.array([[0] * 6, [0, 0, 0, 1, 1, 1], [0] * 6])
     state = layer.init(x[0], ids=ids[0])
@@ -183,7 +196,7 @@ def test_frozen_and_not_trained(kind, data):
         )
         return of_affine, dx, y, new
 
-    affine, dx, y, new = gradient(frozen=True)
+    affine, dx, y, new = gradient(running=jaxbn.Running(mode="frozen"))
     assert_running(new, tuple(stats.values()))
     np.testing.assert_allclose(y, (x[0] - 0.5) + 1, atol=1e-4)
     np.testing.assert_allclose(dx, cotangent, rtol=1e-5)
@@ -191,7 +204,9 @@ def test_frozen_and_not_trained(kind, data):
     np.testing.assert_allclose(
         affine["scale"], (cotangent * xhat).sum((0, 1)), rtol=1e-4
     )
-    affine, dx, *_ = gradient(frozen=True, train_affine=False)
+    affine, dx, *_ = gradient(
+        running=jaxbn.Running(mode="frozen"), train_affine=False
+    )
     assert not affine["scale"].any() and not affine["bias"].any()
     np.testing.assert_allclose(dx, cotangent, rtol=1e-5)
     # The switches are independent of each other.
@@ -199,7 +214,7 @@ def test_frozen_and_not_trained(kind, data):
     assert not affine["scale"].any() and (new["mean"] != 0.5).all()
     want = reference.batch_norm(x[0], 2.0, 1.0, keep[0], cotangent)
     np.testing.assert_allclose(dx, want.dx, atol=1e-5)
-    affine, dx, y, new = gradient(update_stats=False)
+    affine, dx, y, new = gradient(running=jaxbn.Running(mode="keep"))
     assert_running(new, tuple(stats.values()))
     np.testing.assert_allclose(y, want.y, atol=1e-5)
     assert affine["scale"].all()
@@ -209,10 +224,12 @@ def test_frozen_and_not_trained(kind, data):
 def test_frozen_layers_need_not_be_told_the_mode(kind, data):
     x = data[0][0]
     if kind is Linen:
-        layer = jaxbn.linen.BatchNorm(frozen=True)
+        layer = jaxbn.linen.BatchNorm(running=jaxbn.Running(mode="frozen"))
         y = layer.apply(layer.init(jax.random.key(0), x), x)
     else:
-        y = jaxbn.nnx.BatchNorm(C, frozen=True, rngs=nnx.Rngs(0))(x)
+        y = jaxbn.nnx.BatchNorm(
+            C, running=jaxbn.Running(mode="frozen"), rngs=nnx.Rngs(0)
+        )(x)
     np.testing.assert_allclose(y, x, rtol=1e-4)
 
 
@@ -225,7 +242,11 @@ def test_statistics_per_timestep_with_sequences_that_end(kind):
     x += np.arange(length)[:, None, None]  # statistics change over time
     lengths = rng.integers(1, length + 1, N)
     lengths[:3] = length
-    layer = kind(momentum=0.0, num_timesteps=rows, axis_name="data")
+    layer = kind(
+        momentum=0.0,
+        running=jaxbn.Running(num_timesteps=rows),
+        axis_name="data",
+    )
     state = layer.init(x[0], timestep=0)
     assert state["mean"].shape == (rows, C) and state["scale"].shape == (C,)
 
@@ -264,25 +285,25 @@ def test_statistics_per_timestep_with_sequences_that_end(kind):
 @pytest.mark.parametrize(
     "options, call, message",
     [
-        (dict(num_timesteps=2), {}, "num_timesteps of the layer and timestep"),
+        (
+            dict(running=jaxbn.Running(num_timesteps=2)),
+            {},
+            "num_timesteps of the layer and timestep",
+        ),
         ({}, dict(timestep=1), "got num_timesteps=None and timestep=1"),
         (
-            dict(num_timesteps=2),
+            dict(running=jaxbn.Running(num_timesteps=2)),
             dict(timestep=jnp.zeros(4, int)),
             "timestep must be one integer for the whole batch; got int32[4]",
         ),
         (
-            dict(num_timesteps=2, num_ids=3),
+            dict(
+                running=jaxbn.Running(num_timesteps=2),
+                sharing=jaxbn.Scope(num_ids=3),
+            ),
             dict(timestep=1),
             "num_timesteps=2 and num_ids=3 each give the running statistics",
         ),
-        (
-            dict(example_weight=0.1, prior=3.0),
-            {},
-            "are two ways to normalize in inference",
-        ),
-        (dict(example_weight=1.5), {}, "weight must be in [0, 1]; got 1.5"),
-        (dict(prior=-1.0), {}, "prior must be at least 0; got -1.0"),
     ],
 )
 def test_options_that_cannot_be(options, call, message):
@@ -299,7 +320,9 @@ def test_linen_scans_over_time_with_statistics_per_step():
         def __call__(self, carry, x):
             t, h = carry
             norm = jaxbn.linen.BatchNorm(
-                use_running_average=False, num_timesteps=4, momentum=0.0
+                use_running_average=False,
+                running=jaxbn.Running(num_timesteps=4),
+                momentum=0.0,
             )
             h = nn.tanh(norm(x + h, timestep=t))
             return (t + 1, h), h

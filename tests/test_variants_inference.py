@@ -26,7 +26,7 @@ def data():
 @KINDS
 def test_an_example_counts_in_its_own_inference(kind, data):
     x, keep = data[0][0], data[1][0]
-    layer = kind(example_weight=0.2)
+    layer = kind(inference=jaxbn.ExampleWeight(0.2))
     state = layer.init(x) | dict(
         mean=jnp.array([1.0, 2.0, 3.0]), var=jnp.array([4.0, 1.0, 9.0])
     )
@@ -50,7 +50,7 @@ def test_an_example_counts_in_its_own_inference(kind, data):
 @pytest.mark.parametrize("context", ["jit", "shard_map", "vmap", "Explicit"])
 def test_adaptation_at_test_time(kind, context, data):
     x, keep = data[0][0], data[1][0]
-    layer = kind(prior=10.0, axis_name="data")
+    layer = kind(inference=jaxbn.Prior(10.0), axis_name="data")
     state = layer.init(x) | dict(
         mean=jnp.array([1.0, 2.0, 3.0]), var=jnp.array([4.0, 1.0, 9.0])
     )

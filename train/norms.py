@@ -42,6 +42,13 @@ VARIANTS = {
     "debiased": {"debias": True},
 }
 
+# Fields of configs that stand in a group of the layer's options.
+_GROUPED = {
+    "normalize_over": ("sharing", jaxbn.Scope),
+    "debias": ("running", jaxbn.Running),
+    "ddof": ("running", jaxbn.Running),
+}
+
 
 def norm_of(
     config: ConfigDict, place: Topology, *, microbatches: int = 1
@@ -88,9 +95,9 @@ def norm_of(
             "statistics; set norm_axes='all' or another norm."
         )
     for name in given:
-        if name not in BatchNorm.__dataclass_fields__:
+        if name not in (*_GROUPED, *BatchNorm.__dataclass_fields__):
             raise UserError(
-                f"norm_options.{name} is no field of jaxbn.linen.BatchNorm."
+                f"norm_options.{name} is no option of jaxbn.linen.BatchNorm."
             )
     own = {**shared, **_of_jaxbn(config, place, microbatches)}
     for name in own.keys() & given.keys():
@@ -98,13 +105,26 @@ def norm_of(
             f"norm_options.{name} is set by the run; see norm_momentum, "
             "norm_epsilon and norm_axes."
         )
-    layer = functools.partial(BatchNorm, **own, **options)
     try:
+        layer = functools.partial(BatchNorm, **own, **_grouped(options))
         _try(layer, config, place, microbatches)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"norm={config.norm!r}: {reason}") from error
     return layer
+
+
+def _grouped(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options as fields of the layer."""
+    fields: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
+    for name, value in options.items():
+        field, kind = _GROUPED.get(name, (None, None))
+        if field is None:
+            fields[name] = value
+        else:
+            groups.setdefault(field, (kind, {}))[1][name] = value
+    return fields | {f: kind(**given) for f, (kind, given) in groups.items()}
 
 
 def _try(
@@ -116,7 +136,7 @@ def _try(
     """Raises what a layer raises for its options, and for a training batch."""
     # How the devices lie on the axes of the mesh does not matter here.
     norm = layer(use_running_average=False, axis_name="device")
-    if norm.normalize_over is None:
+    if norm.sharing.normalize_over is None:
         return  # everything else fits any batch
     if microbatches != config.get("microbatches", 1):
         return  # no layer of the training step
@@ -181,7 +201,8 @@ def _of_jaxbn(
     if names == place.axes:
         return {"axis_name": bound}
     if not names:
-        return {"axis_name": bound, "group_size": microbatches}
+        together = jaxbn.Scope(group_size=microbatches)
+        return {"axis_name": bound, "sharing": together}
     # Devices as they are numbered along all axes, a row for each group.
     shape = (*place.mesh.devices.shape, microbatches)
     numbers = np.arange(place.mesh.size * microbatches).reshape(shape)

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._compat import types_say_varying, varying_axes
-from jaxbn._layer import as_stored
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats, is_finite, update_running
+from jaxbn._state import as_stored
 from jaxbn.accumulate._lockstep import check_unbound
 from jaxbn.accumulate._loop import Inputs, Stack
 from jaxbn.accumulate._microbatches import (

@@ -137,6 +137,12 @@ def runs_as(layer: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     return _run.runs_as(layer, args, kwargs)
 
 
+def on_one_device(model: _Model, keep: Iterable[type | str] = ()) -> _Model:
+    """Returns `to_jaxbn` of a model, without groups of devices."""
+    rule = _rule(jaxbn.linen.BatchNorm, {}, keep, {})
+    return _convert(model, dataclasses.replace(rule, one_device=True))
+
+
 def _convert(model: _Model, rule: Rule) -> _Model:
     if isinstance(model, nn.Module):
         return cast("_Model", _linen.convert(model, rule))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn import linen
+from jaxbn._scope import Scope
 from jaxbn.convert import _copies_nnx
 from jaxbn.convert._checks import (
     owned_statistics,
@@ -111,7 +112,8 @@ def _stand_in(
     layer: Any, path: str, rule: Rule, to: type[nnx.BatchNorm]
 ) -> _StandIn | str | None:
     """Returns what becomes of a node; a string says why it is left out."""
-    kind, overrides = type(layer), dict(rule.fields)
+    kind = type(layer)
+    overrides = rule.changes(getattr(layer, "sharing", Scope()))
     make = rule.replacement(kind)
     if make is not None:
         return _replaced(layer, path, make, overrides)
@@ -216,10 +218,7 @@ def _read(layer: nnx.BatchNorm, cls: type[nnx.BatchNorm]) -> dict[str, Any]:
     """Returns the options of a layer; the shapes of its variables say more."""
     found = {}
     for name, default in options(cls).items():
-        holder = (
-            layer if hasattr(layer, name) else getattr(layer, "scope", None)
-        )
-        found[name] = getattr(holder, name, default)
+        found[name] = getattr(layer, name, default)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from jaxbn._collect import NAME as COLLECTED
+from jaxbn._scope import Scope
 from jaxbn.convert import _copies
 from jaxbn.convert._checks import refuse, spell_class, subclass_of
 from jaxbn.convert._layers import (
@@ -48,6 +49,7 @@ class Rule:
     fields: tuple[tuple[str, Any], ...] = ()  # sorted by name
     keep: frozenset[type | str] = frozenset()
     replace: tuple[tuple[type, Any], ...] = ()  # the last one goes first
+    one_device: bool = False  # leaves groups of devices out
 
     def then(self, later: Rule) -> Rule:
         """Returns the rule that does both, the other one last."""
@@ -58,7 +60,17 @@ class Rule:
             tuple(sorted(fields.items())),
             self.keep | later.keep,
             tuple(replace.items()),
+            self.one_device or later.one_device,
         )
+
+    def changes(self, sharing: Scope) -> dict[str, Any]:
+        """Returns the fields to set on a layer whose examples share so."""
+        fields = dict(self.fields)
+        if self.one_device:
+            sharing = fields.get("sharing", sharing)
+            fields["sharing"] = sharing.without_groups()
+            fields["axis_index_groups"] = None
+        return fields
 
     def keeps(self, kind: type, path: str) -> bool:
         return path in self.keep or not self.keep.isdisjoint(kind.__mro__)
@@ -110,7 +122,7 @@ class Rule:
     def _with_fields(
         self, layer: nn.Module, cls: type[nn.Module], args: Any, kwargs: Any
     ) -> StandIn:
-        fields = {**fields_of(layer, BatchNorm), **dict(self.fields)}
+        fields = self._changed(fields_of(layer, BatchNorm))
         self.check(layer_path(layer), fields)
         known = fields_of(layer, cls)
         fields = {name: fields.get(name, known[name]) for name in known}
@@ -122,14 +134,14 @@ class Rule:
         found = _copies.read(layer, args, kwargs)
         if isinstance(found, str):
             return found
-        fields = {**DEFAULTS, **found.fields, **dict(self.fields)}
+        fields = self._changed({**DEFAULTS, **found.fields})
         return StandIn(BatchNorm, fields, found.args, found.kwargs)
 
     def _replaced(
         self, layer: nn.Module, make: Any, args: Any, kwargs: Any
     ) -> StandIn:
         if make is BatchNorm:
-            fields = {**fields_of(layer, BatchNorm), **dict(self.fields)}
+            fields = self._changed(fields_of(layer, BatchNorm))
             return StandIn(BatchNorm, fields, args, kwargs)
         with detached():
             made = make(layer, *args, **kwargs)
@@ -144,8 +156,11 @@ class Rule:
                 f"{type(made).__name__}."
             )
         cls = type(made)
-        fields = {**fields_of(made, cls), **dict(self.fields)}
+        fields = self._changed(fields_of(made, cls))
         return StandIn(cls, fields, args[:1], passed)
+
+    def _changed(self, fields: dict[str, Any]) -> dict[str, Any]:
+        return {**fields, **self.changes(fields["sharing"])}
 
 
 @contextlib.contextmanager

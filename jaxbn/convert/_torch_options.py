@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from jaxbn._options import Running
 from jaxbn.linen import BatchNorm
 
 
@@ -19,7 +20,7 @@ def options_from_torch(
     momentum is 1 - momentum, as PyTorch means the weight of the new value, and
     None, the plain average over all batches, stays None, which jaxbn has and
     flax has not. For running variances as PyTorch goes on to keep them add
-    ddof=1, a field of jaxbn.
+    running=jaxbn.Running(ddof=1), a field of jaxbn.
 
     Args:
       module: a torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm, or anything
@@ -57,8 +58,8 @@ def options_from_torch(
     if getattr(module, "process_group", None) is not None:
         raise ValueError(
             "This SyncBatchNorm has a process group of its own, which says "
-            "nothing of a mesh. Set process_group to None, and group_size of "
-            "jaxbn's layer to the number of processes in a group."
+            "nothing of a mesh. Set process_group to None, and sharing of "
+            "jaxbn's layer to Scope(group_size=n), for n processes in a group."
         )
     momentum = module.momentum
     affine = bool(module.affine)
@@ -99,7 +100,10 @@ def options_to_torch(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"BatchNorm has no field {', '.join(unknown)}.")
     shared = {field.name for field in dataclasses.fields(nn.BatchNorm)}
     for name, value in fields.items():
-        ignored = name == "ddof" or name in shared - {"axis_index_groups"}
+        if name == "running":
+            # PyTorch's is unbiased whatever ddof says.
+            value = dataclasses.replace(value, ddof=Running().ddof)
+        ignored = name in shared - {"axis_index_groups"}
         if not ignored and value != known[name]:
             raise ValueError(f"PyTorch has nothing like {name}={value!r}.")
     given = {**known, **fields}

@@ -101,7 +101,7 @@ def _of_statistics(layer: Health) -> list[Finding]:
             Finding(
                 "holds running statistics that are not finite.",
                 "One batch with a NaN or inf is enough: jaxbn's "
-                "skip_nonfinite=True keeps it out. jaxbn.precise.recompute "
+                "running=Running(skip_nonfinite=True) keeps it out. jaxbn.precise.recompute "
                 "makes them anew.",
             )
         ]
@@ -157,7 +157,7 @@ def _of_batches(layer: Health, devices: int) -> list[Finding]:
                 "is called {} times a batch, on inputs whose statistics lie {} "
                 "standard deviations apart: its running statistics are those "
                 "of none of them.",
-                "Give each use statistics of its own: num_ids with ids in the "
+                "Give each use statistics of its own: sharing=Scope(num_ids=K) with ids in the "
                 "call, or a layer for each. Or normalize all inputs in one "
                 "call.",
                 ((layer.calls, ".3g"), (layer.separation, ".2g")),
@@ -244,7 +244,7 @@ def _mismatch(layer: Health) -> Finding | None:
         return Finding(
             "has running statistics that have not converged: about {} of "
             "their start is left, as after {} steps with momentum {}.",
-            "Train longer, lower momentum, use jaxbn's debias=True, or "
+            "Train longer, lower momentum, use jaxbn's running=Running(debias=True), or "
             "recompute them: jaxbn.precise.recompute.",
             ((w, ".0%"), (steps, ".0f"), (momentum, "g")),
         )

@@ -30,6 +30,7 @@ from jaxbn._collect import (
 )
 from jaxbn._exchange import Exchanged, exchanged_nnx
 from jaxbn._passes import Moments
+from jaxbn._scope import Scope
 from jaxbn.doctor._outputs import squares
 
 
@@ -184,10 +185,12 @@ class Nnx:
 
 
 def _options(layer: Any) -> dict[str, Any]:
-    scope = getattr(layer, "scope", None)
+    sharing = getattr(layer, "sharing", Scope())
+    groups = getattr(layer, "axis_index_groups", None)
     options = {
-        name: getattr(layer, name, getattr(scope, name, None))
-        for name in ("group_size", "axis_index_groups", "normalize_over")
+        "group_size": sharing.group_size,
+        "axis_index_groups": groups or sharing.axis_index_groups,
+        "normalize_over": sharing.normalize_over,
     }
     kind = type(layer).__module__.split(".")[0]
     plain = (nn.BatchNorm, nnx.BatchNorm)

@@ -122,7 +122,7 @@ def _ids(x, where, scale, bias):
         bias,
         where=where,
         ids=jnp.arange(len(x)) % IDS,
-        scope=jaxbn.Scope(num_ids=IDS),
+        sharing=jaxbn.Scope(num_ids=IDS),
     )
     return y, (batch.mean, batch.var)
 

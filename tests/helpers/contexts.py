@@ -50,7 +50,7 @@ def problem(masked, with_ids):
 def step(scope, x, scale, bias, keep, cotangent, ids, norm=jaxbn.batch_norm):
     def loss(x, scale, bias):
         y, batch = norm(
-            x, scale, bias, ids=ids, where=keep, axis_name="data", scope=scope
+            x, scale, bias, ids=ids, where=keep, axis_name="data", sharing=scope
         )
         return (y * cotangent).sum(), (y, batch)
 

@@ -14,6 +14,25 @@ def draw(*shape, dtype=jnp.float32):
     return jnp.asarray(rng.normal(1, 2, shape), dtype)
 
 
+_GROUPS = {
+    jaxbn.Scope: ("sharing", ("group_size", "normalize_over", "num_ids")),
+    jaxbn.Running: (
+        "running",
+        ("mode", "ddof", "debias", "skip_nonfinite", "num_timesteps"),
+    ),
+}
+
+
+def grouped(options):
+    """Returns options given one by one as the fields of a layer."""
+    fields = dict(options)
+    for kind, (field, names) in _GROUPS.items():
+        own = {name: fields.pop(name) for name in names if name in fields}
+        if own:
+            fields[field] = kind(**own)
+    return fields
+
+
 def linen_layer(**options):
     return jaxbn.linen.BatchNorm(use_running_average=False, **options)
 
