@@ -1,6 +1,7 @@
 """Configs and command lines that no run can have: one line, nothing written."""
 
 import re
+import signal
 
 import pytest
 from absl import flags
@@ -135,6 +136,22 @@ def test_config_files_say_where(text, tmp_path):
     with pytest.raises(UserError, match=FILES[text]) as caught:
         config_files.check(str(path), defaults)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["KeyboardInterrupt", "GeneratorExit"])
+def test_config_files_that_raise_what_is_no_exception(name, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"def get_config():\n    raise {name}\n")
+    # As `python -m train` does: Ctrl-C raises nothing there.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        with pytest.raises(UserError, match=rf"\.py, line 2: {name}\.$"):
+            config_files.check(str(path), defaults)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if name == "KeyboardInterrupt":  # may be that of a program that it ends
+        with pytest.raises(KeyboardInterrupt):
+            config_files.check(str(path), defaults)
 
 
 def test_config_files_that_are_none(tmp_path):

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import pathlib
 import re
+import signal
 import traceback
 from types import ModuleType
 from typing import Any
@@ -39,7 +40,9 @@ def check(given: str, fields: ModuleType) -> None:
     except UserError:
         raise
     # Whatever a program may raise, and also that it wants to end this one.
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and _ctrl_c_raises():
+            raise
         raise UserError(_words(error, file)) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -52,6 +55,11 @@ def check(given: str, fields: ModuleType) -> None:
             f"The config has no {missing[0]}: it is for another program. Take "
             f"one of {of(fields)} in configs/."
         )
+
+
+def _ctrl_c_raises() -> bool:
+    """Whether KeyboardInterrupt may come from outside; see train.signals."""
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def of(fields: ModuleType) -> str:
