@@ -13,7 +13,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from train import RESUME
 
@@ -83,16 +83,16 @@ class ErrorLog:
         return None
 
     def capture(self) -> None:
-        """Takes in what libraries print on standard error.
+        """Takes in what libraries print on standard output and error.
 
-        Where one process dies, the libraries of the others print a hundred
-        lines and abort. Python's own sys.stderr stays the user's.
+        They say there which processes have met, and where one dies those of the
+        others print a hundred lines and abort. Python's own sys.stdout and
+        sys.stderr stay the user's.
         """
-        # Both stay open until the process ends.
+        # It stays open until the process ends.
         self._captured = tempfile.TemporaryFile()  # noqa: SIM115
-        own = os.dup(2)
-        os.dup2(self._captured.fileno(), 2)
-        sys.stderr = open(own, "w", buffering=1)  # noqa: SIM115
+        sys.stdout = _moved(sys.stdout, 1, self._captured.fileno())
+        sys.stderr = _moved(sys.stderr, 2, self._captured.fileno())
         threading.excepthook = self._thread_failed
         self._on_abort()
 
@@ -173,12 +173,26 @@ class ErrorLog:
         if self._meeting:
             path = self.write("The processes did not meet.")
             leave(
-                "The processes did not meet: give the same --coordinator and "
-                "--num_processes to all of them, and to each a --process_id of "
-                f"its own, within a minute.{_see(path)}",
+                "The processes did not meet: give the same --coordinator, an "
+                "address that all reach, and --num_processes to all of them, and "
+                f"to each a --process_id of its own, within a minute.{_see(path)}",
                 1,
             )
         self.lost("JAX aborted the process.")
+
+
+def _moved(stream: TextIO, number: int, captured: int) -> TextIO:
+    """Gives a stream a descriptor of its own, and its old one to libraries."""
+    stream.flush()
+    own = os.dup(number)
+    os.dup2(captured, number)
+    return open(
+        own,
+        "w",
+        buffering=1,
+        encoding=stream.encoding,
+        errors=stream.errors,
+    )
 
 
 def _see(path: pathlib.Path | None) -> str:
