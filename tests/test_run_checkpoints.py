@@ -159,7 +159,7 @@ def test_no_run_begins_again_beside_damaged_checkpoints(folder):
     shutil.move(folder / "6", folder.parent / "damaged-checkpoint-6")
     assert restored(folder)[1] == Progress(4)
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="would begin again at step 0"):
+    with pytest.raises(UserError, match="would begin again at"):
         restored(folder)
     shutil.rmtree(folder.parent / "damaged-checkpoint-6")
     assert restored(folder) is None
