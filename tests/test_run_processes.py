@@ -70,11 +70,15 @@ OTHER_CODE = TINY + "\nfrom train import processes\nprocesses._code = lambda: 1"
     "each, patches, message",
     [
         (
-            (("--config.checkpoint_every=5",), ("--config.seeds=2",)),
+            (
+                ("--config.checkpoint_every=5",),
+                ("--config.seeds=2", "--num_processes=3"),
+            ),
             None,
             "started differently: checkpoint_every is 5 in process 0 and 3 in "
-            "process 1; seeds is 1 in process 0 and 2 in process 1. Give the "
-            "same command on all hosts",
+            "process 1; num_processes is 2 in process 0 and 3 in process 1; "
+            "seeds is 1 in process 0 and 2 in process 1. Give the same command "
+            "on all hosts",
         ),
         pytest.param(
             ((), ()),
@@ -103,11 +107,18 @@ def test_a_workdir_that_they_do_not_share(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_one_is_told_by_all(tmp_path):
+@pytest.mark.parametrize(
+    "name, each, message",
+    [
+        ("file", ((), ()), "Cannot write to --workdir="),
+        ("run", ((), ("--config.data_dir=/no",)), "The data directory '/no' d"),
+    ],
+)
+def test_an_error_of_one_is_told_by_all(name, each, message, tmp_path):
     (tmp_path / "file").touch()
-    for code, _, error in end_all(start_two(tmp_path / "file")):
+    for code, _, error in end_all(start_two(tmp_path / name, each=each)):
         assert code == 1
-        assert one_line(error).startswith("Cannot write to --workdir=")
+        assert one_line(error).startswith(message)
 
 
 # Not met
