@@ -117,6 +117,17 @@ FILES = {
     "def get_config():\n    pass\n": (
         r"get_config\(\) must return a ConfigDict; got NoneType"
     ),
+    "from ml_collections import FrozenConfigDict\n"
+    "def get_config():\n"
+    "    return FrozenConfigDict()\n": r"ConfigDict; got FrozenConfigDict",
+    "from ml_collections import ConfigDict, config_dict\n"
+    "def get_config():\n"
+    "    return ConfigDict({'a': config_dict.required_placeholder(int)})\n": (
+        r"required_placeholder has no value; give it one there"
+    ),
+    "class Odd(Exception):\n"
+    "    def __str__(self): return 1 / 0\n"
+    "raise Odd\n": r"\.py, line 3: Odd\.$",
     "def get_config(word):\n    pass\n": (
         r"cannot be called: missing a required argument: 'word'; give --config="
     ),

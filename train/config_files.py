@@ -12,7 +12,8 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from train import UserError
 
@@ -44,11 +45,20 @@ def check(given: str, fields: ModuleType) -> None:
         if isinstance(error, KeyboardInterrupt) and _ctrl_c_raises():
             raise
         raise UserError(_words(error, file)) from error
-    if not isinstance(config, ConfigDict):
+    if not isinstance(config, ConfigDict) or isinstance(
+        config, FrozenConfigDict
+    ):
         raise UserError(
             f"{file}: get_config() must return a ConfigDict; got "
             f"{type(config).__name__}. See configs/digits.py."
         )
+    try:
+        config.copy_and_resolve_references()
+    except RequiredValueError as error:
+        raise UserError(
+            f"{file}: a field that is a required_placeholder has no value; "
+            "give it one there."
+        ) from error
     missing = sorted({*fields.get_config()} - {*config})
     if missing:
         raise UserError(
@@ -103,7 +113,10 @@ def _config(file: str, arguments: tuple[str, ...]) -> Any:
 
 def _words(error: BaseException, file: str) -> str:
     """Says in a line what happened in a config file, and where."""
-    said = " ".join(str(error).split())
+    try:
+        said = " ".join(str(error).split())
+    except Exception:  # of a class of the file's own
+        said = ""
     if isinstance(error, ValueError) and said.startswith("configs/"):
         return said  # of what stands behind the colon
     if isinstance(error, SyntaxError):
