@@ -149,6 +149,18 @@ def test_config_files_say_where(text, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_config_files_that_do_not_do_the_same_again(parse, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import pathlib\n"
+        "pathlib.Path(__file__).with_suffix('.ran').mkdir()\n"
+        "from configs.digits import get_config\n"
+    )
+    with pytest.raises(UserError, match="the same each .*File exists") as e:
+        parse(f"--config={path}")
+    assert "Traceback" not in str(e.value)
+
+
 @pytest.mark.parametrize("name", ["KeyboardInterrupt", "GeneratorExit"])
 def test_config_files_that_raise_what_is_no_exception(name, tmp_path):
     path = tmp_path / "mine.py"
@@ -244,6 +256,7 @@ def test_home_is_expanded(parse, monkeypatch):
         (["--config.cpu_devices=100000"], "cpu_devices must be in [1, 512]"),
         (["--config.depth=99999999999998"], "depth must be in [1, 2000]"),
         (["--config.zzz=1"], "There is no config.zzz; configs/defaults.py has"),
+        (["--noconfig.flip=3"], "--noconfig.flip=3 does not take an argument"),
         (["--config.=1"], "There is no config.; --help lists all."),
         (["--config...=1"], "There is no config...; --help lists all."),
         (["--config.norm_options.zzz=1"], "There is no config.zzz"),

@@ -9,7 +9,6 @@ import os
 import pathlib
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable
@@ -21,7 +20,11 @@ _ending = threading.Lock()  # held for good by the thread that ends the process
 
 
 def leave(
-    message: str, code: int, *, last: Callable[[], Any] | None = None
+    message: str,
+    code: int,
+    *,
+    program: str = "train",
+    last: Callable[[], Any] | None = None,
 ) -> NoReturn:
     """Prints a line and ends the process at once, from any thread.
 
@@ -31,17 +34,25 @@ def leave(
     Args:
       message: the line.
       code: that the process ends with.
+      program: that the line begins with.
       last: is called once the line is out; what it raises is dropped.
     """
     _ending.acquire()
+    # A reader that takes nothing, such as a pager, would be waited for.
+    flushing = threading.Thread(target=_flush, daemon=True)
+    flushing.start()
+    flushing.join(1.0)
     with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    with contextlib.suppress(OSError, ValueError):
-        print(f"train: {message}", file=sys.stderr, flush=True)
+        print(f"{program}: {message}", file=sys.stderr, flush=True)
     if last is not None:
         with contextlib.suppress(Exception):
             last()
     os._exit(code)
+
+
+def _flush() -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
 
 
 class ErrorLog:
@@ -69,6 +80,8 @@ class ErrorLog:
         Returns:
           The file, or None where none can be written.
         """
+        import tempfile  # now, since signals are not listened to before
+
         text = f"{text.rstrip()}\n\n{self._printed()}".rstrip() + "\n"
         temporary = pathlib.Path(tempfile.gettempdir())
         own = temporary / f"train-{os.getpid()}-{self._name}"
@@ -89,6 +102,8 @@ class ErrorLog:
         others print a hundred lines and abort. Python's own sys.stdout and
         sys.stderr stay the user's.
         """
+        import tempfile
+
         # It stays open until the process ends.
         self._captured = tempfile.TemporaryFile()  # noqa: SIM115
         sys.stdout = _moved(sys.stdout, 1, self._captured.fileno())
