@@ -1,11 +1,13 @@
 """What a workdir holds already: links, results, and somebody else's lock."""
 
+import os
+
 import pytest
 
 from configs import digits
 from tests.test_run_files import refused
 from tests.test_tools import make_run
-from train import files, lock, loop, seeds, trace
+from train import exits, files, lock, loop, seeds, trace, workdir
 from train.checkpoint import Checkpoints
 
 LINK = " is a link, and nothing is written through the links of a workdir"
@@ -54,6 +56,16 @@ def test_a_link_to_nothing_is_one_too(run):
     (run / "checkpoints").symlink_to("nowhere")
     refused(LINK, files.refuse_links, run / "checkpoints")
     files.refuse_links(run / "profile")
+
+
+@pytest.mark.parametrize("how", [os.mkfifo, os.mkdir])
+def test_details_of_an_error_go_elsewhere_if_they_must(how, run):
+    how(run / "error.log")
+    log = exits.ErrorLog()
+    log.use(run)
+    path = log.write("why")
+    assert path.parent != run and path.read_text() == "why\n"
+    path.unlink()
 
 
 # Results without a checkpoint
@@ -125,6 +137,14 @@ def test_seeds_write_nothing_where_another_run_is_at_work(name, run, never):
 def test_seeds_keep_out_of_the_workdir_of_one(run, never):
     (run / "config.json").write_text("{}")
     refused("holds a run of one seed", seeds.train, two_seeds(), run)
+
+
+def test_one_seed_keeps_out_of_the_workdir_of_several(run):
+    make_run(run / "seed-0", [0.5])
+    (run / "summary.json").write_text('{"test_accuracy": 0.5, "seconds": 1}')
+    one = digits.get_config()
+    refused("holds a run of several seeds", workdir.open_workdir, run, one)
+    assert not (run / "config.json").exists()
 
 
 def test_seeds_are_not_written_through_a_link(run, elsewhere, never):

@@ -87,8 +87,10 @@ class ErrorLog:
         own = temporary / f"train-{os.getpid()}-{self._name}"
         found = self._folder is not None and self._folder.is_dir()
         for path in (self._folder / self._name, own) if found else (own,):
-            # Not through a link that somebody has laid there.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            # Not through a link that somebody has laid there, and not into a
+            # pipe that nobody reads.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            flags |= os.O_NOFOLLOW | os.O_NONBLOCK
             with contextlib.suppress(OSError):
                 with open(os.open(path, flags, 0o644), "a") as file:
                     file.write(text)
