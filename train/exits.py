@@ -39,9 +39,10 @@ def leave(
     """
     _ending.acquire()
     # A reader that takes nothing, such as a pager, would be waited for.
-    flushing = threading.Thread(target=_flush, daemon=True)
-    flushing.start()
-    flushing.join(1.0)
+    with contextlib.suppress(RuntimeError):  # no thread while Python ends
+        flushing = threading.Thread(target=_flush, daemon=True)
+        flushing.start()
+        flushing.join(1.0)
     with contextlib.suppress(OSError, ValueError):
         print(f"{program}: {message}", file=sys.stderr, flush=True)
     if last is not None:
@@ -80,7 +81,7 @@ class ErrorLog:
         Returns:
           The file, or None where none can be written.
         """
-        import tempfile  # now, since signals are not listened to before
+        import tempfile  # here: what is imported first delays `listen`
 
         text = f"{text.rstrip()}\n\n{self._printed()}".rstrip() + "\n"
         temporary = pathlib.Path(tempfile.gettempdir())

@@ -99,7 +99,7 @@ def _train(
         for epoch in range(progress.epoch, config.epochs):
             state, record = loop.epoch(state, progress)
             with timeline.of("save"):
-                # Never are two records ahead of the checkpoints.
+                # At most one record is ahead of the checkpoints.
                 checkpoints.wait()
             try:
                 report.add(record)
