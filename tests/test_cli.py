@@ -82,6 +82,10 @@ def test_quick_start_from_anywhere(tmp_path):
             "a device nor is a multiple that divides 4 devices; the nearest "
             "that works is 8.",
         ),
+        (
+            ["--stall_limit=nan"],
+            "flag --stall_limit=nan: seconds, from 0 on",
+        ),
         (["again"], "Unexpected argument 'again'; flags begin with --."),
         (["--workdri=x"], "Unknown command line flag 'workdri'"),
     ],

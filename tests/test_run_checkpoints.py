@@ -83,6 +83,15 @@ def replace(path):
     path.mkdir()
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def nested(path):
+    path.write_text("[" * 100_000)
+
+
 def test_what_is_saved_is_what_is_restored(folder):
     state, progress = restored(folder)
     chex.assert_trees_all_equal(state, state_at(6))
@@ -90,7 +99,9 @@ def test_what_is_saved_is_what_is_restored(folder):
     assert not [*folder.parent.glob("damaged*")]
 
 
-@pytest.mark.parametrize("how", [flip, truncate, empty, replace, os.remove])
+@pytest.mark.parametrize(
+    "how", [flip, truncate, empty, replace, pipe, nested, os.remove]
+)
 def test_damage_to_any_file_is_seen(how, written, tmp_path):
     """Of each file in turn: the state is never another one than was saved."""
     names = [path.relative_to(written / "6") for path in files(written / "6")]
@@ -99,7 +110,8 @@ def test_damage_to_any_file_is_seen(how, written, tmp_path):
         copy = tmp_path / str(number)
         shutil.copytree(written / "6", copy)
         how(copy / name)
-        if name.as_posix() in checksums._LATER:
+        later = name.as_posix() in checksums._LATER
+        if later and how not in (replace, pipe):
             checksums.verify(copy)
             continue
         with pytest.raises(checksums.Damaged):
@@ -159,7 +171,7 @@ def test_no_run_begins_again_beside_damaged_checkpoints(folder):
     shutil.move(folder / "6", folder.parent / "damaged-checkpoint-6")
     assert restored(folder)[1] == Progress(4)
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="would begin again at step 0"):
+    with pytest.raises(UserError, match="would begin again at"):
         restored(folder)
     shutil.rmtree(folder.parent / "damaged-checkpoint-6")
     assert restored(folder) is None

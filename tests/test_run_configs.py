@@ -1,6 +1,7 @@
 """Configs and command lines that no run can have: one line, nothing written."""
 
 import re
+import signal
 
 import pytest
 from absl import flags
@@ -116,6 +117,17 @@ FILES = {
     "def get_config():\n    pass\n": (
         r"get_config\(\) must return a ConfigDict; got NoneType"
     ),
+    "from ml_collections import FrozenConfigDict\n"
+    "def get_config():\n"
+    "    return FrozenConfigDict()\n": r"ConfigDict; got FrozenConfigDict",
+    "from ml_collections import ConfigDict, config_dict\n"
+    "def get_config():\n"
+    "    return ConfigDict({'a': config_dict.required_placeholder(int)})\n": (
+        r"required_placeholder has no value; give it one there"
+    ),
+    "class Odd(Exception):\n"
+    "    def __str__(self): return 1 / 0\n"
+    "raise Odd\n": r"\.py, line 3: Odd\.$",
     "def get_config(word):\n    pass\n": (
         r"cannot be called: missing a required argument: 'word'; give --config="
     ),
@@ -135,6 +147,34 @@ def test_config_files_say_where(text, tmp_path):
     with pytest.raises(UserError, match=FILES[text]) as caught:
         config_files.check(str(path), defaults)
     assert "\n" not in str(caught.value)
+
+
+def test_config_files_that_do_not_do_the_same_again(parse, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import pathlib\n"
+        "pathlib.Path(__file__).with_suffix('.ran').mkdir()\n"
+        "from configs.digits import get_config\n"
+    )
+    with pytest.raises(UserError, match="the same each .*File exists") as e:
+        parse(f"--config={path}")
+    assert "Traceback" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["KeyboardInterrupt", "GeneratorExit"])
+def test_config_files_that_raise_what_is_no_exception(name, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"def get_config():\n    raise {name}\n")
+    # As `python -m train` does: Ctrl-C raises nothing there.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        with pytest.raises(UserError, match=rf"\.py, line 2: {name}\.$"):
+            config_files.check(str(path), defaults)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if name == "KeyboardInterrupt":  # may be that of a program that it ends
+        with pytest.raises(KeyboardInterrupt):
+            config_files.check(str(path), defaults)
 
 
 def test_config_files_that_are_none(tmp_path):
@@ -216,6 +256,7 @@ def test_home_is_expanded(parse, monkeypatch):
         (["--config.cpu_devices=100000"], "cpu_devices must be in [1, 512]"),
         (["--config.depth=99999999999998"], "depth must be in [1, 2000]"),
         (["--config.zzz=1"], "There is no config.zzz; configs/defaults.py has"),
+        (["--noconfig.flip=3"], "--noconfig.flip=3 does not take an argument"),
         (["--config.=1"], "There is no config.; --help lists all."),
         (["--config...=1"], "There is no config...; --help lists all."),
         (["--config.norm_options.zzz=1"], "There is no config.zzz"),

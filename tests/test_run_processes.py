@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 
+import jax
 import pytest
 
 from tests.helpers.runs import (
@@ -22,7 +23,7 @@ from tests.helpers.runs import (
     steps_of,
     wait_until,
 )
-from train import UserError, lock
+from train import UserError, lock, meet
 
 
 @pytest.fixture(autouse=True)
@@ -42,16 +43,22 @@ def log_of(line):
 
 
 def test_two_processes_stopped_and_started_again_end_well(tmp_path):
-    both = start_two(tmp_path, LONG.replace("10000", "40"))
+    epochs = LONG.replace("10000", "20")
+    once = "--config.checkpoint_every=0"
+    both = start_two(tmp_path, epochs, once)
     wait_until(lambda: len(steps_of(tmp_path)) > 1, both[0])
     both[0].send_signal(signal.SIGTERM)
     assert [code for code, *_ in end_all(both)] == [75, 75]
-    assert steps_of(tmp_path)[-1] < 160
-    ends = end_all(start_two(tmp_path, LONG.replace("10000", "40")))
+    assert steps_of(tmp_path)[-1] < 80
+    ends = end_all(start_two(tmp_path, epochs, once))
     assert [(code, error) for code, _, error in ends] == [(0, "")] * 2
+    # Of the run alone, and of nothing that a library prints.
+    assert ends[1][1] == ""
+    for line in ends[0][1].splitlines():
+        assert re.match("ResNet|epoch |about |time: |test accuracy ", line)
     assert "results are in" in ends[0][1]
-    assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 40
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 40
+    assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 20
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 20
 
 
 # Met, but not alike
@@ -63,11 +70,15 @@ OTHER_CODE = TINY + "\nfrom train import processes\nprocesses._code = lambda: 1"
     "each, patches, message",
     [
         (
-            (("--config.checkpoint_every=5",), ("--config.seeds=2",)),
+            (
+                ("--config.checkpoint_every=5",),
+                ("--config.seeds=2", "--num_processes=3"),
+            ),
             None,
             "started differently: checkpoint_every is 5 in process 0 and 3 in "
-            "process 1; seeds is 1 in process 0 and 2 in process 1. Give the "
-            "same command on all hosts",
+            "process 1; num_processes is 2 in process 0 and 3 in process 1; "
+            "seeds is 1 in process 0 and 2 in process 1. Give the same command "
+            "on all hosts",
         ),
         pytest.param(
             ((), ()),
@@ -96,68 +107,72 @@ def test_a_workdir_that_they_do_not_share(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_one_is_told_by_all(tmp_path):
+@pytest.mark.parametrize(
+    "name, each, message",
+    [
+        ("file", ((), ()), "Cannot write to --workdir="),
+        ("run", ((), ("--config.data_dir=/no",)), "The data directory '/no' d"),
+    ],
+)
+def test_an_error_of_one_is_told_by_all(name, each, message, tmp_path):
     (tmp_path / "file").touch()
-    for code, _, error in end_all(start_two(tmp_path / "file")):
+    for code, _, error in end_all(start_two(tmp_path / name, each=each)):
         assert code == 1
-        assert one_line(error).startswith("Cannot write to --workdir=")
+        assert one_line(error).startswith(message)
 
 
 # Not met
 
 
-def test_a_coordinator_that_cannot_be(tmp_path):
+def test_a_coordinator_that_cannot_be():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
         for arguments, message in (
-            (["--coordinator=127.0.0.1:1"], "--num_processes and --process_id"),
             (
-                [
-                    "--coordinator=127.0.0.1:1",
-                    "--num_processes=2",
-                    "--process_id=2",
-                ],
-                "must be from 0 to num_processes - 1, which is 1",
+                ("127.0.0.1:1", None, None),
+                "--num_processes and --process_id is missing",
             ),
             (
-                [
-                    f"--coordinator=127.0.0.1:{port}",
-                    "--num_processes=2",
-                    "--process_id=0",
-                ],
+                ("127.0.0.1:1", 2, 2),
+                "must be from 0 to num_processes - 1, which is 1",
+            ),
+            (("127.0.0.1:1", 0, 0), "--num_processes=0 must be at least 1"),
+            (
+                (address, 2, 0),
                 "Address already in use. Give an address of its own host and a "
                 "free port.",
             ),
+            (("203.0.113.1:9876", 2, 0), "Cannot assign requested address"),
             (
-                [
-                    "--coordinator=203.0.113.1:9876",
-                    "--num_processes=2",
-                    "--process_id=0",
-                ],
-                "Cannot assign requested address",
-            ),
-            (
-                [
-                    "--coordinator=nowhere.invalid:9876",
-                    "--num_processes=2",
-                    "--process_id=0",
-                ],
+                ("nowhere.invalid:9876", 2, 0),
                 "cannot listen at --coordinator=nowhere.invalid:9876",
             ),
+            (("x..y:9876", 2, 0), "9876: it is no name of a host. Give"),
             (
-                [
-                    "--coordinator=127.0.0.1",
-                    "--num_processes=2",
-                    "--process_id=1",
-                ],
+                ("127.0.0.1", 2, 1),
                 "--coordinator=127.0.0.1 must be HOST:PORT of process 0",
             ),
         ):
-            code, _, error = end(start(tmp_path / "run", *arguments))
-            assert code == 1 and message in one_line(error), error
-    assert not (tmp_path / "run").exists()
+            with pytest.raises(UserError, match=re.escape(message)):
+                meet.start(*arguments)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_name_of_loopback_is_not_listened_to_everywhere(address, monkeypatch):
+    find, given = socket.getaddrinfo, {}
+
+    def resolve(host, *arguments, **options):
+        return find(address if host == "here" else host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    note = lambda *_, **options: given.update(options)  # noqa: E731
+    monkeypatch.setattr(jax.distributed, "initialize", note)
+    port = free_port()
+    meet.start(f"here:{port}", 2, 0)
+    shown = f"[{address}]" if ":" in address else address
+    assert given["coordinator_bind_address"] == f"{shown}:{port}"
 
 
 @pytest.mark.slow

@@ -2,21 +2,40 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.helpers.runs import (
+    ROOT,
     TINY,
+    TRAIN,
     end,
     end_all,
     end_started,
     one_line,
     start,
     start_two,
+    started,
     steps_of,
     wait_until,
 )
+
+
+def start_script(script):
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    started.append(process)
+    return process
+
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 
@@ -90,6 +109,28 @@ def test_before_the_first_step_it_leaves_at_once(patch, number, tmp_path):
     assert time.monotonic() - since < 8
     assert code == CODES[number]
     assert one_line(error).startswith("Stopped with nothing to save; give the ")
+
+
+@pytest.mark.parametrize("program", ["evaluate", "doctor", "compare", "fast"])
+def test_other_programs_end_while_they_import(program):
+    patch = IMPORTING.replace("matplotlib", "numpy")
+    script = TRAIN.format(patch=patch).replace("train", f"train.{program}", 1)
+    process = start_script(script)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    code, _, error = end(process, timeout=10)
+    assert (code, error) == (130, f"train.{program}: interrupted\n")
+
+
+def test_a_reader_that_takes_nothing_keeps_no_program():
+    """As a pager does: standard output is full, and is written to."""
+    process = start_script(
+        "import threading; from train import exits\n"
+        "threading.Timer(0.5, exits.leave, ('so', 75)).start()\n"
+        "while True: print('x' * 1000)"
+    )
+    assert process.wait(timeout=10) == 75
+    assert process.stderr.read() == "train: so\n"
 
 
 # A file system that does not answer, once there is something to save.

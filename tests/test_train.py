@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.recipes import make_recipe, mesh_of, small_config
-from train import UserError, data, files, loop, report, seeds
+from train import UserError, checkpoint, data, files, loop, report, seeds
 from train.step import init_state, make_test_step, make_train_step
 
 
@@ -183,17 +183,25 @@ def test_finished_run_is_not_run_again(finished):
 def test_interrupted_run_goes_on_as_if_nothing_had_been(
     finished, tmp_path, monkeypatch
 ):
-    add = report.Report.add
+    add, wait, calls = report.Report.add, checkpoint.Checkpoints.wait, []
+
+    def note_wait(self):
+        calls.append("wait")
+        wait(self)
 
     def interrupt(self, record):
+        calls.append("add")
         add(self, record)
         if record["epoch"] == 2:  # recorded, but not yet in a checkpoint
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(report.Report, "add", interrupt)
+        patch.setattr(checkpoint.Checkpoints, "wait", note_wait)
         with pytest.raises(KeyboardInterrupt):
             loop.train(small_config(), tmp_path)
+    # No record before the checkpoint of the one before is whole.
+    assert calls == ["wait", "add"] * 2
     loop.train(small_config(), tmp_path)
 
     def without_speed(workdir):

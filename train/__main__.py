@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import functools
 import logging as standard_logging
+import math
 import sys
 import traceback
 import warnings
@@ -57,6 +58,11 @@ def _define() -> None:
         1800.0,
         "Seconds without progress after which each of several processes ends "
         "with code 75, because one of them hangs; 0 waits for ever.",
+    )
+    flags.register_validator(
+        "stall_limit",
+        lambda seconds: 0 <= seconds < math.inf,
+        message="seconds, from 0 on",
     )
 
 

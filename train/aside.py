@@ -10,6 +10,8 @@ import warnings
 import jax
 
 from train import UserError, processes
+from train.files import exists
+from train.workdir import read_records, read_summary
 
 _NAME = "damaged-checkpoint-"
 
@@ -59,11 +61,24 @@ def _move(folder: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def refuse_to_begin_again(folder: pathlib.Path) -> None:
-    """Raises UserError if checkpoints were put aside and none is left."""
-    aside = sorted(folder.parent.glob(f"{_NAME}*"))
-    if aside:
+    """Makes sure that a run without a checkpoint has never had one.
+
+    Raises:
+      UserError: results, or checkpoints that were put aside, are left of some.
+    """
+    workdir = folder.parent
+    left = sorted(path.name for path in workdir.glob(f"{_NAME}*"))[:1]
+    records = len(read_records(workdir))
+    # A crash can leave the record of one epoch without its checkpoint, since
+    # the next record waits for that, but it leaves the folder too.
+    if records > 1 or (records and not exists(folder)):
+        left.append("metrics.jsonl")
+    if read_summary(workdir):
+        left.append("summary.json")
+    if left:
+        names = " and ".join(left)
         raise UserError(
-            f"{folder} holds no checkpoint, but {aside[0].name} lies beside it: "
-            "the run would begin again at step 0. Mend that one and move it "
-            "back, take another --workdir, or delete it to begin again."
+            f"{folder} holds no checkpoint, but {names} is left of a run that "
+            "would begin again at step 0. Put a checkpoint back, take another "
+            f"--workdir, or delete {names} to begin again."
         )

@@ -16,6 +16,7 @@ from train import UserError, processes
 from train.aside import put_aside, refuse_to_begin_again
 from train.checksums import SealedPath
 from train.examine import arrays, examine, read_record, tested
+from train.files import exists, refuse_links
 from train.step import Sums, TrainState
 from train.workdir import check_name
 
@@ -45,7 +46,8 @@ class Checkpoints:
       read_only: leaves the folder as it is, for a run that may go on meanwhile.
 
     Raises:
-      UserError: orbax cannot work in the folder.
+      UserError: orbax cannot work in the folder, it is a link or holds one, or
+        it is gone while results of the run are left.
     """
 
     def __init__(self, folder: pathlib.Path, *, read_only: bool = False):
@@ -53,6 +55,11 @@ class Checkpoints:
         self._folder = folder.absolute()
         self._read_only = read_only
         self._accuracy: dict[int, float] = {}
+        with processes.together():
+            if not read_only and jax.process_index() == 0:
+                refuse_links(self._folder)
+                if not exists(self._folder):
+                    refuse_to_begin_again(self._folder)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else _Keep(self._accuracy),
             cleanup_tmp_directories=not read_only,
@@ -153,7 +160,8 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and all are damaged; the newest that
             is not cannot be read, or holds other arrays than the code asks for;
-            or only damaged ones, put aside before, are left.
+            or there are none, but what else is in the workdir says that there
+            were.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if best:
@@ -176,8 +184,9 @@ class Checkpoints:
                 f"No checkpoint in {self._folder} is whole ({listed}). They "
                 "stay where they are: mend them, or take another --workdir."
             )
-        if not self._read_only:
-            refuse_to_begin_again(self._folder)
+        with processes.together():
+            if not self._read_only and jax.process_index() == 0:
+                refuse_to_begin_again(self._folder)
         return None
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import pathlib
+import stat
+from typing import BinaryIO
 
 from orbax.checkpoint.path import atomicity
 
@@ -50,7 +52,7 @@ def _seal(folder: pathlib.Path) -> None:
         os.fsync(file.fileno())
 
 
-def _digest(file: object) -> str:
+def _digest(file: BinaryIO) -> str:
     return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
@@ -65,24 +67,33 @@ def verify(folder: pathlib.Path, under: str = "") -> None:
       Damaged: a file differs from what was written, or is missing.
       OSError: one cannot be read, which says nothing about what is in it.
     """
+    with _open(folder, NAME) as file:
+        text = file.read()
     try:
-        text = (folder / NAME).read_bytes()
         sums = json.loads(text)
         names = [name for name in sums if name.startswith(under)]
         wanted = {name: str(sums[name]) for name in names}
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise Damaged(f"{NAME} is missing") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise Damaged(f"{NAME} cannot be decoded") from error
     if not wanted:
         raise Damaged(f"{NAME} names no files")
     for name, digest in wanted.items():
-        try:
-            with (folder / name).open("rb") as file:
-                found = _digest(file)
-        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-            raise Damaged(f"{name} is missing") from error
-        except IsADirectoryError as error:
-            raise Damaged(f"{name} is a directory") from error
+        with _open(folder, name) as file:
+            found = _digest(file)
         if found != digest:
             raise Damaged(f"{name} is not as it was written")
+    for name in _LATER:
+        path = folder / name
+        if path.exists() and not path.is_file():
+            raise Damaged(f"{name} is no regular file")
+
+
+def _open(folder: pathlib.Path, name: str) -> BinaryIO:
+    path = folder / name
+    try:
+        # A pipe would be waited for.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise Damaged(f"{name} is no regular file")
+        return path.open("rb")
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise Damaged(f"{name} is missing") from error

@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Compares finished and unfinished runs: python -m train.compare RUN RUN ...
 
 Prints a table with the fields of the configs that differ and the results, and
@@ -7,6 +8,13 @@ all of them. Reads config.json, metrics.jsonl and summary.json alone.
 """
 
 from __future__ import annotations
+
+from train import signals
+
+if __name__ == "__main__":
+    signals.end_at_ctrl_c(
+        "train.compare"
+    )  # before the imports, which take seconds
 
 import json
 import pathlib

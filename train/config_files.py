@@ -7,11 +7,13 @@ import importlib.util
 import inspect
 import pathlib
 import re
+import signal
 import traceback
 from types import ModuleType
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from train import UserError
 
@@ -39,19 +41,35 @@ def check(given: str, fields: ModuleType) -> None:
     except UserError:
         raise
     # Whatever a program may raise, and also that it wants to end this one.
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and _ctrl_c_raises():
+            raise
         raise UserError(_words(error, file)) from error
-    if not isinstance(config, ConfigDict):
+    if not isinstance(config, ConfigDict) or isinstance(
+        config, FrozenConfigDict
+    ):
         raise UserError(
             f"{file}: get_config() must return a ConfigDict; got "
             f"{type(config).__name__}. See configs/digits.py."
         )
+    try:
+        config.copy_and_resolve_references()
+    except RequiredValueError as error:
+        raise UserError(
+            f"{file}: a field that is a required_placeholder has no value; "
+            "give it one there."
+        ) from error
     missing = sorted({*fields.get_config()} - {*config})
     if missing:
         raise UserError(
             f"The config has no {missing[0]}: it is for another program. Take "
             f"one of {of(fields)} in configs/."
         )
+
+
+def _ctrl_c_raises() -> bool:
+    """Whether KeyboardInterrupt may come from outside; see train.signals."""
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def of(fields: ModuleType) -> str:
@@ -95,7 +113,10 @@ def _config(file: str, arguments: tuple[str, ...]) -> Any:
 
 def _words(error: BaseException, file: str) -> str:
     """Says in a line what happened in a config file, and where."""
-    said = " ".join(str(error).split())
+    try:
+        said = " ".join(str(error).split())
+    except Exception:  # of a class of the file's own
+        said = ""
     if isinstance(error, ValueError) and said.startswith("configs/"):
         return said  # of what stands behind the colon
     if isinstance(error, SyntaxError):

@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Examines the batch norm layers of a run: python -m train.doctor RUN.
 
 Prints a table of the layers and what is wrong with them, and draws it into
@@ -5,6 +6,13 @@ RUN/doctor.png. Reads training batches as the run saw them.
 """
 
 from __future__ import annotations
+
+from train import signals
+
+if __name__ == "__main__":
+    signals.end_at_ctrl_c(
+        "train.doctor"
+    )  # before the imports, which take seconds
 
 import itertools
 import pathlib

@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Evaluates a run on every example of a split: python -m train.evaluate RUN.
 
 Prints loss and accuracy, and a table of the classes; writes them, with the
@@ -7,6 +8,13 @@ running statistics taken anew over N training batches.
 """
 
 from __future__ import annotations
+
+from train import signals
+
+if __name__ == "__main__":
+    signals.end_at_ctrl_c(
+        "train.evaluate"
+    )  # before the imports, which take seconds
 
 import functools
 import pathlib

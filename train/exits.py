@@ -9,11 +9,10 @@ import os
 import pathlib
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from train import RESUME
 
@@ -21,7 +20,11 @@ _ending = threading.Lock()  # held for good by the thread that ends the process
 
 
 def leave(
-    message: str, code: int, *, last: Callable[[], Any] | None = None
+    message: str,
+    code: int,
+    *,
+    program: str = "train",
+    last: Callable[[], Any] | None = None,
 ) -> NoReturn:
     """Prints a line and ends the process at once, from any thread.
 
@@ -31,17 +34,26 @@ def leave(
     Args:
       message: the line.
       code: that the process ends with.
+      program: that the line begins with.
       last: is called once the line is out; what it raises is dropped.
     """
     _ending.acquire()
+    # A reader that takes nothing, such as a pager, would be waited for.
+    with contextlib.suppress(RuntimeError):  # no thread while Python ends
+        flushing = threading.Thread(target=_flush, daemon=True)
+        flushing.start()
+        flushing.join(1.0)
     with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    with contextlib.suppress(OSError, ValueError):
-        print(f"train: {message}", file=sys.stderr, flush=True)
+        print(f"{program}: {message}", file=sys.stderr, flush=True)
     if last is not None:
         with contextlib.suppress(Exception):
             last()
     os._exit(code)
+
+
+def _flush() -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
 
 
 class ErrorLog:
@@ -69,13 +81,17 @@ class ErrorLog:
         Returns:
           The file, or None where none can be written.
         """
+        import tempfile  # here: what is imported first delays `listen`
+
         text = f"{text.rstrip()}\n\n{self._printed()}".rstrip() + "\n"
         temporary = pathlib.Path(tempfile.gettempdir())
         own = temporary / f"train-{os.getpid()}-{self._name}"
         found = self._folder is not None and self._folder.is_dir()
         for path in (self._folder / self._name, own) if found else (own,):
-            # Not through a link that somebody has laid there.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            # Not through a link that somebody has laid there, and not into a
+            # pipe that nobody reads.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            flags |= os.O_NOFOLLOW | os.O_NONBLOCK
             with contextlib.suppress(OSError):
                 with open(os.open(path, flags, 0o644), "a") as file:
                     file.write(text)
@@ -83,16 +99,18 @@ class ErrorLog:
         return None
 
     def capture(self) -> None:
-        """Takes in what libraries print on standard error.
+        """Takes in what libraries print on standard output and error.
 
-        Where one process dies, the libraries of the others print a hundred
-        lines and abort. Python's own sys.stderr stays the user's.
+        They say there which processes have met, and where one dies those of the
+        others print a hundred lines and abort. Python's own sys.stdout and
+        sys.stderr stay the user's.
         """
-        # Both stay open until the process ends.
+        import tempfile
+
+        # It stays open until the process ends.
         self._captured = tempfile.TemporaryFile()  # noqa: SIM115
-        own = os.dup(2)
-        os.dup2(self._captured.fileno(), 2)
-        sys.stderr = open(own, "w", buffering=1)  # noqa: SIM115
+        sys.stdout = _moved(sys.stdout, 1, self._captured.fileno())
+        sys.stderr = _moved(sys.stderr, 2, self._captured.fileno())
         threading.excepthook = self._thread_failed
         self._on_abort()
 
@@ -173,12 +191,26 @@ class ErrorLog:
         if self._meeting:
             path = self.write("The processes did not meet.")
             leave(
-                "The processes did not meet: give the same --coordinator and "
-                "--num_processes to all of them, and to each a --process_id of "
-                f"its own, within a minute.{_see(path)}",
+                "The processes did not meet: give the same --coordinator, an "
+                "address that all reach, and --num_processes to all of them, and "
+                f"to each a --process_id of its own, within a minute.{_see(path)}",
                 1,
             )
         self.lost("JAX aborted the process.")
+
+
+def _moved(stream: TextIO, number: int, captured: int) -> TextIO:
+    """Gives a stream a descriptor of its own, and its old one to libraries."""
+    stream.flush()
+    own = os.dup(number)
+    os.dup2(captured, number)
+    return open(
+        own,
+        "w",
+        buffering=1,
+        encoding=stream.encoding,
+        errors=stream.errors,
+    )
 
 
 def _see(path: pathlib.Path | None) -> str:

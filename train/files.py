@@ -82,6 +82,28 @@ def exists(path: pathlib.Path) -> bool:
     return True
 
 
+def refuse_links(folder: pathlib.Path, *, below: bool = False) -> None:
+    """Raises UserError if a folder to be written to leads elsewhere.
+
+    A library would write through a link, or delete what it leads to.
+
+    Args:
+      folder: that may not be there yet.
+      below: looks at all that is below it too, not only at what it holds.
+    """
+    links = [folder] if folder.is_symlink() else []
+    if not links and folder.is_dir():
+        with writing(folder):
+            inside = folder.rglob("*") if below else folder.iterdir()
+            links = [path for path in inside if path.is_symlink()]
+    if links:
+        raise UserError(
+            f"{links[0]} is a link, and nothing is written through the links of "
+            "a workdir. Put in its place what it leads to, or take another "
+            "--workdir."
+        )
+
+
 def read_text(path: pathlib.Path) -> str:
     """Returns the text of a file.
 

@@ -57,7 +57,7 @@ def parse(
             sys_argv=argv,
         )
         define()
-        if {"--help", "-h", "-help"} & {*argv}:
+        if any(re.fullmatch(r"--?h(elp\w*)?", word) for word in argv):
             _help(doc, fields)
         file = _config_file(argv)
         if file is not None:
@@ -66,7 +66,14 @@ def parse(
         config = flags.FLAGS.config.lock()
     except BrokenPipeError:  # of --help: who reads it has seen enough
         sys.exit(1)
-    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(_one_line(error, fields)) from error
     if len(rest) > 1:
         raise UserError(
@@ -173,6 +180,12 @@ def _one_line(error: Exception, fields: ModuleType) -> str:
         name = message.strip("'\"")
         file = pathlib.Path(fields.__file__ or "").name
         return f"There is no config.{name}; configs/{file} has all fields."
+    # Of a config file that did run before.
+    if re.search("Traceback|earlier failure to load", message):
+        message = (
+            "A config file has to do the same each time that it is run; now: "
+            f"{message.splitlines()[-1]}"
+        )
     return " ".join(message.split())
 
 

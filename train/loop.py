@@ -98,6 +98,9 @@ def _train(
         )
         for epoch in range(progress.epoch, config.epochs):
             state, record = loop.epoch(state, progress)
+            with timeline.of("save"):
+                # At most one record is ahead of the checkpoints.
+                checkpoints.wait()
             try:
                 report.add(record)
             except OSError as error:

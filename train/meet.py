@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
 import time
@@ -74,9 +73,9 @@ def start(
     host, port = _address(coordinator)
     limit = time.monotonic() + MEET
     if process_id == 0:
-        bound = _probe(host, port, given_by_user=not missing)
-        if bound:
-            options["coordinator_bind_address"] = coordinator
+        address = _probe(host, port, everywhere=bool(missing))
+        if not missing:
+            options["coordinator_bind_address"] = address
     else:
         _reach(host, port, limit)
     prepare(process_id)
@@ -116,32 +115,34 @@ def _address(coordinator: str) -> tuple[str, int]:
     return found[1].strip("[]"), int(found[2])
 
 
-def _probe(host: str, port: int, *, given_by_user: bool) -> bool:
-    """Whether to listen at this very address; JAX crashes where it cannot.
+def _probe(host: str, port: int, *, everywhere: bool) -> str:
+    """Returns the address to listen at; JAX crashes where it cannot.
 
-    A name of this host may stand for its loopback here and for another address
-    elsewhere: there, as where the environment gave the address, JAX listens at
-    all of them.
+    Args:
+      host: of the coordinator.
+      port: of the coordinator.
+      everywhere: at all addresses of this host, as JAX listens where the
+        environment names the coordinator: there a name of this host may stand
+        for its loopback, and for another address elsewhere.
+
+    Raises:
+      UserError: no process can listen there.
     """
-    address, family = host, socket.AF_INET
     try:
         family, *_, (address, *_) = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM
         )[0]
-        loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-        everywhere = not given_by_user or (
-            loopback and host not in (address, "localhost")
-        )
         with socket.socket(family, socket.SOCK_STREAM) as one:
             # Connections of a run before may still be closing.
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind(("" if everywhere else address, port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no name of a host"
         raise UserError(
             f"Process 0 cannot listen at --coordinator={host}:{port}: "
-            f"{error.strerror}. Give an address of its own host and a free port."
+            f"{reason}. Give an address of its own host and a free port."
         ) from error
-    return not everywhere
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _reach(host: str, port: int, limit: float) -> None:
@@ -149,13 +150,13 @@ def _reach(host: str, port: int, limit: float) -> None:
     while True:
         try:
             socket.create_connection((host, port), timeout=5).close()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             if time.monotonic() < limit:
                 time.sleep(0.2)
                 continue
             raise UserError(
                 f"Nobody listens at --coordinator={host}:{port} after {MEET} s "
-                f"({error.strerror or error}). Start process 0 there within "
+                f"({getattr(error, 'strerror', None) or error}). Start process 0 there within "
                 "that time, or correct the address."
             ) from error
         return

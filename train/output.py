@@ -59,7 +59,7 @@ def drop() -> None:
 
     Python would try again when it ends, and fail with a code of its own.
     """
-    _to_nowhere(1)
+    _to_nowhere(sys.stdout.fileno())  # not always 1; see ErrorLog.capture
 
 
 def _to_nowhere(number: int) -> None:

@@ -8,7 +8,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from train import data, topology
+from train import data, processes, topology
 from train.recipe import (
     check,
     make_recipe,
@@ -41,14 +41,15 @@ def prepare(config: ConfigDict, *, download: bool = True) -> Prepared:
     """
     check(config)
     place = topology.make(config.mesh, config.batch_size, config.microbatches)
-    dataset = data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        train_split=config.train_split,
-        test_split=config.test_split,
-        lazy=jax.process_count() > 1,
-        download=download,
-    )
+    with processes.together():  # each host has data of its own
+        dataset = data.load(
+            config.dataset,
+            data_dir=config.data_dir,
+            train_split=config.train_split,
+            test_split=config.test_split,
+            lazy=jax.process_count() > 1,
+            download=download,
+        )
     steps = steps_per_epoch(config, dataset)
     schedule = make_schedule(config, steps)
     recipe = make_recipe(config, dataset, schedule, place)

@@ -38,30 +38,33 @@ def exchange(text: str, *, seconds: float = _FOR_EVER) -> list[str]:
     """
     if jax.process_count() == 1:
         return [text]
-    return _exchange(text, seconds)
+    key = _give(text)
+    return [_take(key, i, seconds) for i in range(jax.process_count())]
 
 
-def _exchange(text: str, seconds: float) -> list[str]:
+def _give(text: str) -> str:
+    """Hands text to the others; returns what they ask for it by."""
     from jax._src import distributed  # its client is not public
 
     state, key = distributed.global_state, f"train/{next(_numbers)}"
     state.client.key_value_set(f"{key}/{state.process_id}", text)
-    found = []
-    for process in range(state.num_processes):
-        try:
-            found.append(
-                state.client.blocking_key_value_get(
-                    f"{key}/{process}", int(1000 * seconds)
-                )
-            )
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
-            raise UserError(
-                f"Process {process} did not answer within {seconds:g} s: it "
-                "hangs, or was started with another program."
-            ) from error
-    return found
+    return key
+
+
+def _take(key: str, process: int, seconds: float) -> str:
+    from jax._src import distributed
+
+    try:
+        return distributed.global_state.client.blocking_key_value_get(
+            f"{key}/{process}", int(1000 * seconds)
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise UserError(
+            f"Process {process} did not answer within {seconds:g} s: it "
+            "hangs, or was started with another program."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -113,7 +116,11 @@ def agree(config: ConfigDict, versions: dict[str, str]) -> None:
         "the code in jaxbn, train and configs": _code(),
     }
     del own["data_dir"]  # may be another one on each host
-    every = [json.loads(each) for each in _exchange(json.dumps(own), MEET)]
+    given = _give(json.dumps(own))
+    first = json.loads(_take(given, 0, MEET))
+    # So many have met, whatever this process was told.
+    others = range(1, first["num_processes"])
+    every = [first, *(json.loads(_take(given, i, MEET)) for i in others)]
     differences = [
         f"{key} is {every[0].get(key)!r} in process 0 and {one.get(key)!r} in "
         f"process {process}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import secrets
 import sys
 import time
 from typing import Any, Self
@@ -155,7 +156,11 @@ class Report:
         disk in a traceback and not to its caller.
         """
         if self._events is None:
-            self._events = EventsWriter(str(self._workdir / "events"))
+            # A name that nobody can have laid a link at.
+            self._events = EventsWriter(
+                str(self._workdir.absolute() / "events"),
+                filename_suffix=f".{secrets.token_hex(4)}",
+            )
         for key, value in record.items():
             if key not in ("epoch", "step"):
                 self._events.write_event(

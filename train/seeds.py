@@ -9,8 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from train import loop, processes, topology
-from train.files import write_json
+from train import UserError, lock, loop, processes, topology
+from train.files import exists, refuse_links, write_json, writing
 from train.workdir import open_workdir, read_summary
 
 
@@ -28,6 +28,18 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       UserError: the config cannot be run, or a folder holds another run.
       Stopped: a signal asked for it; the state is saved.
     """
+    with lock.held(workdir):
+        return _train(config, workdir)
+
+
+def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains in a workdir that is ours."""
+    with processes.together():
+        if topology.is_main() and exists(workdir / "config.json"):
+            raise UserError(
+                f"{workdir} holds a run of one seed; take another --workdir for "
+                f"seeds={config.seeds}."
+            )
     seeds = range(config.seed, config.seed + config.seeds)
     summaries = []
     for seed in seeds:
@@ -44,8 +56,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         "steps": summaries[0]["steps"],
         "seconds": round(sum(each["seconds"] for each in summaries), 1),
     }
-    if topology.is_main():
-        write_json(workdir / "summary.json", summary)
+    with processes.together():
+        if topology.is_main():
+            with writing(workdir):
+                write_json(workdir / "summary.json", summary)
     return summary
 
 
@@ -54,4 +68,9 @@ def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         open_workdir(workdir, config)
         return read_summary(workdir)
 
-    return processes.from_main(done) or loop.train(config, workdir)
+    with processes.together():
+        if topology.is_main():
+            refuse_links(workdir)
+    with lock.held(workdir):
+        summary = processes.from_main(done)
+    return summary or loop.train(config, workdir)

@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Self
 
@@ -33,15 +33,34 @@ def listen() -> None:
     acts at once: it ends the process where no step would be lost, or at the
     second signal, and else leaves the stop to the training loop.
     """
+    _listen(_received, *_CODES)
+    _state.listening = True
+
+
+def end_at_ctrl_c(program: str) -> None:
+    """Has Ctrl-C end at once a program that has nothing to save.
+
+    An exception would come up in the midst of an import too, where libraries
+    make another one of it, or crash.
+    """
+
+    def received(_: int) -> None:
+        exits.leave("interrupted", INTERRUPTED, program=program)
+
+    _listen(received, signal.SIGINT)
+
+
+def _listen(received: Callable[[int], Any], *numbers: int) -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in _CODES:
+    for number in numbers:
         # A shell starts what is in the background with Ctrl-C ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _wake)
-    threading.Thread(target=_watch, args=(read,), daemon=True).start()
-    _state.listening = True
+    threading.Thread(
+        target=_watch, args=(read, received, numbers), daemon=True
+    ).start()
 
 
 def share() -> None:
@@ -66,11 +85,13 @@ def _wake(_: int, __: FrameType | None) -> None:
     """The thread has been woken already."""
 
 
-def _watch(pipe: int) -> None:
+def _watch(
+    pipe: int, received: Callable[[int], Any], numbers: Sequence[int]
+) -> None:
     while True:
         for number in os.read(pipe, 64):
-            if number in _CODES:
-                _received(number)
+            if number in numbers:
+                received(number)
 
 
 def _received(number: int) -> None:

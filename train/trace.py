@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import jax
 
+from train.files import refuse_links
+
 FIRST, STEPS = 10, 10  # the first ones compile
 
 
@@ -18,11 +20,16 @@ class Trace:
     Args:
       folder: where it is written; None writes none.
       say: gets a line that says where the trace is.
+
+    Raises:
+      UserError: the folder, or something in it, is a link.
     """
 
     def __init__(self, folder: pathlib.Path | None, say: Callable[[str], Any]):
         self._folder, self._say = folder, say
         self._seen, self._on = 0, False
+        if folder is not None:
+            refuse_links(folder, below=True)
 
     def __enter__(self) -> Self:
         return self

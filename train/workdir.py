@@ -89,6 +89,12 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     there = exists(path)
     with writing(f"--workdir={workdir}"):
         trained = _trained(workdir)
+    if not there and any(workdir.glob("seed-*/config.json")):
+        raise UserError(
+            f"{workdir} holds a run of several seeds, each in a folder of its "
+            "own. Take another --workdir, or the command of that run to go on "
+            "with it."
+        )
     if trained and not there:
         raise UserError(
             f"{workdir} holds a run ({trained}) without its config.json. Put "

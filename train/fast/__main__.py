@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Trains in seconds on one GPU: python -m train.fast [--config FILE].
 
 Any field of the config can be set: --config.seeds=3. Every seed is timed from
@@ -5,6 +6,13 @@ its initialization to the end of its evaluation, after everything is compiled.
 """
 
 from __future__ import annotations
+
+from train import signals
+
+if __name__ == "__main__":
+    signals.end_at_ctrl_c(
+        "train.fast"
+    )  # before the imports, which take seconds
 
 import functools
 
