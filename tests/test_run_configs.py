@@ -311,7 +311,7 @@ def test_what_fields_ask_of_each_other(changes, message):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("zzz", 1, "norm_options.zzz is no field of jaxbn.linen.BatchNorm."),
+        ("zzz", 1, "norm_options.zzz is no option of jaxbn.linen.BatchNorm."),
         ("axis_name", "x", "norm_options.axis_name is set by the run"),
         ("normalize_over", "x", "norm='jaxbn': "),
     ],
