@@ -29,7 +29,10 @@ class DerivativeTest(parameterized.TestCase):
                 return jnp.sin(y) * cotangent, batch.mean, batch.var
 
             check_grads(
-                outputs, (x, scale, bias), order=2, modes=("fwd", "rev")
+                jax.jit(outputs),
+                (x, scale, bias),
+                order=2,
+                modes=("fwd", "rev"),
             )
 
     def test_equals_autodiff_of_the_formula_to_third_order(self):
@@ -48,7 +51,7 @@ class DerivativeTest(parameterized.TestCase):
 
             def third(f):
                 hvp = jax.grad(lambda x: jax.jvp(f, (x,), (direction,))[1])
-                return jax.jvp(hvp, (x,), (direction,))
+                return jax.jit(lambda x: jax.jvp(hvp, (x,), (direction,)))(x)
 
             chex.assert_trees_all_close(third(ours), third(plain), rtol=1e-9)
 

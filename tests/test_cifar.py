@@ -1,9 +1,12 @@
 """CIFAR, prepared from small archives made here, with and without a connection."""
 
+import importlib.util
 import io
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 import urllib.error
@@ -237,3 +240,25 @@ def test_silent_host_counts_as_unreachable(monkeypatch):
     reason = cifar._unreachable(URL.format(10), seconds=0.1)
     assert reason == "no answer in 0.1 s"
     assert time.monotonic() - start < 1
+
+
+# Without TensorFlow
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is not None,
+    reason="TFDS imports TensorFlow where it is installed",
+)
+def test_needs_neither_tensorflow_nor_jax(prepared):
+    name, root, _, _ = prepared
+    script = f"""
+import sys
+from train import data
+assert "tensorflow_datasets" not in sys.modules  # slow, hence imported late
+assert "sklearn" not in sys.modules
+data.load("digits")
+data.load({name!r}, data_dir={str(root)!r})
+assert not {{"tensorflow", "jax"}} & set(sys.modules)
+"""
+    repository = pathlib.Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", script], cwd=repository, check=True)

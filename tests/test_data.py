@@ -1,10 +1,7 @@
-"""Data sets and batches; CIFAR is prepared from small archives made here."""
+"""Digits, splits and batches; and the real CIFAR-10, where it is."""
 
-import importlib.util
 import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -200,28 +197,6 @@ def test_unknown_name():
 def test_data_dir_must_exist(name, tmp_path):
     missing = str(tmp_path / "missing")
     assert f"{missing!r} does not exist" in fails(name, data_dir=missing)
-
-
-# Without TensorFlow
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is not None,
-    reason="TFDS imports TensorFlow where it is installed",
-)
-def test_needs_neither_tensorflow_nor_jax(prepared):
-    name, root, _, _ = prepared
-    script = f"""
-import sys
-from train import data
-assert "tensorflow_datasets" not in sys.modules  # slow, hence imported late
-assert "sklearn" not in sys.modules
-data.load("digits")
-data.load({name!r}, data_dir={str(root)!r})
-assert not {{"tensorflow", "jax"}} & set(sys.modules)
-"""
-    repository = pathlib.Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", script], cwd=repository, check=True)
 
 
 # The real thing

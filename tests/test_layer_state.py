@@ -67,7 +67,7 @@ class Net(nn.Module):
 def test_moments_are_handed_out_by_name(block):
     x = draw(4, 3)
     model = Net(block)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     for mutable in (True, DenyList("params"), DenyList(()), ["batch_stats"]):
         _, updates = model.apply(variables, x, mutable=mutable)
         assert "batch_moments" not in updates

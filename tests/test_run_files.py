@@ -12,7 +12,7 @@ import pytest
 from tensorboardX import record_writer
 
 from configs import digits
-from tests.test_tools import make_run
+from tests.helpers.made_runs import make_run
 from train import (
     UserError,
     cifar,

@@ -24,7 +24,8 @@ class Linen:
         self.layer = jaxbn.linen.BatchNorm(**options)
 
     def init(self, x, **call):
-        variables = self.layer.init(jax.random.key(0), x, False, **call)
+        init = functools.partial(self.layer.init, use_running_average=False)
+        variables = jax.jit(init)(jax.random.key(0), x, **call)
         return {**variables["params"], **variables["batch_stats"]}
 
     def __call__(self, state, x, *, train=True, **call):
