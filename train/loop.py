@@ -13,6 +13,7 @@ from train import (
     Stopped,
     UserError,
     data,
+    load,
     lock,
     processes,
     topology,
@@ -55,6 +56,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         with processes.together():
             if topology.is_main():
                 open_workdir(workdir, config)
+                load.record(workdir, prepared.dataset, prepared.recipe)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             return _train(config, workdir, prepared, checkpoints, started)
 
