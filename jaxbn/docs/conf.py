@@ -20,12 +20,30 @@ project = "jaxbn"
 author = "the authors of jaxbn"
 release = jaxbn.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
 # What tests run are the Python blocks of all *.md: the front page has none.
 source_suffix = {".rst": "restructuredtext", ".md": "markdown"}
 source_suffix[".myst"] = "markdown"
 html_theme = "sphinx_book_theme"
-html_title = "jaxbn"
+html_title = f"jaxbn {release}"
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
+html_theme_options = {
+    "home_page_in_toc": True,
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+}
+# Of a console block only the commands are copied.
+copybutton_prompt_text = r">>> |\$ "
+copybutton_prompt_is_regexp = True
 # Links from one page to a heading of another.
 myst_heading_anchors = 3
 
