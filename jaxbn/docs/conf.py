@@ -36,6 +36,7 @@ html_static_path = ["static"]
 html_css_files = ["tables.css"]
 html_theme_options = {
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # one search box is enough
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "use_download_button": False,
