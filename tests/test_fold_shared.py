@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxbn
 from jaxbn.fold import fold
 from tests.helpers.folding import (
     Dictated,
@@ -157,9 +156,7 @@ def test_what_only_lies_in_batch_stats_is_no_normalization():
             self.variable("batch_stats", "step", lambda: jnp.zeros((), int))
             gain = self.variable("batch_stats", "gain", jnp.ones, ())
             layer = nn.SpectralNorm(nn.Conv(5, (3, 3)), name="spectral")
-            x = nn.relu(
-                layer(gain.value * x, running=jaxbn.Running(mode="keep"))
-            )
+            x = nn.relu(layer(gain.value * x, update_stats=False))
             u, v = (
                 self.variable("batch_stats", f"own/{name}", jnp.ones, 5)
                 for name in ("u", "v")
@@ -180,7 +177,7 @@ def test_what_only_lies_in_batch_stats_is_no_normalization():
 def test_spectral_norm_itself_is_a_computed_kernel():
     def call(x):
         layer = nn.SpectralNorm(nn.Dense(3, name="layer"))
-        return norm()(layer(x, running=jaxbn.Running(mode="keep")))
+        return norm()(layer(x, update_stats=False))
 
     model, x = Dictated(call), normal(4, 3)
     with pytest.raises(ValueError) as info:

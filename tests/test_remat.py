@@ -190,10 +190,10 @@ def test_without_the_policy_statistics_are_sent_twice():
 
 
 def test_groups_gather_once():
-    want = on_devices(None, sharing=jaxbn.Scope(group_size=2)).sent
+    want = on_devices(None, group_size=2).sent
     policy = jaxbn.remat.policy()
     assert want["all-gather"] and want["all-reduce"]
-    assert on_devices(policy, sharing=jaxbn.Scope(group_size=2)).sent == want
+    assert on_devices(policy, group_size=2).sent == want
 
 
 def test_derivatives_of_every_kind():

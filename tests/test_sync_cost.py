@@ -152,7 +152,7 @@ def test_programs_that_do_not_fit():
             unsynchronized=over(norm(), P("data")),
             **LINK,
         )
-    groups = over(norm(sharing=jaxbn.Scope(group_size=4)), P("data"))
+    groups = over(norm(group_size=4), P("data"))
     with pytest.raises(ValueError, match="joins 4 devices, and devices=2"):
         sync_cost(groups, X, devices=2, **LINK)
 

@@ -113,7 +113,8 @@ def _stand_in(
 ) -> _StandIn | str | None:
     """Returns what becomes of a node; a string says why it is left out."""
     kind = type(layer)
-    overrides = rule.changes(getattr(layer, "sharing", Scope()))
+    sharing = layer.sharing if isinstance(layer, BatchNorm) else Scope()
+    overrides = rule.changes(sharing)
     make = rule.replacement(kind)
     if make is not None:
         return _replaced(layer, path, make, overrides)
