@@ -14,6 +14,8 @@ from jaxbn import _passes
 from jaxbn._reduction import Reduction
 from jaxbn.testing import float64_reference
 
+pytestmark = pytest.mark.optimized
+
 SHARE = _passes.LARGEST_SHIFT
 CHANNELS = 3
 
