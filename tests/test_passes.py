@@ -172,6 +172,12 @@ class ErrorTest(parameterized.TestCase):
         want = (x - x.mean(0, np.float64)) / x.std(0, dtype=np.float64)
         np.testing.assert_allclose(y, want, atol=1e-5)
 
+    def test_squares_about_the_shift_may_overflow(self):
+        """Those about the mean then count, if they do not."""
+        x = draw(512, CHANNELS, offset=1e3, scale=1e17)  # squares of 1e40
+        batch = on_devices()(x, np.zeros(CHANNELS, np.float32))
+        assert relative_error(batch.var, x) < 1e-5
+
     @parameterized.parameters(False, True)
     def test_of_counts_beyond_what_one_float_holds(self, uneven):
         counts = np.full(8, 4_000_001.0)
