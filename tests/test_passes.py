@@ -103,6 +103,11 @@ class PassesTest(parameterized.TestCase):
         x = np.broadcast_to(draw(1, CHANNELS, offset=3.0), (512, CHANNELS))
         assert passes(x, np.zeros(CHANNELS, np.float32), epsilon=1e-5)[0] == 2
 
+    def test_what_is_as_near_as_x_is_known_needs_no_second(self):
+        shift = np.full(CHANNELS, 3.0, np.float32)
+        x = np.full((512, CHANNELS), np.nextafter(np.float32(3), 4))
+        assert passes(x, shift)[0] == 1
+
     def test_nan_needs_no_second(self):
         x = draw(512, CHANNELS, offset=1e3)
         x[0] = np.nan
