@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._compat import axes_in_scope, is_bound
+from jaxbn._compat import axes_in_scope, is_bound, is_traced
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 Axes = int | Sequence[int]
@@ -237,7 +237,7 @@ def _check_global(name: Hashable, axis_name: AxisName) -> None:
 
 def is_known(value: float | jax.Array) -> bool:
     """Whether value can be checked now; a traced one passes every check."""
-    return not isinstance(value, jax.core.Tracer)
+    return not is_traced(value)
 
 
 def check_between(

@@ -12,7 +12,7 @@ from flax.linen import dtypes
 
 from jaxbn._call import Caller, caller, linen_options, the_batch
 from jaxbn._collect import collect_linen, nested, variable_of
-from jaxbn._compat import applied_mutable
+from jaxbn._compat.modules import applied_mutable
 from jaxbn._layer import Call, Layer
 from jaxbn._options import ExampleWeight, Limits, PerId, Prior, Running
 from jaxbn._running import RunningStats

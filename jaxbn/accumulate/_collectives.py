@@ -3,125 +3,78 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.accumulate._nodes import Program
+from jaxbn._compat.jaxprs import Equation, bind, bodies, named_axes, scopes
+from jaxbn._jaxpr import equations
+from jaxbn.accumulate._nodes import Site
 
 
-def named_axes(eqn: jex.JaxprEqn) -> tuple[Hashable, ...]:
-    """Returns the named axes that an equation communicates over."""
-    if eqn.primitive.name == "pvary":  # tells types something, no more
-        return ()
-    return _axes(eqn)
+def communicates(eqn: Equation, axis_name: Hashable) -> bool:
+    """Whether an equation itself is over the microbatches."""
+    # pvary tells types something, no more.
+    return eqn.primitive.name != "pvary" and axis_name in named_axes(eqn)
 
 
-def other_axes(program: Program, eqn: jex.JaxprEqn) -> tuple[Hashable, ...]:
-    """Returns the axes of an equation besides that of the microbatches."""
-    return tuple(a for a in _axes(eqn) if a != program.axis_name)
-
-
-def _axes(eqn: jex.JaxprEqn) -> tuple[Hashable, ...]:
-    axes = eqn.params.get("axes", eqn.params.get("axis_name", ()))
-    return axes if isinstance(axes, tuple) else (axes,)
-
-
-def inner_equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
-    """Returns all equations, those inside of others too."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jex.jaxprs_in_params(eqn.params):
-            yield from inner_equations(inner)
-
-
-def communicates_inside(program: Program, eqn: jex.JaxprEqn) -> bool:
+def communicates_inside(site: Site) -> bool:
     """Whether code that an equation holds is over the microbatches."""
     return any(
-        program.axis_name in named_axes(inner)
-        for jaxpr in jex.jaxprs_in_params(eqn.params)
-        for inner in inner_equations(jaxpr)
+        communicates(inner, site.program.axis_name)
+        for code in bodies(site.eqn)
+        for inner in equations(code)
     )
 
 
-def refuse(program: Program, eqn: jex.JaxprEqn) -> None:
+def refuse(site: Site) -> None:
     """Raises ValueError with the layer that stands where nothing can be cut."""
-    for jaxpr in jex.jaxprs_in_params(eqn.params):
-        for inner, scopes in _inner_scopes(jaxpr, _scopes(eqn)):
-            if program.axis_name in named_axes(inner):
-                of = f", of layer {'/'.join(scopes)!r}," if scopes else ""
-                raise ValueError(
-                    f"{inner.primitive.name} over {program.axis_name!r}{of} "
-                    f"stands inside {eqn.primitive.name}, which cannot be cut "
-                    "there. Write the loop or the branch in Python, or keep "
-                    "layers that synchronize out of it."
-                )
+    axis_name = site.program.axis_name
+    for inner, names in _with_scopes(site.eqn, ()):
+        if inner is not site.eqn and communicates(inner, axis_name):
+            of = f", of layer {'/'.join(names)!r}," if names else ""
+            raise ValueError(
+                f"{inner.primitive.name} over {axis_name!r}{of} stands inside "
+                f"{site.name}, which cannot be cut there. Write the loop or "
+                "the branch in Python, or keep layers that synchronize out of "
+                "it."
+            )
 
 
-def _inner_scopes(
-    jaxpr: jex.Jaxpr, scopes: tuple[str, ...]
-) -> Iterator[tuple[jex.JaxprEqn, tuple[str, ...]]]:
-    """Returns all equations, with the names of the modules they belong to."""
-    for eqn in jaxpr.eqns:
-        here = scopes + _scopes(eqn)
-        yield eqn, here
-        for inner in jex.jaxprs_in_params(eqn.params):
-            yield from _inner_scopes(inner, here)
+def _with_scopes(
+    eqn: Equation, outer: tuple[str, ...]
+) -> Iterator[tuple[Equation, tuple[str, ...]]]:
+    """Returns an equation and those inside, with the modules they belong to."""
+    names = outer + scopes(eqn)
+    yield eqn, names
+    for code in bodies(eqn):
+        for inner in code.eqns:
+            yield from _with_scopes(inner, names)
 
 
-def _scopes(eqn: jex.JaxprEqn) -> tuple[str, ...]:
-    # Names of jax.named_scope, as flax sets them; transformations wrap them.
-    found = str(eqn.source_info.name_stack).split("/")
-    names = (re.sub(r"^(\w+\()+|\)+$", "", name) for name in found)
-    return tuple(name for name in names if name)
-
-
-def bind(
-    primitive: jex.Primitive, params: dict[str, Any], *inputs: Any
-) -> list[Any]:
-    """Evaluates an equation."""
-    # Some versions of JAX return functions apart, some among the params.
-    bound = primitive.get_bind_params(params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    out = primitive.bind(*functions, *inputs, **params)
-    return list(out) if primitive.multiple_results else [out]
-
-
-def add_collective(
-    program: Program, eqn: jex.JaxprEqn, inputs: list[int], floor: int
-) -> list[int]:
+def add_collective(site: Site) -> list[int]:
     """Appends an equation over the microbatches; returns its outputs.
-
-    Args:
-      program: it grows.
-      eqn: the equation.
-      inputs: values it reads.
-      floor: the least level it may have.
 
     Raises:
       ValueError: a collective that does not run in lockstep.
     """
-    name, params = eqn.primitive.name, eqn.params
-    kinds = [var.aval for var in eqn.outvars]
-    grouped = params.get("axis_index_groups") is not None
-    rest = other_axes(program, eqn)
+    program, name, rest = site.program, site.name, site.other_axes
+    grouped = site.params.get("axis_index_groups") is not None
 
     def over_rest(x: jax.Array) -> list[jax.Array]:
         if not rest:
             return [x]
-        return bind(eqn.primitive, {**params, "axes": rest}, x)
+        return bind(site.eqn.primitive, {**site.params, "axes": rest}, x)
 
     def times_size(x: jax.Array) -> list[jax.Array]:
         return over_rest(x * np.asarray(program.size, x.dtype))
 
     if name == "axis_index":
         return [program.index]
-    ways = {
+    ways: dict[str, tuple[str, Any, Any]] = {
         "psum": ("sum", over_rest, times_size),
         "psum_invariant": ("sum", over_rest, times_size),
         "pmax": ("stack", lambda x: over_rest(jnp.max(x, 0)), over_rest),
@@ -129,36 +82,25 @@ def add_collective(
     }
     if name in ways and not grouped:
         collective, run, run_unstacked = ways[name]
-        if not program.stacked[inputs[0]]:
-            return program.add(name, run_unstacked, inputs, kinds, floor=floor)
-    elif name == "all_gather":
-        collective, run = "stack", functools.partial(_all_gather, program, eqn)
-    elif name == "reduce_scatter":
-        collective = "stack"
-        run = functools.partial(_reduce_scatter, program, eqn)
+        if not program.stacked[site.inputs[0]]:
+            return site.add(run_unstacked)
+    elif name in ("all_gather", "reduce_scatter"):
+        way = _all_gather if name == "all_gather" else _reduce_scatter
+        collective, run = "stack", functools.partial(way, site)
     else:
         raise ValueError(
             f"{name}{' with axis_index_groups' if grouped else ''} over "
             f"{program.axis_name!r} does not run in lockstep; psum, pmean, "
             "pmax, pmin, all_gather, psum_scatter and axis_index do."
         )
-    return program.add_collective(
-        name,
-        run,
-        inputs,
-        kinds,
-        collective=collective,
-        floor=floor,
-        stacked=[grouped or name == "reduce_scatter"],
-    )
+    stacked = [grouped or name == "reduce_scatter"]
+    return site.add(run, collective=collective, stacked=stacked)
 
 
-def _all_gather(
-    program: Program, eqn: jex.JaxprEqn, stack: jax.Array
-) -> list[jax.Array]:
-    axis, tiled = eqn.params["all_gather_dimension"], eqn.params["tiled"]
+def _all_gather(site: Site, stack: jax.Array) -> list[jax.Array]:
+    axis, tiled = site.params["all_gather_dimension"], site.params["tiled"]
     shape = stack.shape[1:]
-    everyone = _everyone(program, eqn, stack)
+    everyone = _everyone(site, stack)
 
     def place(members: jax.Array) -> jax.Array:
         placed = jnp.moveaxis(members, 0, axis)
@@ -166,18 +108,16 @@ def _all_gather(
             placed = placed.reshape(*shape[:axis], -1, *shape[axis + 1 :])
         return placed
 
-    if eqn.params["axis_index_groups"] is None:
+    if site.params["axis_index_groups"] is None:
         return [place(everyone)]
-    members, _ = _groups(program, eqn)
+    members, _ = _groups(site)
     return [jax.vmap(place)(everyone[members])]
 
 
-def _reduce_scatter(
-    program: Program, eqn: jex.JaxprEqn, stack: jax.Array
-) -> list[jax.Array]:
-    axis, tiled = eqn.params["scatter_dimension"], eqn.params["tiled"]
-    members, position = _groups(program, eqn)
-    totals = _everyone(program, eqn, stack)[members].sum(1)
+def _reduce_scatter(site: Site, stack: jax.Array) -> list[jax.Array]:
+    axis, tiled = site.params["scatter_dimension"], site.params["tiled"]
+    members, position = _groups(site)
+    totals = _everyone(site, stack)[members].sum(1)
 
     def own(total: jax.Array, position: jax.Array) -> jax.Array:
         pieces = members.shape[1]
@@ -190,12 +130,10 @@ def _reduce_scatter(
     return [jax.vmap(own)(totals, position)]
 
 
-def _everyone(
-    program: Program, eqn: jex.JaxprEqn, stack: jax.Array
-) -> jax.Array:
+def _everyone(site: Site, stack: jax.Array) -> jax.Array:
     """Gathers (microbatches, *shape) over the other axes too, (n, *shape)."""
-    rest = other_axes(program, eqn)
-    at = named_axes(eqn).index(program.axis_name)
+    program, rest = site.program, site.other_axes
+    at = named_axes(site.eqn).index(program.axis_name)
     shape = stack.shape[1:]
     sizes = [jax.lax.axis_size(name) for name in rest]
     everyone = jax.lax.all_gather(stack, rest) if rest else stack
@@ -203,17 +141,18 @@ def _everyone(
     return jnp.moveaxis(everyone, len(rest), at).reshape(-1, *shape)
 
 
-def _groups(program: Program, eqn: jex.JaxprEqn) -> tuple[jax.Array, jax.Array]:
+def _groups(site: Site) -> tuple[jax.Array, jax.Array]:
     """Returns for every microbatch here its group, and its place in it."""
     own: int | jax.Array = 0
     count = 1
-    for name in named_axes(eqn):
-        if name == program.axis_name:
-            index, size = jnp.arange(program.size), program.size
+    for name in named_axes(site.eqn):
+        if name == site.program.axis_name:
+            size = site.program.size
+            index = jnp.arange(size)
         else:
             index, size = jax.lax.axis_index(name), jax.lax.axis_size(name)
         own, count = own * size + index, count * size
-    groups = eqn.params["axis_index_groups"] or [range(count)]
+    groups = site.params["axis_index_groups"] or [range(count)]
     group_of = {i: group for group in groups for i in group}
     members = jnp.array([tuple(group_of[i]) for i in range(count)])
     position = jnp.array([group_of[i].index(i) for i in range(count)])

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
+
+from jaxbn._compat.jaxprs import Primitive, bind
 
 
 def convolve(
-    primitive: jex.Primitive, params: dict[str, Any], *inputs: jax.Array
+    primitive: Primitive, params: dict[str, Any], *inputs: jax.Array
 ) -> list[jax.Array]:
     """Evaluates a convolution, on CPUs with its axes in one order.
 
@@ -18,7 +19,7 @@ def convolve(
     loops: there the derivative with respect to a kernel takes 20 times longer.
     """
     if jax.default_backend() != "cpu":
-        return [primitive.bind(*inputs, **params)]
+        return bind(primitive, params, *inputs)
     given = params["dimension_numbers"]
     out_channels, in_channels, *space = given.rhs_spec
     images = _features_last(given.lhs_spec)
@@ -30,10 +31,11 @@ def convolve(
         last, (axes[-1], axes[-2], *axes[:-2]), last
     )
     lhs, rhs = inputs
-    out = primitive.bind(
+    (out,) = bind(
+        primitive,
+        {**params, "dimension_numbers": numbers},
         jax.lax.transpose(lhs, images),
         jax.lax.transpose(rhs, kernel),
-        **{**params, "dimension_numbers": numbers},
     )
     return [jax.lax.transpose(out, [order.index(axis) for axis in axes])]
 

@@ -8,11 +8,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from jaxbn._compat import vary_over, varying_axes, varying_axes_of_type
+from jaxbn._compat import (
+    explicit_spec,
+    vary_over,
+    varying_axes,
+    varying_axes_of_type,
+)
+from jaxbn.accumulate._nodes import Program
+from jaxbn.accumulate._plan import Segment
 
-Values = dict[Any, Any]
+Values = dict[int, Any]
 
 
 class Stack(NamedTuple):
@@ -60,78 +67,58 @@ class Inputs(NamedTuple):
         ]
 
 
-class Job(NamedTuple):
-    """What to do for every microbatch.
-
-    body: takes the number of a microbatch and its values of what is read;
-      returns (what to sum, what to keep).
-    reads: stacks.
-    sums: types of what to sum.
-    keeps: types of what to keep.
-    places: something to keep -> one of reads that nobody needs afterwards, in
-      whose place it is written.
-    """
-
-    body: Callable[[jax.Array, Values], tuple[Values, Values]]
-    reads: Mapping[Any, Stack]
-    sums: Mapping[Any, Any]
-    keeps: Mapping[Any, Any]
-    places: Mapping[Any, Any] = {}  # noqa: RUF012
-
-
 def loop(
-    job: Job,
+    program: Program,
+    segment: Segment,
+    body: Callable[[jax.Array, Values], Values],
+    stacks: Mapping[int, Stack],
     token: jax.Array,
-    *,
-    size: int,
-    axis_name: Hashable,
-) -> tuple[Values, dict[Any, Stack], jax.Array]:
-    """Runs one microbatch after the other.
+) -> tuple[Values, dict[int, Stack], jax.Array]:
+    """Runs a segment, one microbatch after the other.
 
     Args:
-      job: what to do.
+      program: what the segment is of.
+      segment: says what is read, summed and kept.
+      body: takes the number of a microbatch and its values of what is read;
+        returns its values of what is summed and kept.
+      stacks: what is read.
       token: an integer; known when everything is done that comes before.
-      size: number of microbatches.
-      axis_name: their axis, which types may name; the results do not.
 
     Returns:
       (sums, what was kept, token).
     """
-    totals = {
-        key: _zeros(kind, (), axis_name, token)
-        for key, kind in job.sums.items()
-    }
+    size, kinds, places = program.size, program.kinds, segment.places
+    zeros = functools.partial(_zeros, axis_name=program.axis_name, token=token)
+    totals = {i: zeros(kinds[i], ()) for i in segment.sums}
     kept = {
-        key: job.reads[job.places[key]].array
-        if key in job.places
-        else _zeros(kind, (size,), axis_name, token)
-        for key, kind in job.keeps.items()
+        i: stacks[places[i]].array if i in places else zeros(kinds[i], (size,))
+        for i in segment.keeps
     }
     # What takes the place of something read is written a microbatch later, so
     # that all that is read comes after what is written. Else compilers copy the
     # stack for every microbatch.
     late = {
-        key: Stack(kept[key]).at(_zero_after(token, varying_axes(kept[key])))
-        for key in job.places
+        i: Stack(kept[i]).at(_zero_after(token, varying_axes(kept[i])))
+        for i in places
     }
 
     def step(index: jax.Array, state: Any) -> Any:
         totals, kept, late = state
         index = index.astype(jnp.int32)
         kept = {**kept, **_written(kept, late, jnp.maximum(index - 1, 0))}
-        reads = dict(job.reads)
-        for key, old in job.places.items():
-            reads[old] = Stack(kept[key])
-        values = {key: stack.at(index) for key, stack in reads.items()}
-        more, new = job.body(index, values)
-        totals = {key: totals[key] + more[key] for key in totals}
-        late = {key: new.pop(key) for key in late}
-        return totals, {**kept, **_written(kept, new, index)}, late
+        written = {old: Stack(kept[i]) for i, old in places.items()}
+        reads = {i: stacks[i] for i in segment.reads if i != program.index}
+        reads |= written
+        new = body(index, {i: stack.at(index) for i, stack in reads.items()})
+        totals = {i: totals[i] + new[i] for i in totals}
+        now = {i: new[i] for i in kept if i not in places}
+        kept = {**kept, **_written(kept, now, index)}
+        return totals, kept, {i: new[i] for i in places}
 
     totals, kept, late = jax.lax.fori_loop(0, size, step, (totals, kept, late))
     kept.update(_written(kept, late, size - 1))
-    stacks = {key: Stack(array) for key, array in kept.items()}
-    return totals, stacks, _known_after(totals, kept)
+    found = {i: Stack(array) for i, array in kept.items()}
+    return totals, found, _known_after(totals, kept)
 
 
 def _written(stacks: Values, values: Values, index: int | jax.Array) -> Values:
@@ -156,7 +143,7 @@ def _zeros(
     if not _is_plain(kind.dtype):
         return vary_over(jnp.zeros(shape, kind.dtype), over)
     zero = _zero_after(token, over)
-    spec = _explicit_spec(kind)
+    spec = explicit_spec(kind)
     array = jax.lax.broadcast(
         zero.astype(kind.dtype),
         shape,
@@ -170,22 +157,12 @@ def _is_plain(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_))
 
 
-def _explicit_spec(kind: Any) -> PartitionSpec | None:
-    """Returns how a type says that its values are sharded, if it does."""
-    sharding: Any = getattr(kind, "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is None or AxisType.Explicit not in mesh.axis_types:
-        return None
-    spec: PartitionSpec = sharding.spec
-    return spec
-
-
 def _known_after(totals: Values, kept: Values) -> jax.Array:
     """Returns an integer that is known once the arrays are."""
     # All come out of one loop, so any will do. Sums are small, and the same on
     # all devices.
     for array in (*totals.values(), *kept.values()):
-        sharded = any(_explicit_spec(jax.typeof(array)) or ())
+        sharded = any(explicit_spec(jax.typeof(array)) or ())
         if array.size and _is_plain(array.dtype) and not sharded:
             token: jax.Array = array[(0,) * array.ndim] != 0
             return token.astype(jnp.int32)

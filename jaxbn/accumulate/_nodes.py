@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxbn._compat.jaxprs import Equation, named_axes
 
 Run = Callable[..., Sequence[Any]]
 
@@ -23,7 +25,6 @@ class Node:
     l - 1 and l. A node can run in the segment of its level and in later ones.
     """
 
-    name: str
     run: Run
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -85,71 +86,56 @@ class Program:
 
     def add(
         self,
-        name: str,
         run: Run,
         inputs: Sequence[int],
         kinds: Sequence[Any],
         *,
         cheap: bool = False,
         floor: int = 0,
+        collective: str | None = None,
+        stacked: Sequence[bool] | None = None,
     ) -> list[int]:
-        """Appends a node of at least level floor; returns its outputs."""
-        stacked = any(self.stacked[i] for i in inputs)
+        """Appends a node of at least level floor; returns its outputs.
+
+        Args:
+          run: values of the inputs -> values of the outputs.
+          inputs: numbers of values.
+          kinds: types of the outputs.
+          cheap: see Node.
+          floor: the least level it may have.
+          collective: see Node.
+          stacked: which outputs of a collective differ between microbatches;
+            None: no one.
+        """
         level = max([floor, *(self.levels[i] for i in inputs)])
-        outputs = [self.value(kind, stacked, level) for kind in kinds]
-        if cheap and not stacked:
+        if collective:
+            differs, after = True, level + 1
+            own = stacked or [False] * len(kinds)
+        else:
+            differs, after = any(self.stacked[i] for i in inputs), level
+            own = [differs] * len(kinds)
+        outputs = [self.value(kind, s, after) for kind, s in zip(kinds, own)]
+        if cheap and not differs:
             read = max([self.kinds[i].size for i in inputs], default=0)
             grows = any(kind.size > max(read, 1) for kind in kinds)
             if grows or not self.inline.isdisjoint(inputs):
                 self.inline.update(outputs)
-        return self._append(
-            Node(
-                name,
-                run,
-                tuple(inputs),
-                tuple(outputs),
-                stacked,
-                level,
-                cheap,
-            )
+        node = Node(
+            run,
+            tuple(inputs),
+            tuple(outputs),
+            differs,
+            level,
+            cheap,
+            collective,
         )
-
-    def add_collective(
-        self,
-        name: str,
-        run: Run,
-        inputs: Sequence[int],
-        kinds: Sequence[Any],
-        *,
-        collective: str,
-        floor: int = 0,
-        stacked: Sequence[bool] | None = None,
-    ) -> list[int]:
-        """Appends a node over all microbatches; returns its outputs.
-
-        stacked says which of them differ between microbatches; None: no one.
-        """
-        level = max([floor, *(self.levels[i] for i in inputs)])
-        outputs = [
-            self.value(kind, own, level + 1)
-            for kind, own in zip(kinds, stacked or [False] * len(kinds))
-        ]
-        return self._append(
-            Node(
-                name,
-                run,
-                tuple(inputs),
-                tuple(outputs),
-                True,
-                level,
-                False,
-                collective,
-            )
-        )
+        self.nodes.append(node)
+        self.maker.update(dict.fromkeys(outputs, node))
+        return outputs
 
     def add_stack(self, rows: list[int], kind: Any) -> int:
         """Appends a value whose rows, along a new first axis, are others."""
-        (number,) = self.add("stack", _stack, rows, [kind])
+        (number,) = self.add(_stack, rows, [kind])
         self.rows[number] = rows
         return number
 
@@ -161,8 +147,7 @@ class Program:
             # Row by row, so that none waits for the last in all microbatches.
             means = [self.add_mean(row) for row in self.rows[number]]
             return self.add_stack(means, self.kinds[number])
-        (mean,) = self.add_collective(
-            "mean",
+        (mean,) = self.add(
             lambda total: [total / self.size],
             [number],
             [self.kinds[number]],
@@ -176,10 +161,35 @@ class Program:
         size: int = kind.size * kind.dtype.itemsize
         return size
 
-    def _append(self, node: Node) -> list[int]:
-        self.nodes.append(node)
-        self.maker.update(dict.fromkeys(node.outputs, node))
-        return list(node.outputs)
+
+class Site(NamedTuple):
+    """An equation, and where in a program it stands."""
+
+    program: Program
+    eqn: Equation
+    inputs: Sequence[int]  # values that it reads
+    floor: int  # the least level its nodes may have
+
+    @property
+    def name(self) -> str:
+        return str(self.eqn.primitive.name)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.eqn.params
+
+    @property
+    def other_axes(self) -> tuple[Hashable, ...]:
+        """The axes it mentions besides that of the microbatches."""
+        own = self.program.axis_name
+        return tuple(axis for axis in named_axes(self.eqn) if axis != own)
+
+    def add(self, run: Run, **options: Any) -> list[int]:
+        """Appends it as one node; see `Program.add`."""
+        kinds = [var.aval for var in self.eqn.outvars]
+        return self.program.add(
+            run, self.inputs, kinds, floor=self.floor, **options
+        )
 
 
 def _stack(*rows: jax.Array) -> list[jax.Array]:

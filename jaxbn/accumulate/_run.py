@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn.accumulate._loop import Job, Stack, loop
+from jaxbn.accumulate._loop import Stack, loop
 from jaxbn.accumulate._nodes import Node, Program
 from jaxbn.accumulate._plan import Segment, plan
 
@@ -25,101 +25,90 @@ def evaluate(
     Returns:
       The results.
     """
-    shared = dict(program.constants)
-    stacks: dict[int, Stack] = {}
-    for number, value in zip(program.inputs, values):
-        if isinstance(value, Stack):
-            stacks[number] = value
-        else:
-            shared[number] = value
-    token = jnp.int32(0)
+    state = _State(program, values)
     for segment in plan(program):
-        for node in segment.shared:
-            _evaluate(node, shared, shared)
-        totals, token = _run_segment(program, segment, shared, stacks, token)
-        for node in segment.ends:
-            operands: list[Any] = [
-                totals[i]
-                if node.collective == "sum"
-                else _together(program, i, shared, stacks)
-                if node.collective == "stack"
-                else _stack_or_one(program, i, shared, stacks)
-                for i in node.inputs
-            ]
-            for out, result in zip(node.outputs, node.run(*operands)):
-                if program.stacked[out]:
-                    stacks[out] = Stack(result)
-                else:
-                    shared[out] = result
+        state.run(segment)
     return [
-        _together(program, i, shared, stacks)
-        if program.stacked[i]
-        else shared[i]
+        state.stack(i).together() if program.stacked[i] else state.shared[i]
         for i in program.outputs
     ]
 
 
-def _evaluate(
-    node: Node, known: dict[int, Any], shared: dict[int, Any]
-) -> None:
-    inputs = (known[i] if i in known else shared[i] for i in node.inputs)
-    known.update(zip(node.outputs, node.run(*inputs)))
+class _State:
+    """What is known of a program that runs.
 
+    Attributes:
+      shared: values that all microbatches share, by number.
+      stacks: values of all microbatches, by number.
+      token: known when everything is done that came before.
+    """
 
-def _together(
-    program: Program,
-    value: int,
-    shared: dict[int, Any],
-    stacks: dict[int, Stack],
-) -> jax.Array:
-    """Returns a value of all microbatches along a new first axis."""
-    if value == program.index:
-        return jnp.arange(program.size, dtype=jnp.int32)
-    if value in stacks:
-        return stacks[value].together()
-    one = jnp.asarray(shared[value])
-    return jnp.broadcast_to(one, (program.size, *one.shape))
+    def __init__(
+        self, program: Program, values: Sequence[jax.Array | Stack]
+    ) -> None:
+        self._program = program
+        self.shared: dict[int, Any] = dict(program.constants)
+        self.stacks: dict[int, Stack] = {}
+        for number, value in zip(program.inputs, values):
+            self._keep(number, value)
+        self.token = jnp.int32(0)
 
+    def _keep(self, number: int, value: Any) -> None:
+        if isinstance(value, Stack):
+            self.stacks[number] = value
+        else:
+            self.shared[number] = value
 
-def _stack_or_one(
-    program: Program,
-    value: int,
-    shared: dict[int, Any],
-    stacks: dict[int, Stack],
-) -> jax.Array | Stack:
-    if value == program.index:
-        return Stack(_together(program, value, shared, stacks))
-    return stacks[value] if program.stacked[value] else shared[value]
+    def stack(self, number: int) -> Stack:
+        """Returns a value of all microbatches, shared or not."""
+        size = self._program.size
+        if number in self.stacks:
+            return self.stacks[number]
+        if number == self._program.index:
+            return Stack(jnp.arange(size, dtype=jnp.int32))
+        one = jnp.asarray(self.shared[number])
+        return Stack(jnp.broadcast_to(one, (size, *one.shape)))
 
+    def run(self, segment: Segment) -> None:
+        stacked = self._program.stacked
+        for node in segment.shared:
+            self._evaluate(node, self.shared)
+        totals = self._run_microbatches(segment)
+        for node in segment.ends:
+            operands: list[Any] = [
+                totals[i]
+                if node.collective == "sum"
+                else self.stack(i).together()
+                if node.collective == "stack"
+                # Of branches.
+                else self.stack(i)
+                if stacked[i]
+                else self.shared[i]
+                for i in node.inputs
+            ]
+            for out, result in zip(node.outputs, node.run(*operands)):
+                self._keep(out, Stack(result) if stacked[out] else result)
 
-def _run_segment(
-    program: Program,
-    segment: Segment,
-    shared: dict[int, Any],
-    stacks: dict[int, Stack],
-    token: jax.Array,
-) -> tuple[dict[int, jax.Array], jax.Array]:
-    """Returns the sums of a segment; what it keeps is added to stacks."""
-    if not (segment.nodes or segment.sums or segment.keeps):
-        return {}, token
+    def _evaluate(self, node: Node, known: dict[int, Any]) -> None:
+        inputs = (
+            known[i] if i in known else self.shared[i] for i in node.inputs
+        )
+        known.update(zip(node.outputs, node.run(*inputs)))
 
-    def body(index: jax.Array, values: dict[int, Any]) -> tuple[Any, Any]:
-        known = {**values, program.index: index}
-        for node in segment.nodes:
-            _evaluate(node, known, shared)
-        sums = {i: known[i] for i in segment.sums}
-        return sums, {i: known[i] for i in segment.keeps}
+    def _run_microbatches(self, segment: Segment) -> dict[int, jax.Array]:
+        """Returns the sums of a segment; what it keeps is added to stacks."""
+        if not (segment.nodes or segment.sums or segment.keeps):
+            return {}
+        program = self._program
 
-    kinds = program.kinds
-    job = Job(
-        body,
-        reads={i: stacks[i] for i in segment.reads if i != program.index},
-        sums={i: kinds[i] for i in segment.sums},
-        keeps={i: kinds[i] for i in segment.keeps},
-        places=segment.places,
-    )
-    totals, kept, token = loop(
-        job, token, size=program.size, axis_name=program.axis_name
-    )
-    stacks.update(kept)
-    return totals, token
+        def body(index: jax.Array, values: dict[int, Any]) -> dict[int, Any]:
+            known = {**values, program.index: index}
+            for node in segment.nodes:
+                self._evaluate(node, known)
+            return known
+
+        totals, kept, self.token = loop(
+            program, segment, body, self.stacks, self.token
+        )
+        self.stacks.update(kept)
+        return totals

@@ -7,46 +7,50 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import numpy as np
 
 from jaxbn._collectives import lockstep
-from jaxbn._compat import types_say_varying, vary_over, varying_axes
-from jaxbn.accumulate._branches import add_branches
+from jaxbn._compat import (
+    mesh_with_axis,
+    types_say_varying,
+    vary_over,
+    varying_axes,
+)
+from jaxbn._compat.jaxprs import Equation, bind, is_literal
+from jaxbn._jaxpr import (
+    ELEMENTWISE,
+    MOVES,
+    REBUILT,
+    called,
+    interpret,
+    rebuild,
+)
 from jaxbn.accumulate._collectives import (
     add_collective,
-    bind,
+    communicates,
     communicates_inside,
-    named_axes,
-    other_axes,
     refuse,
 )
+from jaxbn.accumulate._control_flow import add_branches, add_scan
 from jaxbn.accumulate._convolutions import convolve
 from jaxbn.accumulate._loop import Inputs
-from jaxbn.accumulate._nodes import Program
-from jaxbn.accumulate._rebuild import REBUILD
-from jaxbn.accumulate._scans import add_scan
+from jaxbn.accumulate._nodes import Program, Site
+from jaxbn.accumulate._run import evaluate
 
-# Equations that only wrap the ones that count.
-_CALL_NAMES = (
-    "call checkpoint closed_call core_call custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr jit pjit remat remat2"
-)
 # One pass at most over what they read. What is not named here runs once.
 _CHEAP_NAMES = (
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh "
-    "bitcast_convert_type broadcast_in_dim cbrt ceil clamp complex concatenate "
-    "conj convert_element_type copy copy_p cos cosh div eq erf erf_inv erfc "
-    "exp exp2 expand_dims expm1 floor ge gt imag integer_pow iota is_finite le "
-    "log log1p logistic lt max min mul ne neg nextafter not or pad "
-    "population_count pow random_bits random_clone random_fold_in random_seed "
-    "random_split random_unwrap random_wrap real reduce_precision rem reshape "
-    "rev round rsqrt select_n shift_left shift_right_arithmetic "
-    "shift_right_logical sign sin sinh slice split sqrt square squeeze stack "
-    "stop_gradient sub tan tanh threefry2x32 transpose xor"
+    "acos acosh add_any and asin asinh atan atan2 atanh bitcast_convert_type "
+    "ceil complex concatenate conj copy_p cos cosh eq erf erf_inv erfc floor "
+    "ge gt imag iota is_finite le lt ne nextafter not or pad population_count "
+    "random_bits random_clone random_fold_in random_seed random_split "
+    "random_unwrap random_wrap real reduce_precision rem round shift_left "
+    "shift_right_arithmetic shift_right_logical sin sinh slice split stack tan "
+    "threefry2x32 xor"
 )
-_CALLS = frozenset(_CALL_NAMES.split())
-_CHEAP = frozenset(_CHEAP_NAMES.split())
+# Another sharding is not for the memory of one device alone.
+_CHEAP = (ELEMENTWISE | MOVES | {*_CHEAP_NAMES.split()}) - {
+    "sharding_constraint"
+}
 
 
 def trace(fn: Callable[..., Any], inputs: Inputs) -> tuple[Program, Any]:
@@ -77,9 +81,7 @@ def trace(fn: Callable[..., Any], inputs: Inputs) -> tuple[Program, Any]:
         program.value(var.aval, stacked)
         for var, stacked in zip(closed.jaxpr.invars, inputs.stacked())
     ]
-    program.outputs = _inline(
-        program, closed.jaxpr, closed.consts, program.inputs, 0
-    )
+    program.outputs = _inline(program, closed, program.inputs, 0)
     return program, jax.tree.structure(shapes)
 
 
@@ -91,14 +93,7 @@ def _trace_typed(
     There a collective wants its axis in the mesh. The mesh with this axis is
     never run on; every equation is evaluated on the real one, without it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     axis = {inputs.axis_name}
-    names: Any = (*mesh.axis_names, *axis)
-    wider = jax.sharding.AbstractMesh(
-        (*mesh.axis_sizes, inputs.size),
-        names,
-        axis_types=(*mesh.axis_types, jax.sharding.AxisType.Manual),
-    )
     examples = inputs.of(0)
     over = [
         varying_axes(example) | (axis if stacked else set())
@@ -109,96 +104,72 @@ def _trace_typed(
         return fn(*map(vary_over, plain, over))
 
     plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in examples]
-    nothing = jax.sharding.AbstractMesh((), ())
-    use = jax.sharding.use_abstract_mesh
-    # A mesh may not replace one of another size, but nothing may, and it
-    # nothing.
-    try:
-        with use(nothing), use(wider):
-            return make(typed)(*plain)
-    except ValueError as error:
-        if "context mesh" not in str(error):
-            raise
-        raise ValueError(
-            "Under shard_map with check_vma=True a function in lockstep cannot "
-            "read arrays of the function around it: pass them as arguments."
-        ) from error
+    closed_over = (
+        "Under shard_map with check_vma=True a function in lockstep cannot "
+        "read arrays of the function around it: pass them as arguments."
+    )
+    with mesh_with_axis(inputs.axis_name, inputs.size, closed_over=closed_over):
+        return make(typed)(*plain)
 
 
 def _inline(
-    program: Program,
-    jaxpr: jex.Jaxpr,
-    consts: Sequence[Any],
-    inputs: Sequence[int],
-    floor: int,
+    program: Program, code: Any, inputs: Sequence[int], floor: int
 ) -> list[int]:
     """Appends all equations, of at least level floor; returns the outputs."""
-    numbers = dict(zip(jaxpr.invars, inputs))
-    for var, array in zip(jaxpr.constvars, consts):
-        numbers[var] = program.constant(array, var.aval)
 
-    def read(atom: Any) -> int:
-        if isinstance(atom, jex.Literal):
+    def equation(eqn: Equation, given: list[int]) -> list[int]:
+        return _equation(Site(program, eqn, given, floor))
+
+    def constant(atom: Any, array: Any) -> int:
+        if is_literal(atom):
             # Plain: what JAX keeps remembers the mesh it was traced on.
-            kind: Any = atom.aval
-            plain = np.asarray(atom.val, kind.dtype)
-            return program.constant(plain, kind)
-        return numbers[atom]
+            array = np.asarray(array, atom.aval.dtype)
+        return program.constant(array, atom.aval)
 
-    for eqn in jaxpr.eqns:
-        outputs = _equation(program, eqn, [read(a) for a in eqn.invars], floor)
-        numbers.update(zip(eqn.outvars, outputs))
-    return [read(atom) for atom in jaxpr.outvars]
+    return interpret(code, inputs, equation, constant)
 
 
-def _equation(
-    program: Program, eqn: jex.JaxprEqn, inputs: list[int], floor: int
-) -> list[int]:
-    name, params = eqn.primitive.name, eqn.params
-    kinds = [var.aval for var in eqn.outvars]
-    if name in _CALLS:
+def _equation(site: Site) -> list[int]:
+    program, eqn, inputs, floor = site
+    name, params = site.name, site.params
+    body = called(eqn)
+    if body is not None:
         if params.get("differentiated"):
             # jax.checkpoint: to be recomputed once the cotangent is there,
             # not kept since the first time.
             floor = max([floor, *(program.levels[i] for i in inputs)])
             if params.get("prevent_cse"):
                 inputs = _add_barriers(program, inputs, floor)
-        return _inline(program, *_body(eqn), inputs, floor)
+        return _inline(program, body, inputs, floor)
     if name == "name":  # a label for policies of jax.checkpoint
-        return inputs
+        return list(inputs)
     if name == "optimization_barrier":
         return _add_barriers(program, inputs, floor)
     if name == "pvary":
-        rest = other_axes(program, eqn)
+        rest = site.other_axes
         if not rest:
-            return inputs
-        run = functools.partial(_vary, rest)
-        return program.add(name, run, inputs, kinds, cheap=True, floor=floor)
-    if program.axis_name in named_axes(eqn):
-        return add_collective(program, eqn, inputs, floor)
-    if communicates_inside(program, eqn):
+            return list(inputs)
+        return site.add(functools.partial(_vary, rest), cheap=True)
+    if communicates(eqn, program.axis_name):
+        return add_collective(site)
+    if communicates_inside(site):
         if name == "cond" and not program.stacked[inputs[0]]:
-            return add_branches(program, eqn, inputs, floor, _inline)
+            return add_branches(site, _inline)
         if name == "scan":
-            return add_scan(program, eqn, inputs, floor, _inline)
-        refuse(program, eqn)
+            return add_scan(site, _inline)
+        refuse(site)
+    run: Callable[..., list[Any]]
     if name == "conv_general_dilated":
         run = functools.partial(convolve, eqn.primitive, params)
-    elif name in REBUILD and types_say_varying():
+    elif name in REBUILT and types_say_varying():
         # Types inside of it name the axis; see _trace_typed.
-        evaluate = functools.partial(_evaluate, program)
-        run = functools.partial(REBUILD[name], evaluate, params)
+        run = functools.partial(
+            rebuild, eqn, functools.partial(_evaluate, program)
+        )
     else:
         params = _on_real_mesh(program, params)
         run = functools.partial(bind, eqn.primitive, params)
-    return program.add(
-        name,
-        run,
-        inputs,
-        kinds,
-        cheap=name in _CHEAP,
-        floor=floor,
-    )
+    return site.add(run, cheap=name in _CHEAP)
 
 
 def _on_real_mesh(program: Program, params: dict[str, Any]) -> dict[str, Any]:
@@ -217,17 +188,8 @@ def _add_barriers(
     program: Program, inputs: Sequence[int], floor: int
 ) -> list[int]:
     """Appends a barrier for each value, so that what is shared stays shared."""
-    return [
-        program.add(
-            "optimization_barrier",
-            _barrier,
-            [i],
-            [program.kinds[i]],
-            cheap=True,
-            floor=floor,
-        )[0]
-        for i in inputs
-    ]
+    add = functools.partial(program.add, _barrier, cheap=True, floor=floor)
+    return [out for i in inputs for out in add([i], [program.kinds[i]])]
 
 
 def _barrier(x: jax.Array) -> list[jax.Array]:
@@ -238,23 +200,9 @@ def _vary(over: tuple[Hashable, ...], x: jax.Array) -> list[jax.Array]:
     return [vary_over(x, over)]
 
 
-def _body(eqn: jex.JaxprEqn) -> tuple[jex.Jaxpr, Sequence[Any]]:
-    core: Any = jex  # types of some versions leave this class out
-    for value in eqn.params.values():
-        if isinstance(value, core.ClosedJaxpr):
-            return value.jaxpr, value.consts
-        if isinstance(value, jex.Jaxpr):
-            return value, ()
-    raise ValueError(f"{eqn.primitive.name} holds no code to run in lockstep.")
-
-
-def _evaluate(program: Program, closed: Any, *inputs: Any) -> list[Any]:
+def _evaluate(program: Program, code: Any, *inputs: Any) -> list[Any]:
     """Evaluates code whose types name the axis of the microbatches."""
     inner = Program(program.axis_name, program.size)
-    numbers = [inner.value(var.aval, False) for var in closed.jaxpr.invars]
-    outputs = _inline(inner, closed.jaxpr, closed.consts, numbers, 0)
-    known = {**inner.constants, **dict(zip(numbers, inputs))}
-    for node in inner.nodes:
-        out = node.run(*(known[i] for i in node.inputs))
-        known.update(zip(node.outputs, out))
-    return [known[i] for i in outputs]
+    inner.inputs = [inner.value(jax.typeof(x), False) for x in inputs]
+    inner.outputs = _inline(inner, code, inner.inputs, 0)
+    return evaluate(inner, inputs)

@@ -49,8 +49,3 @@ def variables_of(layer: nn.Module, collection: str) -> dict[str, Any]:
         for name, value in held.items()
         if not isinstance(value, Mapping)
     }
-
-
-def unwrapped_call(cls: type[nn.Module]) -> Any:
-    """Returns `__call__` without what flax does around a method."""
-    return getattr(cls.__call__, "__wrapped__", cls.__call__)

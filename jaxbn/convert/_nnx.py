@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn import linen
+from jaxbn._compat.modules import become
 from jaxbn._scope import Scope
 from jaxbn.convert import _copies_nnx
 from jaxbn.convert._checks import (
@@ -85,11 +86,7 @@ def exchange(
             if isinstance(value, nn.Module) and convert_linen is not None:
                 bridges.append((node, key, convert_linen(value)))
     for node, (cls, attributes) in layers:
-        # The object stays, and with it whatever refers to it: lists, tuples,
-        # several owners, cycles.
-        node.__class__ = cls
-        vars(node).clear()
-        vars(node).update(attributes)
+        become(node, cls, attributes)
     for node, key, module in bridges:
         vars(node)[key] = module
     return left

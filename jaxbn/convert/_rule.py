@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 
 from jaxbn._collect import NAME as COLLECTED
+from jaxbn._compat.modules import (
+    beside,
+    detached,
+    unwrapped_call,
+    with_class,
+)
 from jaxbn._scope import Scope
 from jaxbn.convert import _copies
 from jaxbn.convert._checks import refuse, spell_class, subclass_of
@@ -19,7 +23,6 @@ from jaxbn.convert._layers import (
     SHARED,
     fields_of,
     layer_path,
-    unwrapped_call,
     variables_of,
     written_class,
 )
@@ -163,17 +166,6 @@ class Rule:
         return {**fields, **self.changes(fields["sharing"])}
 
 
-@contextlib.contextmanager
-def detached() -> Iterator[None]:
-    """Modules made inside do not become parts of the one that is running."""
-    stack: list[Any] = nn.module._context.module_stack
-    stack.append(None)
-    try:
-        yield
-    finally:
-        stack.pop()
-
-
 def run(layer: nn.Module, stand_in: StandIn) -> Any:
     """Runs what stands in for a bound layer, on the layer's variables."""
     cls, fields, args, kwargs = stand_in
@@ -185,19 +177,12 @@ def run(layer: nn.Module, stand_in: StandIn) -> Any:
                 f"{layer_path(layer)} is called with {name}, which "
                 f"{spell_class(cls)} does not take."
             )
-    twin: Any
     kind = written_class(layer)
     if kind in (nn.BatchNorm, BatchNorm) or issubclass(kind, cls):
-        # The same bound module under another class: scope, random keys and
-        # what flax keeps of the running call stay.
-        twin = object.__new__(cls)
-        vars(twin).update(vars(layer), **fields)
+        twin = with_class(layer, cls, fields)
     else:
         _check_variables(layer, cls)
-        # Beside the layer, which has taken the names if it has run.
-        scope: Any = layer.scope
-        twin = cls(**fields, parent=scope.rewound(), name=layer.name)
-        twin._state.in_compact_method = True
+        twin = beside(layer, cls, fields)
     # The unwrapped method, because this call has been announced, captured and
     # tabulated as the layer's own.
     return unwrapped_call(cls)(twin, *args, **kwargs)

@@ -12,12 +12,18 @@ from typing import Any
 import flax.linen as nn
 from flax import nnx
 
+from jaxbn._compat.modules import (
+    fields_and_parts,
+    flagged,
+    shares_scope,
+    unwrapped_call,
+    with_class,
+)
 from jaxbn.convert import _nnx
 from jaxbn.convert._checks import owned_statistics, refuse_left
 from jaxbn.convert._layers import (
     fields_of,
     layer_path,
-    unwrapped_call,
     variables_of,
     written_class,
 )
@@ -113,8 +119,9 @@ def activated(rule: Rule, *modules: Any) -> Iterator[None]:
         refuse_left(record.left)
 
 
-@contextlib.contextmanager
-def _flagged(rule: Rule, modules: Any) -> Iterator[None]:
+def _flagged(
+    rule: Rule, modules: Any
+) -> contextlib.AbstractContextManager[None]:
     """Marks the scopes of modules, and those that are made in them.
 
     nn.jit keeps what it has traced, by the flags of the scope among others, so
@@ -122,14 +129,7 @@ def _flagged(rule: Rule, modules: Any) -> Iterator[None]:
     """
     scopes: dict[int, Any] = {}
     _find_scopes(modules, scopes, set())
-    before = [(scope, scope.flags) for scope in scopes.values()]
-    for scope, flags in before:
-        scope.flags = {**flags, _FLAG: hash(rule)}
-    try:
-        yield
-    finally:
-        for scope, flags in before:
-            scope.flags = flags
+    return flagged(scopes.values(), {_FLAG: hash(rule)})
 
 
 def _find_scopes(value: Any, found: dict[int, Any], seen: set[int]) -> None:
@@ -140,11 +140,7 @@ def _find_scopes(value: Any, found: dict[int, Any], seen: set[int]) -> None:
     if isinstance(value, nn.Module):
         if value.scope is not None:
             found[id(value.scope)] = value.scope
-            below = [
-                part
-                for name, part in vars(value).items()
-                if name not in ("scope", "_state", "_parent_ref")
-            ]
+            below = fields_and_parts(value)
     elif isinstance(value, Mapping):
         below = value.values()
     elif isinstance(value, (tuple, list)):
@@ -224,9 +220,8 @@ def _note(
 ) -> None:
     """Takes down that a layer was left as it is, if it is a batch norm."""
     own = _statistics(layer)
-    parts = layer._state.children.values()
-    if any(isinstance(p, nn.Module) and p.scope == layer.scope for p in parts):
-        return  # of nn.share_scope; it is the part that owns them
+    if shares_scope(layer):
+        return  # it is the part that owns them
     known = isinstance(layer, (nn.BatchNorm, BatchNorm)) and path in record.why
     if known or (own and rule.to is BatchNorm):
         words = f"which owns {' and '.join(own)} in batch_stats"
@@ -244,7 +239,6 @@ def _run_nnx(
         record.left.update(_nnx.exchange(module, rule, above=above))
         return module
 
-    twin: Any = object.__new__(type(layer))
-    vars(twin).update(vars(layer), nnx_class=make)
+    twin = with_class(layer, type(layer), {"nnx_class": make})
     with record.entered(twin, True):
         return unwrapped_call(type(layer))(twin, *args, **kwargs)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._checks import describe
+from jaxbn._checks import describe, is_known
 
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
 Apply = Callable[..., jax.Array]
@@ -68,8 +68,7 @@ def check_steps(steps: Any) -> jax.Array:
             "steps must be one axis of multiples of the gradient, (K,); got "
             f"{describe(steps)}."
         )
-    # Values of a traced array are not known.
-    if not isinstance(steps, jax.core.Tracer) and not (steps > 0).all():
+    if is_known(steps) and not (steps > 0).all():
         raise ValueError(
             f"steps must be positive, as learning rates are; got {steps}."
         )

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._arithmetic import widen
-from jaxbn._checks import check_features, check_input, describe, split_axes
+from jaxbn._checks import (
+    check_features,
+    check_input,
+    describe,
+    is_known,
+    split_axes,
+)
 from jaxbn._moments import moments
 from jaxbn._normalize import batch_norm
 from jaxbn.diagnostics._model import Loss, objective
@@ -81,7 +87,7 @@ def scale_invariance(
     Source: Ioffe and Szegedy (2015), Batch Normalization, section 3.3; van
     Laarhoven (2017), L2 Regularization versus Batch and Weight Normalization.
     """
-    if not isinstance(factor, jax.core.Tracer) and not factor > 0:
+    if is_known(factor) and not factor > 0:
         raise ValueError(f"factor must be positive; got {factor}.")
     index = find_one(params, path, what="params")
     leaves, treedef = jax.tree.flatten(params)

@@ -6,53 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from jaxbn._jaxpr import ELEMENTWISE, MOVES
 from jaxbn.fold._trace import Op, Program
-
-# These pass values on and move axes, as `follow` says; nothing is computed.
-MOVES = frozenset(
-    [
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "expand_dims",
-        "name",
-        "pvary",
-        "reshape",
-        "rev",
-        "sharding_constraint",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    ]
-)
-ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "add",
-        "cbrt",
-        "clamp",
-        "div",
-        "exp",
-        "exp2",
-        "expm1",
-        "integer_pow",
-        "log",
-        "log1p",
-        "logistic",
-        "max",
-        "min",
-        "mul",
-        "neg",
-        "pow",
-        "rsqrt",
-        "select_n",
-        "sign",
-        "sqrt",
-        "square",
-        "sub",
-        "tanh",
-    ]
-)
 
 # Of each feature axis of a kernel, in its order; None for one of length 1.
 Axes = tuple[int | None, ...]

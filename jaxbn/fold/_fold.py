@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._compat import dtype_of, is_weakly_typed
 from jaxbn.fold._model import FoldedModel, Model
 from jaxbn.fold._report import Layer, report
 from jaxbn.fold._rewrite import Rewritten
@@ -53,7 +55,7 @@ class Folded(NamedTuple):
     max_difference: Difference
 
     def __reduce__(self) -> Any:
-        run = self.apply.__wrapped__  # type: ignore[attr-defined]
+        run: Any = inspect.unwrap(self.apply)
         if isinstance(run, FoldedModel):
             saved = save(self.apply, self.params, run.inputs)
         else:
@@ -186,7 +188,7 @@ def _random(rng: np.random.Generator) -> Callable[[Any], jax.Array]:
                 return jnp.zeros(example.shape, example.dtype)
             return jnp.asarray(example)
         drawn = rng.normal(size=example.shape)
-        if getattr(example, "weak_type", False) and not example.shape:
+        if is_weakly_typed(example) and not example.shape:
             return jnp.asarray(float(drawn))  # as a Python number is
         return jnp.asarray(drawn, example.dtype)
 
@@ -217,6 +219,6 @@ def _difference(got: Any, want: Any) -> Difference:
 
 
 def _half_the_digits(program: Program) -> float:
-    dtypes = {getattr(value.aval, "dtype", None) for value in program.values}
+    dtypes = {dtype_of(value.aval) for value in program.values}
     floats = [d for d in dtypes if d and jnp.issubdtype(d, jnp.inexact)]
     return math.sqrt(max(float(jnp.finfo(d).eps) for d in floats))

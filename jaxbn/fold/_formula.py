@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn.fold._axes import ELEMENTWISE, MOVES, Axes, follow
+from jaxbn._jaxpr import ELEMENTWISE, MOVES
+from jaxbn.fold._axes import Axes, follow
 from jaxbn.fold._trace import Op, Program
 from jaxbn.fold._walk import Step
 

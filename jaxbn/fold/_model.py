@@ -7,7 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxbn._compat import varying_axes
+from jaxbn._compat import (
+    is_traced,
+    is_weakly_typed,
+    tracing_settings,
+    varying_axes,
+)
 from jaxbn.fold._chain import Analysis
 from jaxbn.fold._norms import find_norms, without_foreign
 from jaxbn.fold._rewrite import Rewritten
@@ -32,7 +37,7 @@ class Model:
     ):
         flat, self._treedef = jax.tree_util.tree_flatten_with_path(variables)
         leaves = [leaf for _, leaf in flat]
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if any(map(is_traced, leaves)):
             raise ValueError(
                 "fold computes with the variables; call it outside of jax.jit."
             )
@@ -115,19 +120,13 @@ class FoldedModel:
 
 def _kind(x: Any) -> tuple[Any, ...]:
     aval = jax.typeof(x)
-    return (aval.shape, aval.dtype, getattr(aval, "weak_type", False))
+    return (aval.shape, aval.dtype, is_weakly_typed(aval))
 
 
 def _key(inputs: Any) -> Any:
     """Inputs and settings that a model is traced alike for."""
     leaves, structure = jax.tree.flatten(inputs)
-    config: Any = jax.config  # its types leave the options out
-    return (
-        structure,
-        tuple(map(_kind, leaves)),
-        config.jax_enable_x64,
-        config.jax_default_matmul_precision,
-    )
+    return structure, tuple(map(_kind, leaves)), tracing_settings()
 
 
 def _is_plain(tree: Any) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.extend.core
-
-from jaxbn.fold._axes import MOVES
+from jaxbn._compat.jaxprs import bodies
+from jaxbn._jaxpr import MOVES, is_platform_dependent
 from jaxbn.fold._chain import Analysis
 from jaxbn.fold._trace import Op
 from jaxbn.fold._walk import AFFINE, between, two
@@ -67,10 +66,10 @@ def _is_uncalled(found: Analysis, norm: str) -> bool:
 
 def _why(found: Analysis, op: Op) -> str:
     """Returns why what meets the statistics in op is not folded."""
-    if "branches_platforms" in op.eqn.params:
+    if is_platform_dependent(op.eqn):
         # jaxbn computes the statistics of a batch, from running ones.
         return _TRAINING
-    if list(jax.extend.core.jaxprs_in_params(op.eqn.params)):
+    if bodies(op.eqn):
         return f"lies inside `{op.label}`, whose body is left alone"
     leaves = [found.program.leaves[i] for i in found.statistics(op)]
     rank = min(len(found.program.shape(leaf)) for leaf in leaves)

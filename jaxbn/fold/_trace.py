@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
+
+from jaxbn._compat import dtype_of, shape_of
+from jaxbn._compat.jaxprs import (
+    evaluate_equation,
+    function_name,
+    without_constants,
+)
+from jaxbn._jaxpr import CALLS, GUARDED_CALLS, called, interpret
 
 PRODUCTS = frozenset(["conv_general_dilated", "dot_general"])
-_CALLS = frozenset(["jit", "pjit", "call", "closed_call", "core_call"])
-# Their derivative, or what they keep for it, is not that of their body: they
-# are opened only where there may be something to fold.
-_GUARDED_CALLS = frozenset(
-    ["custom_jvp_call", "custom_vjp_call", "checkpoint", "remat", "remat2"]
-)
 
 
 class Value(NamedTuple):
@@ -40,25 +41,13 @@ class Op(NamedTuple):
     @property
     def label(self) -> str:
         """The name a reader of the model knows: relu, not custom_jvp_call."""
-        if self.name in _GUARDED_CALLS:
-            info = _body(self.eqn).jaxpr.debug_info
-            return getattr(info, "func_name", self.name)
+        if self.name in GUARDED_CALLS:
+            return function_name(called(self.eqn), self.name)
         return str(self.eqn.params.get("name") or self.name)
 
     def run(self, values: Sequence[Any]) -> list[Any]:
         """Computes the outputs in the equation's own context."""
-        literal = jax.extend.core.Literal
-        atoms = zip(self.eqn.invars, values)
-        given = {a: v for a, v in atoms if not isinstance(a, literal)}
-        alone = jax.extend.core.Jaxpr(
-            constvars=[],
-            invars=list(given),
-            outvars=self.eqn.outvars,
-            eqns=[self.eqn],
-            effects=self.eqn.effects,
-            debug_info=jax.extend.core.DebugInfo("fold", self.name, None, None),
-        )
-        return jax.core.eval_jaxpr(alone, [], *given.values())
+        return evaluate_equation(self.eqn, values)
 
 
 class Program:
@@ -91,39 +80,29 @@ class Program:
             for aval in avals[len(is_statistic) :]
         ]
         inputs = self.leaves + self.arguments
-        self.outputs = self._inline(closed.jaxpr, closed.consts, inputs)
+        self.outputs = self._inline(closed, inputs)
         self.producer = {v: op for op in self.ops for v in op.outputs}
 
     def _new(self, value: Value) -> int:
         self.values.append(value)
         return len(self.values) - 1
 
-    def _constant(self, constant: Any, aval: Any) -> int:
-        value = self._new(Value(aval, False, False, frozenset()))
+    def _constant(self, atom: Any, constant: Any) -> int:
+        value = self._new(Value(atom.aval, False, False, frozenset()))
         self.constants[value] = constant
         return value
 
-    def _inline(
-        self, jaxpr: Any, constants: Sequence[Any], inputs: Sequence[int]
-    ) -> list[int]:
-        env: dict[Any, int] = dict(zip(jaxpr.invars, inputs))
-        for v, constant in zip(jaxpr.constvars, constants):
-            env[v] = self._constant(constant, v.aval)
+    def _inline(self, code: Any, inputs: Sequence[int]) -> list[int]:
+        """Appends all equations; the calls that matter are opened."""
 
-        def read(atom: Any) -> int:
-            if isinstance(atom, jax.extend.core.Literal):
-                return self._constant(atom.val, atom.aval)
-            return env[atom]
-
-        for eqn in jaxpr.eqns:
-            given = [read(atom) for atom in eqn.invars]
-            body = _body(eqn)
+        def equation(eqn: Any, given: Sequence[int]) -> list[int]:
+            body = called(eqn)
+            # A guarded call is opened only where there is something to fold.
             if body is not None and self._opens(eqn, body, given):
-                outputs = self._inline(body.jaxpr, body.consts, given)
-            else:
-                outputs = self._append(eqn, given)
-            env.update(zip(eqn.outvars, outputs))
-        return [read(atom) for atom in jaxpr.outvars]
+                return self._inline(body, given)
+            return self._append(eqn, given)
+
+        return interpret(code, inputs, equation, self._constant)
 
     def _append(self, eqn: Any, given: Sequence[int]) -> list[int]:
         facts = [self.values[v] for v in given]
@@ -142,10 +121,10 @@ class Program:
     def _opens(self, eqn: Any, body: Any, given: Sequence[int]) -> bool:
         facts = [self.values[v] for v in given]
         variable = any(f.is_variable and not f.is_data for f in facts)
-        if not variable or len(body.jaxpr.invars) != len(given):
+        if not variable or len(without_constants(body).invars) != len(given):
             return False
         return (
-            eqn.primitive.name in _CALLS
+            eqn.primitive.name in CALLS
             or any(fact.statistics for fact in facts)
             or _multiplies(body)
         )
@@ -202,28 +181,19 @@ class Program:
         return frozenset().union(*(fact.statistics for fact in facts))
 
     def shape(self, value: int) -> tuple[int, ...]:
-        return getattr(self.values[value].aval, "shape", ())
+        return shape_of(self.values[value].aval)
 
     def is_real(self, value: int) -> bool:
-        dtype = getattr(self.values[value].aval, "dtype", bool)
-        return jax.numpy.issubdtype(dtype, jax.numpy.floating)
+        dtype = dtype_of(self.values[value].aval)
+        return dtype is not None and jax.numpy.issubdtype(
+            dtype, jax.numpy.floating
+        )
 
 
-def _body(eqn: Any) -> Any:
-    """Returns the closed jaxpr of a call; None for other equations."""
-    if eqn.primitive.name not in _CALLS | _GUARDED_CALLS:
-        return None
-    body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    if body is None or hasattr(body, "consts"):
-        return body
-    core: Any = jax.extend.core  # types of some versions leave this class out
-    return core.ClosedJaxpr(body, [])
-
-
-def _multiplies(body: Any) -> bool:
+def _multiplies(code: Any) -> bool:
     """Whether a convolution or matrix product lies in the body of a call."""
-    eqns = body.jaxpr.eqns
+    eqns = without_constants(code).eqns
     if any(eqn.primitive.name in PRODUCTS for eqn in eqns):
         return True
-    inner = [_body(eqn) for eqn in eqns]
+    inner = map(called, eqns)
     return any(_multiplies(body) for body in inner if body is not None)

@@ -6,8 +6,8 @@ import collections
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxbn._jaxpr import MOVES
 from jaxbn.fold._axes import (
-    MOVES,
     Axes,
     Product,
     axes_at_leaf,

@@ -6,24 +6,10 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
 
+from jaxbn._compat.jaxprs import bodies, is_literal
+from jaxbn._jaxpr import MOVES
 from jaxbn.testing._evaluate import ROLES, Array, Split, error
-
-# These only carry a value on.
-_MOVES = frozenset(
-    [
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "expand_dims",
-        "pvary",
-        "reshape",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    ]
-)
 
 
 class Blame(NamedTuple):
@@ -167,7 +153,7 @@ def _places(split: Split, got: Sequence[Array]) -> dict[str, tuple[int, ...]]:
     """Where in the program each new variable is computed: layers in order."""
     closed = jax.make_jaxpr(lambda *inputs: split(*inputs))(*split.inputs)
     (eqn,) = (e for e in closed.jaxpr.eqns if e.primitive.name == "shard_map")
-    body = eqn.params["jaxpr"]
+    (body,) = bodies(eqn)
     return {
         a.path: _place(body, v)
         for a, v in zip(got, body.outvars)
@@ -177,15 +163,15 @@ def _places(split: Split, got: Sequence[Array]) -> dict[str, tuple[int, ...]]:
 
 def _place(jaxpr: Any, value: Any) -> tuple[int, ...]:
     made = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
-    while not isinstance(value, jax.extend.core.Literal) and value in made:
+    while not is_literal(value) and value in made:
         i = made[value]
         eqn = jaxpr.eqns[i]
-        bodies = list(jax.extend.core.jaxprs_in_params(eqn.params))
-        if eqn.primitive.name in _MOVES:
+        inner = bodies(eqn)
+        if eqn.primitive.name in MOVES:
             value = eqn.invars[0]
             continue
-        if len(bodies) == 1 and len(bodies[0].outvars) == len(eqn.outvars):
-            inner = bodies[0].outvars[eqn.outvars.index(value)]
-            return (i, *_place(bodies[0], inner))
+        if len(inner) == 1 and len(inner[0].outvars) == len(eqn.outvars):
+            result = inner[0].outvars[eqn.outvars.index(value)]
+            return (i, *_place(inner[0], result))
         return (i,)
     return ()

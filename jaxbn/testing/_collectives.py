@@ -97,8 +97,14 @@ def collectives(
       >>> found["all-reduce"]
       Traffic(count=0, bytes=0)
     """
-    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    return read_program(jitted.lower(*args, **kwargs).compile().as_text())
+    return read_program(compiled_text(fn, *args, **kwargs))
+
+
+def compiled_text(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Returns the optimized HLO of a function, or the result of `jax.jit`."""
+    jitted: Any = fn if hasattr(fn, "lower") else jax.jit(fn)
+    text: str = jitted.lower(*args, **kwargs).compile().as_text()
+    return text
 
 
 def read_program(hlo: str) -> Collectives:

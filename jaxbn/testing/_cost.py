@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import jax
-
-from jaxbn.testing._collectives import parse, split_conditional
+from jaxbn.testing._collectives import (
+    compiled_text,
+    parse,
+    split_conditional,
+)
 
 #: Published peaks: bytes/s that a device sends on all its links together, half
 #: of what is stated for both directions.
@@ -244,8 +246,7 @@ def _read(
     fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> tuple[int, list[_Operation]]:
     """Returns the number of devices and the collectives in compiled order."""
-    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    hlo = re.sub(r"/\*.*?\*/", "", jitted.lower(*args).compile().as_text())
+    hlo = re.sub(r"/\*.*?\*/", "", compiled_text(fn, *args))
     counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo)
     devices = math.prod(map(int, counts))
     found, in_entry, turned = [], False, False

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxbn._compat.jaxprs import trace_state
 from jaxbn.testing._leaves import path_name, widest, without_keys
 
 ROLES = ("new variable", "output", "gradient of variable", "gradient of batch")
@@ -144,14 +144,14 @@ def _record(
     from flax import linen as nn
 
     calls.clear()
-    taps, here = [], get_opaque_trace_state(convention="flax")
+    taps, here = [], trace_state()
 
     def tap(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         result, module = call(*args, **kwargs), context.module
         if context.method_name == "__call__":
             unbound = getattr(module, "axis_name", "") is None
             unbound = unbound and "batch_stats" in module.variables
-            inside = here != get_opaque_trace_state(convention="flax")
+            inside = here != trace_state()
             calls.append(Call("/".join(module.path), unbound, inside))
             arrays = [] if inside else jax.tree.leaves(result)
             taps.append([a for a in arrays if isinstance(a, jax.Array)])

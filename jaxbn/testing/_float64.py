@@ -6,27 +6,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.accumulate._rebuild import REBUILD
-
-# Their derivatives are taken already; what remains is their bodies.
-_CALLS = frozenset(
-    [
-        "call",
-        "checkpoint",
-        "closed_call",
-        "core_call",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "jit",
-        "pjit",
-        "remat",
-        "remat2",
-    ]
+from jaxbn._compat import dtype_of
+from jaxbn._compat.jaxprs import (
+    bind,
+    in_the_form_of,
+    is_code,
+    without_constants,
 )
+from jaxbn._jaxpr import (
+    REBUILT,
+    called,
+    interpret,
+    jaxprs,
+    rebuild,
+    rebuild_shard_map,
+)
+
 # The bits of these are those of their own type.
 _NARROW = frozenset(["bitcast_convert_type", "custom_call", "ffi_call"])
 
@@ -45,14 +43,11 @@ def in_float64(closed: Any) -> Callable[[Sequence[Any]], list[np.ndarray]]:
 def narrowest(closed: Any) -> Any:
     """Returns the floating dtype with the fewest digits that a program has."""
     found: set[Any] = set()
-    pending = [getattr(closed, "jaxpr", closed)]
-    while pending:
-        jaxpr = pending.pop()
+    for jaxpr in jaxprs(closed):
         values = [*jaxpr.invars, *jaxpr.constvars]
         for eqn in jaxpr.eqns:
             values += [*eqn.invars, *eqn.outvars]
-            pending += jax.extend.core.jaxprs_in_params(eqn.params)
-        found |= {getattr(v.aval, "dtype", None) for v in values}
+        found |= {dtype_of(v.aval) for v in values}
     floats = [d for d in found if d and jnp.issubdtype(d, jnp.inexact)]
     return max(floats, key=lambda d: jnp.finfo(d).eps, default=jnp.float32)
 
@@ -70,31 +65,20 @@ def _widen(x: Any) -> Any:
     return x if _wide(x.dtype) == x.dtype else x.astype(_wide(x.dtype))
 
 
-def _evaluate(closed: Any, *inputs: Any) -> list[Any]:
-    jaxpr = getattr(closed, "jaxpr", closed)
-    env = dict(zip(jaxpr.invars, inputs))
-    env.update(zip(jaxpr.constvars, map(_widen, getattr(closed, "consts", ()))))
-
-    def read(atom: Any) -> Any:
-        if isinstance(atom, jax.extend.core.Literal):
-            return _widen(atom.val)
-        return env[atom]
-
-    for eqn in jaxpr.eqns:
-        outputs = _run(eqn, [read(atom) for atom in eqn.invars])
-        env.update(zip(eqn.outvars, outputs))
-    return [read(atom) for atom in jaxpr.outvars]
+def _evaluate(code: Any, *inputs: Any) -> list[Any]:
+    return interpret(code, inputs, _run, lambda _, array: _widen(array))
 
 
 def _run(eqn: Any, inputs: list[Any]) -> list[Any]:
     name, params = eqn.primitive.name, eqn.params
-    if name in _CALLS:
-        body = params.get("jaxpr", params.get("call_jaxpr"))
+    body = called(eqn)
+    if body is not None:
+        # Derivatives are taken already.
         return _evaluate(body, *inputs)
-    if name in REBUILD:
-        return REBUILD[name](_evaluate, params, *inputs)
+    if name in REBUILT:
+        return rebuild(eqn, _evaluate, *inputs)
     if name == "shard_map":
-        return _mapped(params, inputs)
+        return rebuild_shard_map(eqn, _evaluate, *inputs)
     if name == "reduce_precision":
         return inputs
     if name in _NARROW:
@@ -102,15 +86,11 @@ def _run(eqn: Any, inputs: list[Any]) -> list[Any]:
         inputs = [jnp.asarray(x, atom.aval.dtype) for atom, x in atoms]
     else:
         params = {key: _wide_setting(value) for key, value in params.items()}
-    outputs = eqn.primitive.bind(*inputs, **params)
-    return [
-        _widen(output)
-        for output in (outputs if eqn.primitive.multiple_results else [outputs])
-    ]
+    return [_widen(output) for output in bind(eqn.primitive, params, *inputs)]
 
 
 def _wide_setting(value: Any) -> Any:
-    if hasattr(getattr(value, "jaxpr", value), "eqns"):
+    if is_code(value):
         return _wide_body(value)
     is_dtype = isinstance(value, np.dtype) or (
         isinstance(value, type) and issubclass(value, np.generic)
@@ -118,25 +98,11 @@ def _wide_setting(value: Any) -> Any:
     return _wide(np.dtype(value)) if is_dtype else value
 
 
-def _wide_body(closed: Any) -> Any:
+def _wide_body(code: Any) -> Any:
     """Such as how a scatter combines two numbers."""
     kinds = [
-        jax.ShapeDtypeStruct(aval.shape, _wide(aval.dtype))
-        for aval in (v.aval for v in getattr(closed, "jaxpr", closed).invars)
+        jax.ShapeDtypeStruct(v.aval.shape, _wide(v.aval.dtype))
+        for v in without_constants(code).invars
     ]
-    wide = jax.make_jaxpr(lambda *inputs: _evaluate(closed, *inputs))(*kinds)
-    return wide if hasattr(closed, "jaxpr") else wide.jaxpr
-
-
-def _mapped(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
-    # The second name is that of jax 0.11 and before.
-    axes: Any = params.get("newly_manual_axes", params.get("manual_axes"))
-    outputs: list[Any] = jax.shard_map(
-        lambda *inputs: _evaluate(params["jaxpr"], *inputs),
-        mesh=params["mesh"],
-        in_specs=tuple(params["in_specs"]),
-        out_specs=list(params["out_specs"]),
-        axis_names=axes,
-        check_vma=params["check_vma"],
-    )(*inputs)
-    return outputs
+    wide = jax.make_jaxpr(lambda *inputs: _evaluate(code, *inputs))(*kinds)
+    return in_the_form_of(wide, code)
