@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxbn import batch_norm, diagnostics
+from train.why.arms import ARMS, each
 
 LAYERS = 25
 WIDTH = 10
@@ -20,7 +20,7 @@ _EXAMPLES = 1000
 _EVERY = 30  # steps between two looks at the shift
 
 
-def measure(seeds: np.ndarray, *, quick: bool) -> dict[str, Any]:
+def measure(keys: jax.Array, *, quick: bool) -> dict[str, Any]:
     """Trains W_1 ... W_25 x towards A x by gradient descent on all examples.
 
     x and A are normal, A with variance 1 / 10 as the layers at the start;
@@ -32,11 +32,7 @@ def measure(seeds: np.ndarray, *, quick: bool) -> dict[str, Any]:
       gradient with that after the step of the layers before it.
     """
     steps = 90 if quick else 300
-    rates = jnp.asarray(RATES)
-    found = {}
-    for name, norm in (("without", False), ("with", True)):
-        loss, cosine = _train(seeds, rates, norm=norm, looks=steps // _EVERY)
-        found[name] = {"loss": np.asarray(loss), "cosine": np.asarray(cosine)}
+    found = each(ARMS, _train, keys, jnp.asarray(RATES), looks=steps // _EVERY)
     return {"rates": RATES, "steps": steps, "every": _EVERY, **found}
 
 
@@ -74,13 +70,13 @@ def _init(key: jax.Array, norm: bool) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("norm", "looks"))
 def _train(
-    seeds: jax.Array, rates: jax.Array, *, norm: bool, looks: int
-) -> tuple[jax.Array, jax.Array]:
+    keys: jax.Array, rates: jax.Array, *, norm: bool, looks: int
+) -> dict[str, jax.Array]:
     loss = functools.partial(_loss, norm)
     order = tuple(map(_name, range(LAYERS)))
 
-    def one(rate, seed):
-        keys = jax.random.split(jax.random.key(seed), 3)
+    def one(rate, key):
+        keys = jax.random.split(key, 3)
         x = jax.random.normal(keys[0], (_EXAMPLES, WIDTH))
         a = jax.random.normal(keys[1], (WIDTH, WIDTH)) / WIDTH**0.5
         batch = (x, x @ a)
@@ -104,7 +100,7 @@ def _train(
 
         params = _init(keys[2], norm)
         _, (values, cosine) = jax.lax.scan(look, params, None, length=looks)
-        return values.reshape(-1), cosine
+        return {"loss": values.reshape(-1), "cosine": cosine}
 
     over_seeds = jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(over_seeds, in_axes=(0, None))(rates, seeds)
+    return jax.vmap(over_seeds, in_axes=(0, None))(rates, keys)
