@@ -42,15 +42,15 @@ def batches(steps, size):
 # Leakage.
 
 
-def drawn(steps, looks):
+def drawn(steps, evaluations):
     found = digits()
     train = found.train_x, found.train_y
     test = found.test_x, found.test_y
     parts = [
         (
             devices.draw(train, steps, seed=(seed, 0)),
-            devices.draw(train, looks, seed=(seed, 1)),
-            devices.draw(test, looks, seed=(seed, 2)),
+            devices.draw(train, evaluations, seed=(seed, 1)),
+            devices.draw(test, evaluations, seed=(seed, 2)),
         )
         for seed in SEEDS
     ]
@@ -61,7 +61,9 @@ def drawn(steps, looks):
 def trained(arm):
     """Of 100 steps."""
     train, test, parts = drawn(4 * devices.EVERY, 6)
-    return devices.train(data.keys(SEEDS), train, test, parts, arm=arm, looks=4)
+    return devices.train(
+        data.keys(SEEDS), train, test, parts, arm=arm, evaluations=4
+    )
 
 
 def test_labels_are_balanced_on_every_device():

@@ -100,7 +100,9 @@ def test_nets_match_float64(norm):
     out = jax.jit(functools.partial(nets.apply, norm=norm))(params, x)
     want = reference(params, x.astype(np.float64), norm=norm)
     np.testing.assert_allclose(out.logits, want, rtol=1e-4, atol=1e-5)
-    assert len(out.taps) == 2 and len(out.moments) == (2 if norm else 0)
+    assert len(out.preactivations) == 2 and len(out.moments) == (
+        2 if norm else 0
+    )
 
     @jax.jit
     def infer(params, x):
@@ -135,7 +137,9 @@ def test_options_of_a_net():
     np.testing.assert_allclose(out.logits.var(0), 1, rtol=1e-3)
     doubled = nets.apply(plain, x, norm=False, between=lambda i, h: h * 2**i)
     want = nets.apply(plain, x, norm=False)
-    np.testing.assert_allclose(doubled.taps[1], 2 * want.taps[1], rtol=1e-6)
+    np.testing.assert_allclose(
+        doubled.preactivations[1], 2 * want.preactivations[1], rtol=1e-6
+    )
 
 
 def test_statistics_kept_out_of_the_gradient():

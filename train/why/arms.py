@@ -15,17 +15,12 @@ FOURTH = "#CC79A7"
 
 
 class Arm(NamedTuple):
-    """One of the alternatives.
+    """One of the alternatives."""
 
-    label: in legends.
-    color, style: of its lines.
-    options: keyword arguments that set it apart where it is trained.
-    """
-
-    label: str | None
+    label: str | None  # in legends
     color: str
-    style: str = "-"
-    options: Mapping[str, Any] = {}
+    style: str = "-"  # of its lines
+    options: Mapping[str, Any] = {}  # of the function that trains it
 
 
 WITHOUT = Arm("without", "#D55E00", options={"norm": False})

@@ -17,7 +17,7 @@ RATES = (1e-7, 1e-6)
 SHOWN = 16  # the layer that figures are given for, counted from 0
 
 _EXAMPLES = 1000
-_EVERY = 30  # steps between two looks at the shift
+_EVERY = 30  # steps between two probes of the shift
 
 
 def measure(keys: jax.Array, *, quick: bool) -> dict[str, Any]:
@@ -32,7 +32,9 @@ def measure(keys: jax.Array, *, quick: bool) -> dict[str, Any]:
       gradient with that after the step of the layers before it.
     """
     steps = 90 if quick else 300
-    found = each(ARMS, _train, keys, jnp.asarray(RATES), looks=steps // _EVERY)
+    found = each(
+        ARMS, _train, keys, jnp.asarray(RATES), intervals=steps // _EVERY
+    )
     return {"rates": RATES, "steps": steps, "every": _EVERY, **found}
 
 
@@ -68,9 +70,9 @@ def _init(key: jax.Array, norm: bool) -> Any:
     return params
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "looks"))
+@functools.partial(jax.jit, static_argnames=("norm", "intervals"))
 def _train(
-    keys: jax.Array, rates: jax.Array, *, norm: bool, looks: int
+    keys: jax.Array, rates: jax.Array, *, norm: bool, intervals: int
 ) -> dict[str, jax.Array]:
     loss = functools.partial(_loss, norm)
     order = tuple(map(_name, range(LAYERS)))
@@ -88,7 +90,7 @@ def _train(
             new = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
             return new, (value, new)
 
-        def look(params, _):
+        def interval(params, _):
             last, (values, path) = jax.lax.scan(
                 step, params, None, length=_EVERY
             )
@@ -99,7 +101,9 @@ def _train(
             return last, (values, shift.cosine)
 
         params = _init(keys[2], norm)
-        _, (values, cosine) = jax.lax.scan(look, params, None, length=looks)
+        _, (values, cosine) = jax.lax.scan(
+            interval, params, None, length=intervals
+        )
         return {"loss": values.reshape(-1), "cosine": cosine}
 
     over_seeds = jax.vmap(one, in_axes=(None, 0))

@@ -153,9 +153,11 @@ EXPERIMENT = Experiment(
     panels=(
         "Gradients on their way back | layer | "
         "gradient norm / that of the last layer",
-        "Variance in a residual net | residual block l | variance behind the block",
+        "Variance in a residual net | residual block l | "
+        "variance behind the block",
         "What a block adds to it | residual block l | the branch's share of it",
-        f"How different the examples stay | layer | stable rank (of {RANK_BATCH})",
+        "How different the examples stay | layer | "
+        f"stable rank (of {RANK_BATCH})",
     ),
     shape=(2, 2),
     size=(9, 6.4),

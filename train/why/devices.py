@@ -16,8 +16,8 @@ from train.why import nets
 
 DEVICES = 8
 EACH = 8  # examples on a device
-EVERY = 25  # steps between two looks at the test set
-LOOK = 12  # batches that a look at training or test set takes
+EVERY = 25  # steps between two evaluations at the test set
+EVAL_BATCHES = 12  # batches that an evaluation takes
 SHOWN = 4  # devices in the picture of who influences whom
 
 _RATE = 0.1
@@ -91,7 +91,7 @@ def _forward(
     return jax.vmap(device, axis_name="devices")(x)
 
 
-@functools.partial(jax.jit, static_argnames=("arm", "looks"))
+@functools.partial(jax.jit, static_argnames=("arm", "evaluations"))
 def train(
     keys: jax.Array,
     train: Split,
@@ -99,17 +99,14 @@ def train(
     drawn: tuple[Batches, Batches, Batches],
     *,
     arm: str,
-    looks: int,
+    evaluations: int,
 ) -> Curves:
-    """Trains a net for every seed, 25 steps before each look.
+    """Trains a net for every seed, 25 steps before each evaluation.
 
     Args:
-      keys: (S,) random.
-      train, test: all x and all labels.
       drawn: batches to train on, to take population statistics from, and of
         test examples; with a leading axis S.
       arm: "none", "per device", "shuffled" or "synchronized".
-      looks: at the test set.
 
     Returns:
       Curves, with a leading axis S.
@@ -119,7 +116,7 @@ def train(
     def one(key, drawn):
         start, shuffles = jax.random.split(key)
         params = nets.init(start, sizes, norm=arm != "none")
-        look_x, _ = _batch(train, drawn[1])
+        population_x, _ = _batch(train, drawn[1])
         test_x, test_labels = _batch(test, drawn[2])
 
         def loss(params, given):
@@ -140,19 +137,19 @@ def train(
         def population(params):
             # As a run collects them: from its own forward passes in training.
             _, parts = jax.vmap(lambda x: _forward(arm, params, x, shuffles))(
-                look_x
+                population_x
             )
             parts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
             return [jaxbn.pool(part) for part in parts]
 
-        def look(carry, given):
+        def interval(carry, given):
             params, _, right = nets.descend(loss, carry[0], given, _RATE)
             known = population(params)
             return (params, known), (right, evaluate(arm, params, known))
 
         given = jax.tree.map(
-            lambda a: a.reshape(looks, EVERY, *a.shape[1:]),
-            (jnp.arange(looks * EVERY), drawn[0]),
+            lambda a: a.reshape(evaluations, EVERY, *a.shape[1:]),
+            (jnp.arange(evaluations * EVERY), drawn[0]),
         )
         start = (
             params,
@@ -162,7 +159,7 @@ def train(
                 if "scale" in layer
             ],
         )
-        (params, known), (right, tested) = jax.lax.scan(look, start, given)
+        (params, known), (right, tested) = jax.lax.scan(interval, start, given)
         same = mixed = evaluate(arm, params)
         if arm == "per device":
             mixed = evaluate("shuffled", params)
@@ -176,12 +173,7 @@ def influence(
 ) -> np.ndarray:
     """How far logits of one example move with the pixels of another.
 
-    Args:
-      arm: as in `train`.
-      curves: of `train`.
-      test: all x and all labels.
-      drawn: batches of test examples, with a leading axis S.
-      train: with the statistics of the batch, not those of the population.
+    Of `train`'s curves; with train False, with population statistics.
 
     Returns:
       (B, B), of the first seed and batch, on four devices.

@@ -14,50 +14,37 @@ from train.why.data import Settings
 
 
 class Finding(NamedTuple):
-    """What an experiment found.
+    """What an experiment found."""
 
-    name: its name on the command line.
-    title: a line above the picture.
-    claim: what was published, with its source.
-    published: the published figures.
-    measured: what was measured here, in words made of the numbers.
-    numbers: of the picture; numbers, strings, arrays, lists and dicts.
-    draw: draws the axes into an empty figure; may set its size.
-    """
-
-    name: str
-    title: str
-    claim: str
-    published: str
-    measured: str
-    numbers: dict[str, Any]
-    draw: Callable[[Figure], None]
+    name: str  # on the command line
+    title: str  # a line above the picture
+    claim: str  # what was published, with its source
+    published: str  # the published figures
+    measured: str  # what was measured here, in words made of the numbers
+    numbers: dict[str, Any]  # numbers, strings, arrays, lists and dicts
+    draw: Callable[[Figure], None]  # draws into an empty figure
 
 
 class Experiment(NamedTuple):
     """A published claim and how it is measured again.
 
-    name, title, claim, published: as in `Finding`.
-    measure: (settings, data) -> numbers; trains the arms.
-    verdict: numbers -> what was measured and whether the claim held.
-    draw: (axes, numbers) draws into the axes of all panels.
-    panels: "title | x axis | y axis" of each.
-    shape: rows and columns of panels.
-    size: of the picture without its caption, in inches.
-    grid: further options of `Figure.subplots`.
+    The first four fields are those of `Finding`.
     """
 
     name: str
     title: str
     claim: str
     published: str
+    # (settings, data) -> numbers; trains the arms.
     measure: Callable[[Settings, data.Data], dict[str, Any]]
+    # numbers -> what was measured and whether the claim held.
     verdict: Callable[[dict[str, Any]], str]
+    # (axes, numbers): draws into the axes of all panels.
     draw: Callable[[Sequence[Any], dict[str, Any]], None]
-    panels: tuple[str, ...]
-    shape: tuple[int, int]
-    size: tuple[float, float]
-    grid: Mapping[str, Any] = {}
+    panels: tuple[str, ...]  # "title | x axis | y axis" of each
+    shape: tuple[int, int]  # rows and columns of panels
+    size: tuple[float, float]  # inches, without the caption
+    grid: Mapping[str, Any] = {}  # further options of `Figure.subplots`
 
     def run(self, settings: Settings) -> Finding:
         """Measures on the data of settings."""

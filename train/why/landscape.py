@@ -32,23 +32,12 @@ class Probes(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("norm", "sizes"))
 def probe(
-    setting: Setting,
-    rate: jax.Array,
-    *,
-    norm: bool,
-    sizes: tuple[int, ...],
+    setting: Setting, rate: jax.Array, *, norm: bool, sizes: tuple[int, ...]
 ) -> Probes:
-    """Trains, and follows every other step's gradient from half to 4 steps.
-
-    Args:
-      setting: data, batches and keys.
-      rate: of plain SGD.
-      norm: with batch norm.
-      sizes: of the layers.
-    """
+    """Trains, and follows every other step's gradient from half to 4 steps."""
     loss = nets.loss_of(norm=norm)
 
-    def look(params, indices):
+    def interval(params, indices):
         batch = jax.tree.map(lambda a: a[indices[0]], setting.train)
         line = diagnostics.gradient_line(
             loss, params, (), batch, steps=rate * jnp.asarray(_GRID)
@@ -64,7 +53,7 @@ def probe(
     def one(key, indices):
         params = nets.init(key, sizes, norm=norm, gain="glorot")
         indices = indices.reshape(-1, EVERY, indices.shape[-1])
-        return jax.lax.scan(look, params, indices)[1]
+        return jax.lax.scan(interval, params, indices)[1]
 
     return jax.vmap(one)(setting.keys, setting.indices)
 

@@ -11,7 +11,7 @@ from matplotlib.colors import PowerNorm
 from train.why import devices, plots
 from train.why.arms import FOURTH, THIRD, WITH, WITHOUT, Arm
 from train.why.data import Data, Settings, keys
-from train.why.devices import DEVICES, EACH, EVERY, LOOK, SHOWN
+from train.why.devices import DEVICES, EACH, EVAL_BATCHES, EVERY, SHOWN
 from train.why.experiment import Experiment, say
 
 COLORS = {
@@ -33,7 +33,11 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
     steps = 100 if settings.quick else 400
     if settings.data != "digits":
         steps *= 5
-    parts = (data.train, steps), (data.train, LOOK), (data.test, LOOK)
+    parts = (
+        (data.train, steps),
+        (data.train, EVAL_BATCHES),
+        (data.test, EVAL_BATCHES),
+    )
     drawn = [
         [devices.draw(*part, seed=(seed, i)) for i, part in enumerate(parts)]
         for seed in settings.seeds
@@ -46,7 +50,7 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
         "examples_per_device": EACH,
     }
     for arm in COLORS:
-        curves = devices.train(*given, arm=arm, looks=steps // EVERY)
+        curves = devices.train(*given, arm=arm, evaluations=steps // EVERY)
         shared = arm, curves, data.test, drawn[2]
         numbers[arm] = _numbers(curves, devices.influence(*shared))
         if arm == "per device":
@@ -92,14 +96,15 @@ def verdict(numbers: dict[str, Any]) -> str:
     return say(
         "accuracy on training batches, on test images with population "
         f"statistics (chance 0.5): {accuracy}. The per-device net on test "
-        "images among companions of its device {alone[same_companions]:.2f}, among "
-        "companions from all devices {alone[mixed_companions]:.2f}. An example "
-        "moves logits on other devices by {alone[influence_other_device]:max} per "
-        "device, {n[synchronized][influence_other_device]:max} synchronized; in inference "
+        "images among companions of its device {a[same_companions]:.2f}, among "
+        "companions from all devices {a[mixed_companions]:.2f}. An example "
+        "moves logits on other devices by {a[influence_other_device]:max} per "
+        "device, {b[influence_other_device]:max} synchronized; in inference "
         "any by {inference:max}. The gap is the widest, and the test the "
         "worst, per device: {holds:tally}.",
         n=numbers,
-        alone=numbers["per device"],
+        a=numbers["per device"],
+        b=numbers["synchronized"],
         inference=numbers["influence_in_inference"],
         holds=numbers["holds"],
     )

@@ -22,7 +22,7 @@ Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
 class Output(NamedTuple):
     logits: jax.Array  # (B, K)
     moments: tuple[Moments, ...]  # of each normalized layer
-    taps: tuple[jax.Array, ...]  # (B, C) input of each hidden activation
+    preactivations: tuple[jax.Array, ...]  # (B, C) of each hidden layer
 
 
 def init(
@@ -107,7 +107,7 @@ def apply(
       axis_name: over which a batch is synchronized.
       between: (layer number, normalized) -> what the activation is given.
     """
-    found, taps = [], []
+    found, preactivations = [], []
     for i, name in enumerate(layers(params)):
         layer = params[name]
         h = x @ layer["kernel"]
@@ -132,9 +132,9 @@ def apply(
             break
         if between is not None:
             h = between(i, h)
-        taps.append(h)
+        preactivations.append(h)
         x = activation(h)
-    return Output(h, tuple(found), tuple(taps))
+    return Output(h, tuple(found), tuple(preactivations))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

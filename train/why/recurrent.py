@@ -90,8 +90,8 @@ def _gradient_norms(params: Params, batch: Any, key: jax.Array) -> jax.Array:
     x, labels = batch
     start = _noise(key, x.shape[1])
 
-    def loss(push):
-        logits = lstm.apply(params, x, start, push=push).logits
+    def loss(perturbation):
+        logits = lstm.apply(params, x, start, perturbation=perturbation).logits
         return nets.cross_entropy(logits, labels)
 
     gradient = jax.grad(loss)(jnp.zeros((*x.shape[:2], lstm.UNITS)))

@@ -38,12 +38,12 @@ KINDS = {
 
 _FACTORS = (1.0, 3.0)  # times the usual weights at the start, for tanh
 _BATCH = 64
-_EVERY = 25  # steps between two looks
-_LOOK = 512  # training images that a look takes
+_EVERY = 25  # steps between two probes
+_EXAMPLES = 512  # training images of a probe
 _PERCENTILES = (15, 50, 85)
 
 
-class Looks(NamedTuple):
+class Probes(NamedTuple):
     """Along one run, every 25 steps."""
 
     accuracy: jax.Array  # (P,) on training images, with their statistics
@@ -86,22 +86,24 @@ def train(
     norm: bool,
     kind: str,
     ends: tuple[int, int],
-) -> Looks:
+) -> Probes:
     """Trains a net a seed from weights of factor times the usual size."""
     activation, limit, depth, rate = KINDS[kind]
     options = {"norm": norm, "activation": activation}
     loss = nets.loss_of(**options)
     sizes = (ends[0], *[64] * depth, ends[1])
-    shown = tuple(a[:: max(1, len(a) // _LOOK)][:_LOOK] for a in setting.train)
+    shown = tuple(
+        a[:: max(1, len(a) // _EXAMPLES)][:_EXAMPLES] for a in setting.train
+    )
 
-    def look(params, indices):
+    def interval(params, indices):
         x, labels = shown
-        logits, _, taps = nets.apply(params, x, **options)
-        slopes = jax.vmap(jax.grad(activation))(taps[-1].reshape(-1))
-        seen = Looks(
+        logits, _, preactivations = nets.apply(params, x, **options)
+        slopes = jax.vmap(jax.grad(activation))(preactivations[-1].reshape(-1))
+        seen = Probes(
             (logits.argmax(-1) == labels).mean(),
-            diagnostics.activation_stats(taps, limit=limit).saturated,
-            jnp.percentile(taps[-1], jnp.asarray(_PERCENTILES)),
+            diagnostics.activation_stats(preactivations, limit=limit).saturated,
+            jnp.percentile(preactivations[-1], jnp.asarray(_PERCENTILES)),
             slopes.mean() / jax.grad(activation)(0.0),
         )
         params, _, _ = nets.sgd(loss, params, setting.train, indices, rate)
@@ -110,7 +112,7 @@ def train(
     def one(key, indices):
         params = nets.init(key, sizes, norm=norm, gain="lecun", factor=factor)
         indices = indices.reshape(-1, _EVERY, indices.shape[-1])
-        return jax.lax.scan(look, params, indices)[1]
+        return jax.lax.scan(interval, params, indices)[1]
 
     return jax.vmap(one)(setting.keys, setting.indices)
 
@@ -140,11 +142,6 @@ def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
 
 def verdict(numbers: dict[str, Any]) -> str:
     found = numbers["summary"]
-    values = {
-        "a": found["without"],
-        "b": found["with"],
-        "holds": found["holds"],
-    }
     tanh = "; ".join(
         f"weights x{factor:.0f}: "
         f"{{a[tanh_saturated][{i}]:percent}}% without, "
@@ -161,7 +158,9 @@ def verdict(numbers: dict[str, Any]) -> str:
         "{a[input]:.1f} without, {b[input]:.1f} with; mean slope there, of the "
         "largest, {a[slope]:.2f} without, {b[slope]:.2f} with. Eight tanh "
         f"layers, saturated units: {tanh}.",
-        **values,
+        a=found["without"],
+        b=found["with"],
+        holds=found["holds"],
     )
 
 

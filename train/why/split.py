@@ -28,7 +28,7 @@ ARMS = {
 
 _RATE = 0.1
 _MOMENTUM = 0.9
-_LOOK = 20  # steps at the end whose loss is averaged
+_LAST_STEPS = 20  # steps at the end whose loss is averaged
 
 
 class Net(nn.Module):
@@ -87,7 +87,7 @@ def _numbers(got: list[Trained], truth: list[Trained]) -> dict[str, Any]:
     ]
     return {
         "gradient_error": np.stack(errors, 1),
-        "loss": np.stack([a.losses[:, -_LOOK:].mean(1) for a in got], 1),
+        "loss": np.stack([a.losses[:, -_LAST_STEPS:].mean(1) for a in got], 1),
         "test_accuracy": np.stack([a.accuracy for a in got], 1),
     }
 
@@ -168,7 +168,7 @@ def train_all(
         x, labels = setting.test
         logits = alone.apply(state, x, train=False)
         right = logits.argmax(-1) == labels
-        right &= jnp.isfinite(logits).all(-1)  # else it answers nothing
+        right &= jnp.isfinite(logits).all(-1)  # NaN has no class
         return Trained(gradient, losses, right.mean())
 
     return jax.vmap(one)(setting.keys, indices)

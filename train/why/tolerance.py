@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.why import data, nets, plots
+from train.why import nets, plots
 from train.why.arms import ARMS, each
-from train.why.data import Data, Settings
+from train.why.data import Data, Setting, Settings
 from train.why.experiment import Experiment, say
 
 HIDDEN, BATCH = (64,) * 6, 64
@@ -26,8 +26,8 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
     scales = SCALES[1:4] if quick else SCALES
     rates = RATES[::2] if quick else RATES
     steps = 100 if quick else 200
-    given = data, scales, rates
-    found = each(ARMS, sweep, *given, steps=steps, seeds=settings.seeds)
+    setting = data.setting(settings.seeds, steps=steps, batch_size=BATCH)
+    found = each(ARMS, sweep, setting, data.sizes(*HIDDEN), scales, rates)
     accuracy = {name: cells[0] for name, cells in found.items()}
     best = max(cells.max() for cells in accuracy.values())
     wanted = wanted_rates(accuracy["with"], rates, WANTED * best)
@@ -49,30 +49,27 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
 
 
 def sweep(
-    found: Data,
+    setting: Setting,
+    sizes: tuple[int, ...],
     scales: np.ndarray,
     rates: np.ndarray,
     *,
     norm: bool,
-    steps: int,
-    seeds: tuple[int, ...],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Trains a net in every cell, from the same draw and examples.
 
     Args:
-      found: data.
+      setting: S seeds.
+      sizes: of the layers.
       scales: (J,) factors on hidden kernels drawn after He et al.
       rates: (I,) of plain SGD.
       norm: with batch norm.
-      steps: of training.
-      seeds: S of them.
 
     Returns:
       (test accuracy with the statistics of all training data, whether the
       last loss was finite), both (S, J, I). What is not finite guesses: it is
       right for one class.
     """
-    sizes = found.sizes(*HIDDEN)
 
     def one(key, indices, train, test, scale, rate):
         params = nets.init(key, sizes, norm=norm, factor=scale)
@@ -80,19 +77,15 @@ def sweep(
         params, losses, _ = nets.sgd(loss, params, train, indices, rate)
         known = nets.population(params, train[0], norm=norm)
         right = nets.accuracy(params, *test, norm=norm, statistics=known)
-        chance = 1 / found.num_classes
         finite = jnp.isfinite(losses[-1])
-        return jnp.where(finite, right, chance), finite
+        return jnp.where(finite, right, 1 / sizes[-1]), finite
 
     cells = jax.vmap(one, (None, None, None, None, None, 0))
     cells = jax.jit(jax.vmap(cells, (None, None, None, None, 0, None)))
     grid = scales.astype(np.float32), rates.astype(np.float32)
-    options = {"batch_size": BATCH, "steps": steps}
-    rows = []
-    for seed in seeds:
-        indices = data.batch_indices(len(found.train_y), seed=seed, **options)
-        key = jax.random.key(seed)
-        rows.append(cells(key, indices, found.train, found.test, *grid))
+    shared = setting.train, setting.test, *grid
+    seeds = zip(setting.keys, setting.indices)
+    rows = [cells(key, indices, *shared) for key, indices in seeds]
     return tuple(np.stack(part) for part in zip(*rows))
 
 
