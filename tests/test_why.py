@@ -24,7 +24,9 @@ from train.why import (
     tolerance,
 )
 from train.why import __main__ as why
-from train.why.finding import Finding, Settings, number, span, verdict, write
+from train.why.data import Settings
+from train.why.experiment import Finding, number, say, span, verdict
+from train.why.report import write
 
 SEEDS = (0, 1)
 
@@ -93,17 +95,20 @@ def test_words_come_from_numbers():
     assert verdict([True, True]) == "This held on 2 of 2 seeds."
     assert verdict([True, False]) == "This held on only 1 of 2 seeds."
     assert "did NOT reproduce here: 0 of 3" in verdict([False] * 3)
+    x = {"a": np.array([0.571, 0.594]), "b": {"c": np.array([True, False])}}
+    assert say("{x[a]:.2f}, {x[a]:percent}%", x=x) == "0.57 to 0.59, 57 to 59%"
+    assert say("{x[a]:max} {x[b][c]:tally}", x=x) == "0.594 1 of 2 seeds"
+    assert say("{x[b][c]:verdict}", x=x) == "This held on only 1 of 2 seeds."
 
 
 def made(monkeypatch, **runs):
     """Puts experiments in the place of the real ones."""
-    known = {}
     for name, run in runs.items():
-        module = types.ModuleType(f"made_{name}")
-        module.run, module.CLAIM = run, f"The claim of {name}."
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        known[name] = module.__name__
-    monkeypatch.setattr(why, "EXPERIMENTS", known)
+        claim = f"The claim of {name}."
+        experiment = types.SimpleNamespace(run=run, claim=claim)
+        module = types.SimpleNamespace(EXPERIMENT=experiment)
+        monkeypatch.setitem(sys.modules, f"train.why.{name}", module)
+    monkeypatch.setattr(why, "EXPERIMENTS", tuple(runs))
 
 
 def test_a_failure_does_not_lose_the_others(monkeypatch, tmp_path, capsys):
@@ -174,7 +179,7 @@ def test_every_experiment_has_a_claim(capsys):
     shown = capsys.readouterr().out
     for name in EXPERIMENTS:
         assert re.search(rf"^{name} +\w", shown, re.MULTILINE)
-        assert callable(why._module(name).run)
+        assert why.experiment(name).name == name
 
 
 # What the experiments find. Bands are those of all seeds that were tried.
@@ -195,7 +200,11 @@ def test_weight_decay_is_a_growing_learning_rate(digits, monkeypatch):
     settings = Settings(seeds=SEEDS, quick=True)
     with jax.enable_x64(True):
         losses = {
-            name: lengths.decayed(settings, digits, *invariance.NETS[name])
+            name: np.asarray(
+                lengths.decayed(
+                    settings, digits, **invariance.ARMS[name].options
+                )
+            )
             for name in ("with", "without")
         }
     apart = {name: abs(a[:, 0] - a[:, 1]) for name, a in losses.items()}
@@ -251,7 +260,7 @@ def test_captions_say_what_was_not_found():
         "good": {"with": np.array([3, 3]), "without": np.array([25, 27])},
         "exponent": np.array([np.nan, 2.0]),
     }
-    words = tolerance._words(numbers)
+    words = tolerance.verdict(numbers)
     assert words.startswith("3 of 45 cells learn with batch norm and 25 to 27")
     assert words.endswith("This did NOT reproduce here: 0 of 2 seeds.")
     assert "power" not in words
@@ -263,7 +272,7 @@ def test_captions_say_what_was_not_found():
 )
 def test_experiments_hold_on_every_seed(name, tmp_path):
     settings = Settings(quick=True)
-    found = why._module(name).run(settings)
+    found = why.experiment(name).run(settings)
     assert "This held on 3 of 3 seeds." in found.measured
     path = write(found, tmp_path, settings=settings)
     kept = json.loads(path.with_suffix(".json").read_text())
@@ -273,7 +282,7 @@ def test_experiments_hold_on_every_seed(name, tmp_path):
 
 @pytest.mark.slow
 def test_tolerance_in_full(digits):
-    found = tolerance.run(Settings())
+    found = tolerance.EXPERIMENT.run(Settings())
     good = found.numbers["good"]
     assert (good["with"] >= 20).all() and (good["without"] <= 6).all()
     power = found.numbers["exponent"]

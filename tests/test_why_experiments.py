@@ -12,18 +12,20 @@ from train.why import (
     data,
     deep_linear,
     devices,
-    draw,
     landscape,
     leakage,
     lstm,
     noise,
     noisy,
+    plots,
     recurrent,
     saturation,
     smoothness,
     split,
 )
-from train.why.finding import Settings, write
+from train.why.data import Settings
+from train.why.experiment import tally
+from train.why.report import write
 
 SEEDS = (0, 1)
 
@@ -33,31 +35,22 @@ def digits():
     return data.load(Settings())
 
 
-def keys():
-    return jax.vmap(jax.random.key)(np.asarray(SEEDS))
-
-
 def batches(steps, size):
-    found = digits()
-    places = [
-        data.places(len(found.train_y), batch_size=size, steps=steps, seed=seed)
-        for seed in SEEDS
-    ]
-    return (found.train_x, found.train_y), np.stack(places)
+    return digits().setting(SEEDS, steps=steps, batch_size=size)
 
 
 # Leakage.
 
 
-def drawn(steps, looks):
+def drawn(steps, evaluations):
     found = digits()
     train = found.train_x, found.train_y
     test = found.test_x, found.test_y
     parts = [
         (
             devices.draw(train, steps, seed=(seed, 0)),
-            devices.draw(train, looks, seed=(seed, 1)),
-            devices.draw(test, looks, seed=(seed, 2)),
+            devices.draw(train, evaluations, seed=(seed, 1)),
+            devices.draw(test, evaluations, seed=(seed, 2)),
         )
         for seed in SEEDS
     ]
@@ -65,17 +58,19 @@ def drawn(steps, looks):
 
 
 @functools.cache
-def trained(way):
+def trained(arm):
     """Of 100 steps."""
     train, test, parts = drawn(4 * devices.EVERY, 6)
-    return devices.train(keys(), train, test, parts, way=way, looks=4)
+    return devices.train(
+        data.keys(SEEDS), train, test, parts, arm=arm, evaluations=4
+    )
 
 
 def test_labels_are_balanced_on_every_device():
     found = digits()
     split = found.train_x, found.train_y
     parts = devices.draw(split, 50, seed=(0, 0))
-    even = found.train_y[parts.places] % 2 == 0
+    even = found.train_y[parts.indices] % 2 == 0
     assert even.shape == (50, devices.DEVICES, devices.EACH)
     np.testing.assert_array_equal(even.mean(2), 0.5)
     assert 8 < parts.offsets.std() < 12
@@ -90,24 +85,17 @@ def test_statistics_per_device_leak():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ("synchronized", "shuffled", "none"))
-def test_nothing_leaks_from_common_statistics(way):
-    found = trained(way)
+@pytest.mark.parametrize("arm", ("synchronized", "shuffled", "none"))
+def test_nothing_leaks_from_common_statistics(arm):
+    found = trained(arm)
     gap = found.train[:, -devices.EVERY :].mean(1) - found.test[:, -1]
     assert (found.test[:, -1] > 0.85).all() and (gap < 0.05).all()
 
 
-def after_few_steps(way, last, **options):
-    found = digits()
-    places = data.places_by_seed(
-        len(found.train_y), batch_size=64, steps=4, seeds=SEEDS
-    )
+def after_few_steps(arm, last, **options):
     return split.train_all(
-        keys(),
-        (found.train_x, found.train_y),
-        (found.test_x, found.test_y),
-        places,
-        way=way,
+        batches(4, 64),
+        norm=split.ARMS[arm].options["norm"],
         last=last,
         num_classes=10,
         **options,
@@ -195,18 +183,21 @@ def test_noise_is_that_of_algorithm_1():
 
 
 def test_the_limit_is_where_the_slope_is_a_tenth():
-    for kind, activation in saturation._ACTIVATION.items():
-        slope = jax.grad(activation)
-        share = slope(saturation._LIMIT[kind]) / slope(0.0)
+    for kind in saturation.KINDS.values():
+        slope = jax.grad(kind.activation)
+        share = slope(kind.limit) / slope(0.0)
         np.testing.assert_allclose(share, saturation.FLAT, rtol=1e-5)
 
 
 def test_sigmoids_learn_with_batch_norm_alone():
-    train, places = batches(300, 64)
-    seeds = np.asarray(SEEDS)
+    setting = batches(300, 64)
     without, with_ = (
-        saturation._measure(
-            seeds, train, places, 1.0, norm=norm, kind="sigmoid", ends=(64, 10)
+        saturation.train(
+            setting,
+            1.0,
+            norm=norm,
+            kind="sigmoid",
+            ends=(64, 10),
         )
         for norm in (False, True)
     )
@@ -299,13 +290,13 @@ def test_lstm_infers_with_the_statistics_of_each_step(sequence):
 
 
 def test_a_tally_says_where_nothing_held():
-    assert draw.tally([True, True]) == "2 of 2 seeds"
-    assert draw.tally([True, False]) == "1 of 2 seeds"
-    assert draw.tally([False, False]) == "NOT reproduced, 0 of 2 seeds"
+    assert tally([True, True]) == "2 of 2 seeds"
+    assert tally([True, False]) == "1 of 2 seeds"
+    assert tally([False, False]) == "NOT reproduced, 0 of 2 seeds"
 
 
 def test_steps_are_averaged_and_a_rest_is_left_out():
-    steps, means = draw.by_steps(np.array([[1.0, 3.0, 5.0, 7.0, 100.0]]), 2)
+    steps, means = plots.by_steps(np.array([[1.0, 3.0, 5.0, 7.0, 100.0]]), 2)
     np.testing.assert_array_equal(steps, [2, 4])
     np.testing.assert_array_equal(means, [[2.0, 6.0]])
 
@@ -319,18 +310,18 @@ def drawn_picture(finding, folder):
 
 @pytest.mark.slow
 def test_leakage(tmp_path):
-    found = leakage.run(Settings(seeds=SEEDS))
+    found = leakage.EXPERIMENT.run(Settings(seeds=SEEDS))
     numbers = drawn_picture(found, tmp_path)
     assert numbers["holds"].all() and numbers["influence_in_inference"] == 0
     assert (numbers["per device"]["train"] > 0.99).all()
     assert (numbers["per device"]["test"] < 0.65).all()
-    for way in ("shuffled", "synchronized"):
-        assert (numbers[way]["test"] > 0.93).all(), way
+    for arm in ("shuffled", "synchronized"):
+        assert (numbers[arm]["test"] > 0.93).all(), arm
 
 
 @pytest.mark.slow
 def test_split():
-    numbers = split.run(Settings(seeds=SEEDS, quick=True)).numbers
+    numbers = split.EXPERIMENT.run(Settings(seeds=SEEDS, quick=True)).numbers
     assert numbers["holds"].all()
     assert (numbers["flax"]["test_accuracy"][:, -1] == 0).all()
     assert (numbers["jaxbn"]["test_accuracy"] > 0.9).all()
@@ -338,7 +329,7 @@ def test_split():
 
 @pytest.mark.slow
 def test_smoothness(tmp_path):
-    found = smoothness.run(Settings(seeds=SEEDS))
+    found = smoothness.EXPERIMENT.run(Settings(seeds=SEEDS))
     numbers = drawn_picture(found, tmp_path)
     ratios = numbers["ratios"]
     assert (ratios["equal loss"][:, 1] > 4).all()
@@ -353,7 +344,7 @@ def test_smoothness(tmp_path):
 
 @pytest.mark.slow
 def test_gradients_of_a_deep_linear_net():
-    found = deep_linear.measure(np.asarray(SEEDS), quick=True)
+    found = deep_linear.measure(data.keys(SEEDS), quick=True)
     assert (found["without"]["cosine"][0] > 0.9).all()
     without, with_ = (
         found[side]["cosine"].mean(2)[..., deep_linear.SHOWN]
@@ -364,7 +355,9 @@ def test_gradients_of_a_deep_linear_net():
 
 @pytest.mark.slow
 def test_noise(tmp_path):
-    numbers = drawn_picture(noise.run(Settings(seeds=SEEDS)), tmp_path)
+    numbers = drawn_picture(
+        noise.EXPERIMENT.run(Settings(seeds=SEEDS)), tmp_path
+    )
     told = numbers["summary"]
     assert told["holds"].all() and (told["smallest_over_typical"] < 0.6).all()
     for ratio in told["device_over_batch"].values():
@@ -374,7 +367,9 @@ def test_noise(tmp_path):
 
 @pytest.mark.slow
 def test_saturation(tmp_path):
-    numbers = drawn_picture(saturation.run(Settings(seeds=SEEDS)), tmp_path)
+    numbers = drawn_picture(
+        saturation.EXPERIMENT.run(Settings(seeds=SEEDS)), tmp_path
+    )
     told = numbers["summary"]
     assert told["holds"]["sigmoid"].all() and told["holds"]["slope"].all()
     assert (told["without"]["tanh_saturated"][1] > 0.4).all()
@@ -383,6 +378,8 @@ def test_saturation(tmp_path):
 
 @pytest.mark.slow
 def test_recurrent(tmp_path):
-    numbers = drawn_picture(recurrent.run(Settings(seeds=SEEDS)), tmp_path)
+    numbers = drawn_picture(
+        recurrent.EXPERIMENT.run(Settings(seeds=SEEDS)), tmp_path
+    )
     for claim in ("per step", "small scale"):
         assert numbers["holds"][claim].all(), claim

@@ -10,7 +10,7 @@ import pytest
 from train import UserError
 from train import data as images
 from train.why import data, nets
-from train.why.finding import Settings
+from train.why.data import Settings
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +64,15 @@ def test_cifar_is_averaged(monkeypatch):
     assert found.shape == (16, 16, 3) and found.train_x.shape == (20, 768)
 
 
-def test_places_are_epochs():
-    rows = data.places(10, batch_size=3, steps=7, seed=5)
+def test_batches_are_epochs():
+    rows = data.batch_indices(10, batch_size=3, steps=7, seed=5)
     assert rows.shape == (7, 3) and rows.dtype == np.int32
     for epoch in (rows[:3], rows[3:6]):
         assert len(set(epoch.ravel())) == 9
     np.testing.assert_array_equal(
-        rows, data.places(10, batch_size=3, steps=9, seed=5)[:7]
+        rows, data.batch_indices(10, batch_size=3, steps=9, seed=5)[:7]
     )
-    assert (rows != data.places(10, batch_size=3, steps=7, seed=6)).any()
+    assert (rows != data.batch_indices(10, batch_size=3, steps=7, seed=6)).any()
 
 
 def reference(params, x, *, norm, epsilon=1e-5):
@@ -100,7 +100,9 @@ def test_nets_match_float64(norm):
     out = jax.jit(functools.partial(nets.apply, norm=norm))(params, x)
     want = reference(params, x.astype(np.float64), norm=norm)
     np.testing.assert_allclose(out.logits, want, rtol=1e-4, atol=1e-5)
-    assert len(out.taps) == 2 and len(out.moments) == (2 if norm else 0)
+    assert len(out.preactivations) == 2 and len(out.moments) == (
+        2 if norm else 0
+    )
 
     @jax.jit
     def infer(params, x):
@@ -135,7 +137,9 @@ def test_options_of_a_net():
     np.testing.assert_allclose(out.logits.var(0), 1, rtol=1e-3)
     doubled = nets.apply(plain, x, norm=False, between=lambda i, h: h * 2**i)
     want = nets.apply(plain, x, norm=False)
-    np.testing.assert_allclose(doubled.taps[1], 2 * want.taps[1], rtol=1e-6)
+    np.testing.assert_allclose(
+        doubled.preactivations[1], 2 * want.preactivations[1], rtol=1e-6
+    )
 
 
 def test_statistics_kept_out_of_the_gradient():
@@ -167,7 +171,7 @@ def test_statistics_kept_out_of_the_gradient():
 def test_sgd_is_its_formula():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(12, 3)), rng.normal(size=12)
-    places = data.places(12, batch_size=4, steps=5, seed=0)
+    indices = data.batch_indices(12, batch_size=4, steps=5, seed=0)
     rates = np.array([0.1, 0.2, 0.1, 0.05, 0.3])
 
     def loss(w, batch_stats, batch):
@@ -178,14 +182,14 @@ def test_sgd_is_its_formula():
             loss,
             jnp.ones(3),
             (jnp.array(x), jnp.array(y)),
-            places,
+            indices,
             rates,
             weight_decay=0.1,
             momentum=0.5,
             watch=lambda old, new: (old, new),
         )
     w, v, seen = np.ones(3), np.zeros(3), []
-    for index, rate in zip(places, rates):
+    for index, rate in zip(indices, rates):
         error = x[index] @ w - y[index]
         seen.append(np.square(error).mean())
         v = 0.5 * v + x[index].T @ error / 2 + 0.1 * w

@@ -1,21 +1,22 @@
-"""Why does batch norm work? Published answers, measured again in minutes.
+"""Why does batch norm work? Published claims, measured again in minutes.
 
-Each experiment is a module with CLAIM, one sentence, and
-run(settings: Settings) -> Finding.
+Each experiment is a module with an `experiment.Experiment`, EXPERIMENT: arms
+are trained on the same data from the same seeds, measured, and compared with a
+published claim.
 """
 
 from __future__ import annotations
 
-# Name on the command line, in the order they run -> module.
-EXPERIMENTS = {
-    "invariance": "train.why.invariance",
-    "tolerance": "train.why.tolerance",
-    "split": "train.why.split",
-    "leakage": "train.why.leakage",
-    "depth": "train.why.depth",
-    "smoothness": "train.why.smoothness",
-    "gradient": "train.why.gradient",
-    "noise": "train.why.noise",
-    "saturation": "train.why.saturation",
-    "recurrent": "train.why.recurrent",
-}
+# Names on the command line, and modules of this package, in running order.
+EXPERIMENTS = (
+    "invariance",
+    "tolerance",
+    "split",
+    "leakage",
+    "depth",
+    "smoothness",
+    "gradient",
+    "noise",
+    "saturation",
+    "recurrent",
+)

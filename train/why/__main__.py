@@ -16,12 +16,12 @@ import textwrap
 import time
 import traceback
 from collections.abc import Sequence
-from types import ModuleType
 
 from train import UserError
 from train.why import EXPERIMENTS
-from train.why.data import NAMES
-from train.why.finding import Settings, write
+from train.why.data import NAMES, Settings
+from train.why.experiment import Experiment
+from train.why.report import write
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -64,18 +64,18 @@ def run(names: Sequence[str], settings: Settings, folder: pathlib.Path) -> None:
     for name in names:
         started = time.monotonic()
         try:
-            finding = _module(name).run(settings)
+            finding = experiment(name).run(settings)
             write(finding, folder, settings=settings)
-            said = finding.measured
+            outcome = finding.measured
         except UserError as error:
             failed.append(name)
-            said = f"failed: {error}"
+            outcome = f"failed: {error}"
         except Exception as error:
             failed.append(name)
             traceback.print_exc()
-            said = f"failed: {type(error).__name__}, as shown above"
+            outcome = f"failed: {type(error).__name__}, as shown above"
         seconds = time.monotonic() - started
-        print(f"{name:<11} {seconds:5.1f} s  {said}", flush=True)
+        print(f"{name:<11} {seconds:5.1f} s  {outcome}", flush=True)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(names)} experiments failed: "
@@ -88,27 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m train.why", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="experiments; all without"
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="lists them and what they test"
-    )
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="for the pictures; runs/why-TIME"
-    )
-    parser.add_argument(
-        "--data", default="digits", metavar="|".join(NAMES), help="to train on"
-    )
-    parser.add_argument(
-        "--data_dir", help="where CIFAR-10 is prepared; as TFDS without"
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="repetitions; 3 without"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller nets and fewer steps"
-    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="experiments; all without")
+    add("--list", action="store_true", help="lists them and what they test")
+    add("--out", type=pathlib.Path, help="for the pictures; runs/why-TIME")
+    add("--data", default="digits", metavar="|".join(NAMES), help="to train on")
+    add("--data_dir", help="where CIFAR-10 is prepared; as TFDS without")
+    add("--seeds", type=int, default=3, help="repetitions; 3 without")
+    add("--quick", action="store_true", help="smaller nets and fewer steps")
     return parser
 
 
@@ -129,12 +116,13 @@ def _known(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names)) or list(EXPERIMENTS)
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(EXPERIMENTS[name])
+def experiment(name: str) -> Experiment:
+    """Imports one of EXPERIMENTS."""
+    return importlib.import_module(f"train.why.{name}").EXPERIMENT
 
 
 def _listed(name: str) -> str:
-    lines = textwrap.wrap(_module(name).CLAIM, 66)
+    lines = textwrap.wrap(experiment(name).claim, 66)
     heads = [name] + [""] * len(lines)
     return "\n".join(f"{h:<12}{line}" for h, line in zip(heads, lines))
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxbn import batch_norm, diagnostics
+from train.why.arms import ARMS, each
 
 LAYERS = 25
 WIDTH = 10
@@ -17,10 +17,10 @@ RATES = (1e-7, 1e-6)
 SHOWN = 16  # the layer that figures are given for, counted from 0
 
 _EXAMPLES = 1000
-_EVERY = 30  # steps between two looks at the shift
+_EVERY = 30  # steps between two probes of the shift
 
 
-def measure(seeds: np.ndarray, *, quick: bool) -> dict[str, Any]:
+def measure(keys: jax.Array, *, quick: bool) -> dict[str, Any]:
     """Trains W_1 ... W_25 x towards A x by gradient descent on all examples.
 
     x and A are normal, A with variance 1 / 10 as the layers at the start;
@@ -32,11 +32,9 @@ def measure(seeds: np.ndarray, *, quick: bool) -> dict[str, Any]:
       gradient with that after the step of the layers before it.
     """
     steps = 90 if quick else 300
-    rates = jnp.asarray(RATES)
-    found = {}
-    for name, norm in (("without", False), ("with", True)):
-        loss, cosine = _train(seeds, rates, norm=norm, looks=steps // _EVERY)
-        found[name] = {"loss": np.asarray(loss), "cosine": np.asarray(cosine)}
+    found = each(
+        ARMS, _train, keys, jnp.asarray(RATES), intervals=steps // _EVERY
+    )
     return {"rates": RATES, "steps": steps, "every": _EVERY, **found}
 
 
@@ -72,15 +70,15 @@ def _init(key: jax.Array, norm: bool) -> Any:
     return params
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "looks"))
+@functools.partial(jax.jit, static_argnames=("norm", "intervals"))
 def _train(
-    seeds: jax.Array, rates: jax.Array, *, norm: bool, looks: int
-) -> tuple[jax.Array, jax.Array]:
+    keys: jax.Array, rates: jax.Array, *, norm: bool, intervals: int
+) -> dict[str, jax.Array]:
     loss = functools.partial(_loss, norm)
     order = tuple(map(_name, range(LAYERS)))
 
-    def one(rate, seed):
-        keys = jax.random.split(jax.random.key(seed), 3)
+    def one(rate, key):
+        keys = jax.random.split(key, 3)
         x = jax.random.normal(keys[0], (_EXAMPLES, WIDTH))
         a = jax.random.normal(keys[1], (WIDTH, WIDTH)) / WIDTH**0.5
         batch = (x, x @ a)
@@ -92,7 +90,7 @@ def _train(
             new = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
             return new, (value, new)
 
-        def look(params, _):
+        def interval(params, _):
             last, (values, path) = jax.lax.scan(
                 step, params, None, length=_EVERY
             )
@@ -103,8 +101,10 @@ def _train(
             return last, (values, shift.cosine)
 
         params = _init(keys[2], norm)
-        _, (values, cosine) = jax.lax.scan(look, params, None, length=looks)
-        return values.reshape(-1), cosine
+        _, (values, cosine) = jax.lax.scan(
+            interval, params, None, length=intervals
+        )
+        return {"loss": values.reshape(-1), "cosine": cosine}
 
     over_seeds = jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(over_seeds, in_axes=(0, None))(rates, seeds)
+    return jax.vmap(over_seeds, in_axes=(0, None))(rates, keys)

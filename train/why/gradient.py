@@ -1,69 +1,49 @@
-"""The gradient must go through the statistics: what happens when it does not.
+"""Gradients that take the batch statistics for constants.
 
 The reason that batch norm is a layer and not a rescaling between steps.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxbn import moments
-from train.why import data, draw, finding, nets
-from train.why.finding import Finding, Settings
+from train.why import nets, plots
+from train.why.arms import FOURTH, THEORY, WITH, WITHOUT, Arm, each
+from train.why.data import Data, Setting, Settings
+from train.why.experiment import Experiment, say
 
-CLAIM = (
-    "A gradient step that takes the statistics for constants moves what "
-    "normalization then undoes: a bias grows for ever while the loss stays "
-    "where it is, and with variances in it models blow up (Ioffe and Szegedy "
-    "2015, section 2)."
-)
-PUBLISHED = (
-    "for xhat = x - mean(x), x = u + b, the bias grows indefinitely while the "
-    "loss remains fixed; no figures. From the gradient follows b = 2 lr k "
-    "mean(t) after k steps on mean((xhat - t)^2)."
-)
-
-HIDDEN, BATCH = (64, 64), 128
 MINIMAL_RATE, MINIMAL_STEPS = 0.1, 100
+HIDDEN, BATCH = (64, 64), 128
 # Whether there is an affine map behind batch norm -> learning rate, steps.
 # Without it the logits are normalized too: nothing else can absorb a change.
 RUNS = {"bare": (False, 0.5, 600), "affine": (True, 0.1, 500)}
 RISE = 1.2  # times the lowest loss, beyond the noise of batches
 SMOOTH = 20  # steps that a loss is averaged over
-WAYS = ("inside", "outside", "without")
-STYLES = {
-    "inside": (finding.WITH, "statistics in the gradient"),
-    "outside": (finding.FOURTH, "statistics kept out"),
-    "without": (finding.WITHOUT, "without batch norm"),
+# A plain net with free logits is no match for one without them.
+BARE_ARMS = {
+    "inside": Arm("statistics in the gradient", WITH.color),
+    "outside": Arm(
+        "statistics kept out", FOURTH, options={"stop_statistics": True}
+    ),
+}
+ARMS = BARE_ARMS | {
+    "without": Arm("without batch norm", WITHOUT.color, options={"norm": False})
 }
 
 
-def run(settings: Settings) -> Finding:
-    found = data.load(settings)
+def measure(settings: Settings, data: Data) -> dict[str, Any]:
     numbers: dict[str, Any] = {"minimal": minimal(settings.seeds)}
     for name, (affine, rate, steps) in RUNS.items():
         steps = 300 if settings.quick else steps
-        # A plain net with free logits is no match for one without them.
-        numbers[name] = {
-            way: train(found, settings.seeds, way, affine, rate, steps)
-            for way in (WAYS if affine else WAYS[:2])
-        }
-    numbers["summary"] = _summary(numbers)
-    return Finding(
-        "gradient",
-        "Statistics kept out of the gradient",
-        CLAIM,
-        PUBLISHED,
-        _words(numbers),
-        numbers,
-        functools.partial(_draw, numbers),
-    )
+        setting = data.setting(settings.seeds, steps=steps, batch_size=BATCH)
+        given = setting, data.sizes(*HIDDEN), affine, rate
+        numbers[name] = each(ARMS if affine else BARE_ARMS, train, *given)
+    return numbers | {"summary": _summary(numbers)}
 
 
 def minimal(seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -98,32 +78,31 @@ def minimal(seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
     found = {"mean_t": t.mean(1)}
     with jax.enable_x64(True):
         every = jax.jit(jax.vmap(descend, (0, 0, None)))
-        for way, outside in (("inside", False), ("outside", True)):
-            b, losses = every(u, t, outside)
-            found[way] = np.asarray(b)
-            found[f"loss_{way}"] = np.asarray(losses)
+        for arm, outside in (("inside", False), ("outside", True)):
+            found[arm], found[f"loss_{arm}"] = jax.device_get(
+                every(u, t, outside)
+            )
     return found
 
 
 def train(
-    found: data.Data,
-    seeds: tuple[int, ...],
-    way: str,
+    setting: Setting,
+    sizes: tuple[int, ...],
     affine: bool,
     rate: float,
-    steps: int,
-) -> dict[str, np.ndarray]:
-    """Trains a net in one of WAYS; all (S, steps).
+    *,
+    norm: bool = True,
+    stop_statistics: bool = False,
+) -> dict[str, jax.Array]:
+    """Trains a net a seed; all (S, steps).
 
     Returns:
       loss; bias, norm of the first layer's bias before batch norm; head, norm
       of the head's kernel.
     """
-    norm = way != "without"
-    sizes = (found.train_x.shape[1], *HIDDEN, found.num_classes)
     loss = nets.loss_of(
         norm=norm,
-        stop_statistics=way == "outside",
+        stop_statistics=stop_statistics,
         norm_logits=norm and not affine,
     )
 
@@ -133,112 +112,113 @@ def train(
             "head": jnp.linalg.norm(new["head"]["kernel"]),
         }
 
-    def one(key, places, examples):
+    def one(key, indices, examples):
         params = nets.init(key, sizes, norm=norm, affine=affine, before=True)
         _, losses, kept = nets.sgd(
-            loss, params, examples, places, rate, watch=watch
+            loss, params, examples, indices, rate, watch=watch
         )
         return {"loss": losses, **kept}
 
-    places = data.places_by_seed(
-        len(found.train_y), batch_size=BATCH, steps=steps, seeds=seeds
-    )
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     every = jax.jit(jax.vmap(one, (0, 0, None)))
-    found = every(keys, places, (found.train_x, found.train_y))
-    return {name: np.asarray(rows) for name, rows in found.items()}
+    return every(setting.keys, setting.indices, setting.train)
 
 
 def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
-    """What the caption tells, one number a seed."""
+    """What the caption says, one number a seed."""
     small = numbers["minimal"]
     expected = 2 * MINIMAL_RATE * MINIMAL_STEPS * small["mean_t"]
-    told = {
+    found = {
         "minimal_error": np.abs(small["outside"][:, -1] / expected - 1),
         "minimal_loss_change": np.ptp(small["loss_outside"], axis=1),
         "minimal_inside": np.abs(small["inside"]).max(1),
     }
     for name in RUNS:
-        for way in WAYS[:2]:
-            rows = numbers[name][way]
-            _, losses = draw.by_steps(rows["loss"], SMOOTH)
-            told[f"{name}_{way}_lowest"] = losses.min(1)
-            told[f"{name}_{way}_last"] = losses[:, -1]
-            told[f"{name}_{way}_bias"] = rows["bias"][:, -1]
-            told[f"{name}_{way}_head"] = (
-                rows["head"][:, -1] / rows["head"][:, 0]
-            )
-    return told
+        for arm in BARE_ARMS:
+            rows = numbers[name][arm]
+            _, losses = plots.by_steps(rows["loss"], SMOOTH)
+            head = rows["head"]
+            found |= {
+                f"{name}_{arm}_lowest": losses.min(1),
+                f"{name}_{arm}_last": losses[:, -1],
+                f"{name}_{arm}_bias": rows["bias"][:, -1],
+                f"{name}_{arm}_head": head[:, -1] / head[:, 0],
+            }
+    return found
 
 
-def _words(numbers: dict[str, Any]) -> str:
-    told, span = numbers["summary"], finding.span
+def verdict(numbers: dict[str, Any]) -> str:
+    found = numbers["summary"]
     holds = (
-        (told["minimal_error"] < 1e-9)
-        & (told["minimal_inside"] < 1e-9)
-        & (told["bare_outside_last"] > RISE * told["bare_outside_lowest"])
-        & (told["bare_outside_head"] > 2 * told["bare_inside_head"])
+        (found["minimal_error"] < 1e-9)
+        & (found["minimal_inside"] < 1e-9)
+        & (found["bare_outside_last"] > RISE * found["bare_outside_lowest"])
+        & (found["bare_outside_head"] > 2 * found["bare_inside_head"])
     )
-    steps = {name: numbers[name]["inside"]["loss"].shape[1] for name in RUNS}
-    blown = told["affine_outside_last"] > RISE * told["affine_outside_lowest"]
-    return (
-        "the bias follows 2 lr k mean(t) to "
-        f"{finding.number(told['minimal_error'].max())}"
-        ", the loss moves by "
-        f"{finding.number(told['minimal_loss_change'].max())}; with the full "
-        f"gradient it stays at {finding.number(told['minimal_inside'].max())}. "
-        "A net without affine map whose statistics are kept out gets to loss "
-        f"{span(told['bare_outside_lowest'], '.2f')} and is back at "
-        f"{span(told['bare_outside_last'], '.2f')} after {steps['bare']} steps "
-        f"(done right: {span(told['bare_inside_last'], '.2f')}), its head "
-        f"{span(told['bare_outside_head'], '.1f')} times as long (right: "
-        f"{span(told['bare_inside_head'], '.2f')}). "
-        + finding.verdict(holds)
-        + " With scale and bias behind batch norm the loss rose again on "
-        f"{blown.sum()} of {blown.size} seeds: it ends at "
-        f"{span(told['affine_outside_last'], '.2g')} (right: "
-        f"{span(told['affine_inside_last'], '.2g')}) after {steps['affine']} "
-        f"steps, |b| at {span(told['affine_outside_bias'], '.1f')}."
+    blown = found["affine_outside_last"] > RISE * found["affine_outside_lowest"]
+    return say(
+        "the bias follows 2 lr k mean(t) to {minimal_error:max}, the loss "
+        "moves by {minimal_loss_change:max}; with the full gradient it stays "
+        "at {minimal_inside:max}. A net without affine map whose statistics "
+        "are kept out gets to loss {bare_outside_lowest:.2f} and is back at "
+        "{bare_outside_last:.2f} after {steps_bare:.0f} steps (done right: "
+        "{bare_inside_last:.2f}), its head {bare_outside_head:.1f} times as "
+        "long (right: {bare_inside_head:.2f}). {holds:verdict} With scale and "
+        "bias behind batch norm the loss rose again on {blown} seeds: it ends "
+        "at {affine_outside_last:.2g} (right: {affine_inside_last:.2g}) after "
+        "{steps_affine:.0f} steps, |b| at {affine_outside_bias:.1f}.",
+        **found,
+        holds=holds,
+        blown=f"{blown.sum()} of {blown.size}",
+        steps_bare=numbers["bare"]["inside"]["loss"].shape[1],
+        steps_affine=numbers["affine"]["inside"]["loss"].shape[1],
     )
 
 
-def _draw(numbers: dict[str, Any], figure: Figure) -> None:
-    figure.set_size_inches(9, 6.2)
-    (bias, size), (bare, affine) = figure.subplots(2, 2)
-    small = numbers["minimal"]
-    steps = np.arange(1, MINIMAL_STEPS + 1)
-    for way in WAYS[:2]:
-        color, label = STYLES[way]
-        bias.plot(steps, small[way].T, color=color, alpha=0.7)
-        bias.plot([], [], color=color, label=label)
-    for i, mean in enumerate(small["mean_t"]):
-        theory = 2 * MINIMAL_RATE * steps * mean
-        label = "2 lr k mean(t)" if i == 0 else None
-        bias.plot(steps, theory, "--", color=finding.THEORY, label=label)
-    bias.set(xlabel="step k", ylabel="bias b")
-    bias.set_title("One bias before one mean")
-    for way in WAYS[:2]:
-        color, label = STYLES[way]
-        rows = numbers["bare"][way]
-        size.plot(rows["head"].T, color=color, alpha=0.7)
-        size.plot(rows["bias"].T, ":", color=color, alpha=0.7)
-        size.plot([], [], color=color, label=f"head's kernel, {label}")
-        size.plot([], [], ":", color=color, label=f"first bias, {label}")
-    size.set(
-        xlabel="step", ylabel="norm", ylim=(None, 1.5 * size.get_ylim()[1])
-    )
-    size.set_title("Net without scale and bias: its parameters")
-    for axes, name, title in (
-        (bare, "bare", "Net without scale and bias: its loss"),
-        (affine, "affine", "Net with scale and bias: its loss"),
-    ):
-        for way, rows in numbers[name].items():
-            color, label = STYLES[way]
-            _, losses = draw.by_steps(rows["loss"], SMOOTH)
-            places = (np.arange(losses.shape[1]) + 0.5) * SMOOTH
-            axes.plot(places, losses.T, color=color, alpha=0.7)
-            axes.plot([], [], color=color, label=label)
-        axes.set(xlabel="step", ylabel="training loss (nats)", ylim=(0, None))
-        axes.set_title(title)
-    for axes in (bias, size, bare, affine):
-        axes.legend()
+def draw(axes: Any, numbers: dict[str, Any]) -> None:
+    bias, norms, *losses = axes
+    found, steps = numbers["minimal"], np.arange(1, MINIMAL_STEPS + 1)
+    expected = 2 * MINIMAL_RATE * steps * found["mean_t"][:, None]
+    for name, arm in BARE_ARMS.items():
+        plots.lines(bias, steps, found[name], arm)
+        for key, label, style in (
+            ("head", "head's kernel", "-"),
+            ("bias", "first bias", ":"),
+        ):
+            rows = numbers["bare"][name][key]
+            line = arm._replace(label=f"{label}, {arm.label}", style=style)
+            plots.lines(norms, np.arange(rows.shape[1]), rows, line)
+    plots.lines(bias, steps, expected, Arm("2 lr k mean(t)", THEORY, "--"))
+    norms.set_ylim(top=1.5 * norms.get_ylim()[1])
+    for place, run in zip(losses, RUNS):
+        for name, rows in numbers[run].items():
+            steps, means = plots.by_steps(rows["loss"], SMOOTH)
+            plots.lines(place, steps - SMOOTH / 2, means, ARMS[name])
+        place.set_ylim(0)
+
+
+EXPERIMENT = Experiment(
+    "gradient",
+    "Statistics kept out of the gradient",
+    claim=(
+        "A gradient step that takes the statistics for constants moves what "
+        "normalization then undoes: a bias grows for ever while the loss stays "
+        "where it is, and with variances in it models blow up (Ioffe and "
+        "Szegedy 2015, section 2)."
+    ),
+    published=(
+        "for xhat = x - mean(x), x = u + b, the bias grows indefinitely while "
+        "the loss remains fixed; no figures. From the gradient follows b = 2 "
+        "lr k mean(t) after k steps on mean((xhat - t)^2)."
+    ),
+    measure=measure,
+    verdict=verdict,
+    draw=draw,
+    panels=(
+        "One bias before one mean | step k | bias b",
+        "Net without scale and bias: its parameters | step | norm",
+        "Net without scale and bias: its loss | step | training loss (nats)",
+        "Net with scale and bias: its loss | step | training loss (nats)",
+    ),
+    shape=(2, 2),
+    size=(9, 6.2),
+)

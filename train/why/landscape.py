@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxbn import diagnostics
 from train.why import nets
+from train.why.data import Setting
 
 MEASURES = ("loss range", "predictiveness", "effective beta")
 MOMENTS = ("first step", "equal step", "equal loss")
@@ -31,31 +32,13 @@ class Probes(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("norm", "sizes"))
 def probe(
-    seeds: jax.Array,
-    train: tuple[jax.Array, jax.Array],
-    places: jax.Array,
-    rate: jax.Array,
-    *,
-    norm: bool,
-    sizes: tuple[int, ...],
+    setting: Setting, rate: jax.Array, *, norm: bool, sizes: tuple[int, ...]
 ) -> Probes:
-    """Trains, and measures the line of every other step's gradient.
-
-    Args:
-      seeds: (S,).
-      train: all x and all labels.
-      places: (S, T, B), which examples each step sees.
-      rate: of plain SGD; the line goes from half to four times as far.
-      norm: with batch norm.
-      sizes: of the layers.
-
-    Returns:
-      Probes.
-    """
+    """Trains, and follows every other step's gradient from half to 4 steps."""
     loss = nets.loss_of(norm=norm)
 
-    def look(params, places):
-        batch = jax.tree.map(lambda a: a[places[0]], train)
+    def interval(params, indices):
+        batch = jax.tree.map(lambda a: a[indices[0]], setting.train)
         line = diagnostics.gradient_line(
             loss, params, (), batch, steps=rate * jnp.asarray(_GRID)
         )
@@ -64,16 +47,15 @@ def probe(
             line.predictiveness.max(),
             line.effective_beta,
         )
-        new, _, _ = nets.sgd(loss, params, train, places, rate)
+        new, _, _ = nets.sgd(loss, params, setting.train, indices, rate)
         return new, Probes(line.loss0, jnp.stack(found))
 
-    def one(seed, places):
-        key = jax.random.key(seed)
+    def one(key, indices):
         params = nets.init(key, sizes, norm=norm, gain="glorot")
-        places = places.reshape(-1, EVERY, places.shape[-1])
-        return jax.lax.scan(look, params, places)[1]
+        indices = indices.reshape(-1, EVERY, indices.shape[-1])
+        return jax.lax.scan(interval, params, indices)[1]
 
-    return jax.vmap(one)(seeds, places)
+    return jax.vmap(one)(setting.keys, setting.indices)
 
 
 def ratios(without: Probes, with_: Probes) -> dict[str, np.ndarray]:
@@ -92,8 +74,7 @@ def ratios(without: Probes, with_: Probes) -> dict[str, np.ndarray]:
         "equal step": lambda losses: slice(first, last),
         "equal loss": _below,
     }
-    without, with_ = jax.device_get((without, with_))
-    found: dict[str, Any] = {}
+    found = {}
     for moment in MOMENTS:
         sides = [
             [

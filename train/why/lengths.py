@@ -2,96 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.diagnostics import angular_update
-from train.why import data, nets
-from train.why.finding import Settings
+from train.why import nets
+from train.why.data import Data, Settings
 
 HIDDEN, BATCH = (64, 64), 64
-FACTORS = np.logspace(-2, 2, 17)
+FACTORS = np.logspace(-2, 2, 17)  # on the first kernel
 DECAY_RATE, DECAY = 0.1, 0.05  # learning rate and weight decay
 
 
-class Scaled(NamedTuple):
-    """At each of FACTORS: (seeds, factors)."""
-
-    loss: np.ndarray
-    gradient: np.ndarray  # norm of the first kernel's
-
-
-def split(params: nets.Params) -> tuple[nets.Params, nets.Params]:
-    """Parts parameters into the hidden kernels and the rest."""
-    kernels = {
-        name: {"kernel": layer["kernel"]}
-        for name, layer in params.items()
-        if name != "head"
-    }
-    rest = {
-        name: {
-            key: value
-            for key, value in layer.items()
-            if name == "head" or key != "kernel"
-        }
-        for name, layer in params.items()
-    }
-    return kernels, rest
-
-
-def loss_of_kernels(rest: nets.Params, **options: Any) -> nets.Loss:
-    """The loss as a function of the hidden kernels alone."""
-    whole = nets.loss_of(**options)
+def _start(
+    key: jax.Array, sizes: tuple[int, ...], norm: bool, **options: Any
+) -> tuple[nets.Params, nets.Loss]:
+    """Returns the hidden kernels, and the loss as a function of them alone."""
+    rest = nets.init(key, sizes, norm=norm, dtype=float)
+    hidden = [name for name in rest if name != "head"]
+    kernels = {name: {"kernel": rest[name].pop("kernel")} for name in hidden}
+    whole = nets.loss_of(norm=norm, **options)
 
     def loss(kernels, batch_stats, batch):
         params = {name: rest[name] | kernels.get(name, {}) for name in rest}
         return whole(params, batch_stats, batch)
 
-    return loss
+    return kernels, loss
 
 
-def _start(found: data.Data, key: jax.Array, norm: bool) -> tuple:
-    sizes = (found.train_x.shape[1], *HIDDEN, found.num_classes)
-    return split(nets.init(key, sizes, norm=norm, dtype=float))
-
-
-def _given(settings: Settings, found: data.Data, steps: int) -> tuple:
+def _given(settings: Settings, data: Data, steps: int) -> tuple:
     """A key and an order of examples a seed, and the data."""
-    keys = jnp.stack([jax.random.key(seed) for seed in settings.seeds])
-    places = data.places_by_seed(
-        len(found.train_y), batch_size=BATCH, steps=steps, seeds=settings.seeds
-    )
-    x = jnp.asarray(found.train_x, float)
-    return keys, places, (x, jnp.asarray(found.train_y))
+    given = data.setting(settings.seeds, batch_size=BATCH, steps=steps)
+    x = jnp.asarray(data.train_x, float)
+    return given.keys, given.indices, (x, jnp.asarray(data.train_y))
 
 
 def scaled(
-    settings: Settings, found: data.Data, norm: bool, epsilon: float
-) -> Scaled:
-    """Scales the first kernel of a new net by each of FACTORS."""
+    settings: Settings, data: Data, norm: bool, epsilon: float
+) -> dict[str, jax.Array]:
+    """Scales the first kernel of a new net by each of FACTORS.
 
-    def one(key, places, examples, factor):
-        kernels, rest = _start(found, key, norm)
-        loss = loss_of_kernels(rest, norm=norm, epsilon=epsilon)
+    Returns:
+      loss and gradient, the norm of the first kernel's: (seeds, factors).
+    """
+
+    def one(key, indices, examples, factor):
+        sizes = data.sizes(*HIDDEN)
+        kernels, loss = _start(key, sizes, norm, epsilon=epsilon)
         kernels["layer0"]["kernel"] *= factor
-        batch = jax.tree.map(lambda a: a[places[0]], examples)
+        batch = jax.tree.map(lambda a: a[indices[0]], examples)
         value, gradient = jax.value_and_grad(loss, has_aux=True)(
             kernels, (), batch
         )
-        return value[0], jnp.linalg.norm(gradient["layer0"]["kernel"])
+        norm_ = jnp.linalg.norm(gradient["layer0"]["kernel"])
+        return {"loss": value[0], "gradient": norm_}
 
     every = jax.vmap(one, (None, None, None, 0))
     every = jax.jit(jax.vmap(every, (0, 0, None, None)))
-    given = _given(settings, found, 1)
-    return Scaled(*map(np.asarray, every(*given, FACTORS)))
+    return every(*_given(settings, data, 1), FACTORS)
 
 
 def decayed(
-    settings: Settings, found: data.Data, norm: bool, epsilon: float
-) -> np.ndarray:
+    settings: Settings, data: Data, norm: bool, epsilon: float
+) -> jax.Array:
     """Losses with weight decay, and with the rate that replaces it.
 
     Returns:
@@ -101,18 +77,17 @@ def decayed(
     t = np.arange(steps)
     growing = DECAY_RATE * (1 - DECAY_RATE * DECAY) ** (-2.0 * t - 1)
     rates = np.stack([np.full(steps, DECAY_RATE), growing])
-    decays = np.array([DECAY, 0.0])
 
-    def one(key, places, examples, rate, decay):
-        kernels, rest = _start(found, key, norm)
-        loss = loss_of_kernels(rest, norm=norm, epsilon=epsilon)
-        return nets.sgd(
-            loss, kernels, examples, places, rate, weight_decay=decay
-        )[1]
+    def one(key, indices, examples, rate, decay):
+        sizes = data.sizes(*HIDDEN)
+        kernels, loss = _start(key, sizes, norm, epsilon=epsilon)
+        given = loss, kernels, examples, indices, rate
+        return nets.sgd(*given, weight_decay=decay)[1]
 
     every = jax.vmap(one, (None, None, None, 0, 0))
     every = jax.jit(jax.vmap(every, (0, 0, None, None, None)))
-    return np.asarray(every(*_given(settings, found, steps), rates, decays))
+    given = _given(settings, data, steps)
+    return every(*given, rates, np.array([DECAY, 0.0]))
 
 
 def horizon(rate: float, decay: float) -> int:
@@ -121,10 +96,7 @@ def horizon(rate: float, decay: float) -> int:
 
 
 def angles(
-    settings: Settings,
-    found: data.Data,
-    pairs: tuple,
-    norm: bool,
+    settings: Settings, data: Data, pairs: tuple, *, norm: bool
 ) -> np.ndarray:
     """Angle of each step, in radians, root mean square over channels.
 
@@ -133,31 +105,19 @@ def angles(
     """
     steps = max(horizon(*pair) for pair in pairs)
 
-    def watch(old, new):
-        return jnp.stack(
-            [
-                jnp.sqrt(
-                    jnp.square(
-                        angular_update(old, new, path=(name, "kernel"))
-                    ).mean()
-                )
-                for name in old
-            ]
-        )
+    def rms(old, new, name):
+        turned = angular_update(old, new, path=(name, "kernel"))
+        return jnp.sqrt(jnp.square(turned).mean())
 
-    def one(key, places, examples, pair):
-        kernels, rest = _start(found, key, norm)
-        return nets.sgd(
-            loss_of_kernels(rest, norm=norm),
-            kernels,
-            examples,
-            places,
-            pair[0],
-            weight_decay=pair[1],
-            watch=watch,
-        )[2]
+    def watch(old, new):
+        return jnp.stack([rms(old, new, name) for name in old])
+
+    def one(key, indices, examples, pair):
+        kernels, loss = _start(key, data.sizes(*HIDDEN), norm)
+        given = loss, kernels, examples, indices, pair[0]
+        return nets.sgd(*given, weight_decay=pair[1], watch=watch)[2]
 
     every = jax.vmap(one, (0, 0, None, None))
     every = jax.jit(jax.vmap(every, (None, None, None, 0)))
-    given = _given(settings, found, steps)
+    given = _given(settings, data, steps)
     return np.asarray(every(*given, np.array(pairs, np.float32)))

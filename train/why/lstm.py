@@ -57,13 +57,14 @@ def apply(
     start: jax.Array,
     *,
     statistics: Any = None,
-    push: jax.Array | None = None,
+    perturbation: jax.Array | None = None,
 ) -> Lstm:
     """Runs an LSTM; without batch norm where params have no scales.
 
-    The parts of input and hidden state are normalized apart, so that neither
-    drowns the other, and the cell on its way out alone: what it remembers
-    goes on untouched.
+    The contributions of input and hidden state to the gates are normalized
+    separately, and the cell only where it enters the hidden state.
+
+    Source: Cooijmans et al. (2017), Recurrent Batch Normalization, section 3.
 
     Args:
       params: of `init`.
@@ -71,7 +72,8 @@ def apply(
       start: (B, H), the hidden state before the first step.
       statistics: for input, hidden state and cell, of each step (T, C), in
         place of the batch's own.
-      push: (T, B, H), added to each hidden state: what a gradient by it needs.
+      perturbation: (T, B, H), added to each hidden state, to take gradients
+        with respect to it.
     """
     norm = "input_scale" in params
 
@@ -88,24 +90,28 @@ def apply(
 
     def step(carry, given):
         hidden, cell = carry
-        gates, known, push = given
+        gates, known, perturbation = given
         of_hidden, of_cell = (None, None) if known is None else known
         more, first = normal("hidden", hidden @ params["hidden"], of_hidden)
-        let_in, forget, let_out, new = jnp.split(gates + more, 4, axis=-1)
-        cell = jax.nn.sigmoid(forget) * cell
-        cell += jax.nn.sigmoid(let_in) * jnp.tanh(new)
-        shown, second = normal("cell", cell, of_cell, params.get("cell_bias"))
-        hidden = jax.nn.sigmoid(let_out) * jnp.tanh(shown)
-        if push is not None:
-            hidden += push
+        input_gate, forget_gate, output_gate, candidate = jnp.split(
+            gates + more, 4, axis=-1
+        )
+        cell = jax.nn.sigmoid(forget_gate) * cell
+        cell += jax.nn.sigmoid(input_gate) * jnp.tanh(candidate)
+        normalized, second = normal(
+            "cell", cell, of_cell, params.get("cell_bias")
+        )
+        hidden = jax.nn.sigmoid(output_gate) * jnp.tanh(normalized)
+        if perturbation is not None:
+            hidden += perturbation
         return (hidden, cell), (first, second)
 
-    # What the input gives to the gates waits for no hidden state.
+    # The input's contribution needs no hidden state: all steps at once.
     of_input, *known = statistics or (None,)
     gates, first = jax.vmap(functools.partial(normal, "input"))(
         x @ params["input"], of_input
     )
-    given = gates + params["bias"], tuple(known) or None, push
+    given = gates + params["bias"], tuple(known) or None, perturbation
     carry = start, jnp.zeros_like(start)
     (hidden, _), rest = jax.lax.scan(step, carry, given)
     logits = hidden @ params["head"] + params["head_bias"]

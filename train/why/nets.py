@@ -1,8 +1,7 @@
 """Small nets as pure functions on jaxbn, and their training as one scan.
 
 Parameters are {"layer0": ..., "layer1": ..., "head": ...}, each with a kernel.
-Training, and anything else here, may be wrapped in vmap over seeds and
-settings; pass data and parameters as arguments.
+Training, and all else here, may be wrapped in vmap over seeds and settings.
 """
 
 from __future__ import annotations
@@ -19,20 +18,11 @@ Params = dict[str, dict[str, jax.Array]]
 # (params, batch_stats, batch) -> (scalar, new batch_stats), in training mode.
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
 
-GAINS = {"he": 2.0, "lecun": 1.0}
-
 
 class Output(NamedTuple):
-    """Of `apply`.
-
-    logits: (B, K).
-    moments: of each normalized layer, from the first; () without norm.
-    taps: (B, C) of each hidden layer, what its activation is given.
-    """
-
-    logits: jax.Array
-    moments: tuple[Moments, ...]
-    taps: tuple[jax.Array, ...]
+    logits: jax.Array  # (B, K)
+    moments: tuple[Moments, ...]  # of each normalized layer
+    preactivations: tuple[jax.Array, ...]  # (B, C) of each hidden layer
 
 
 def init(
@@ -51,32 +41,25 @@ def init(
     Args:
       key: random.
       sizes: of the input, of the hidden layers and of the logits.
-      norm: gives hidden layers the scale of batch norm.
-      affine: gives hidden layers a bias, and with norm a scale.
-      before: gives hidden layers a bias "before" that is added ahead of the
-        normalization. The head has one bias: without affine, where its logits
-        may be normalized too, this one.
+      norm, affine: hidden layers have a bias with affine, a scale with both.
+      before: hidden layers have a bias "before" that is added ahead of the
+        normalization; the head too without affine, in place of its bias.
       gain: "he", "lecun" or "glorot": hidden kernels have variance 2 / in,
         1 / in or 2 / (in + out). The head's is 1 / in.
       factor: times the hidden kernels.
       dtype: of all.
-
-    Returns:
-      Params.
     """
     params = {}
     # One draw, cut up: each further one takes seconds to compile.
-    drawn = jax.random.normal(
-        key, (sum(a * b for a, b in zip(sizes, sizes[1:])),), dtype
-    )
+    total = sum(a * b for a, b in zip(sizes, sizes[1:]))
+    drawn = jax.random.normal(key, (total,), dtype)
     for i, (rows, columns) in enumerate(zip(sizes, sizes[1:])):
         head = i == len(sizes) - 2
-        if head:
-            variance = 1 / rows
-        elif gain == "glorot":
-            variance = 2 / (rows + columns)
-        else:
-            variance = GAINS[gain] / rows
+        variance = {
+            "he": 2 / rows,
+            "lecun": 1 / rows,
+            "glorot": 2 / (rows + columns),
+        }["lecun" if head else gain]
         kernel, drawn = jnp.split(drawn, [rows * columns])
         kernel = kernel.reshape(rows, columns)
         layer = {"kernel": kernel * variance**0.5}
@@ -118,18 +101,13 @@ def apply(
       norm: normalizes the hidden layers.
       activation: between layers.
       epsilon: of batch norm.
-      stop_statistics: keeps mean and variance out of the gradient: wrong, and
-        there to show what goes wrong.
+      stop_statistics: takes mean and variance for constants, which is wrong.
       norm_logits: normalizes the logits too, without scale.
-      statistics: of each normalized layer, with mean and var; uses these in
-        place of the batch's own, as in inference.
+      statistics: mean and var of each normalized layer, as in inference.
       axis_name: over which a batch is synchronized.
       between: (layer number, normalized) -> what the activation is given.
-
-    Returns:
-      Output.
     """
-    found, taps = [], []
+    found, preactivations = [], []
     for i, name in enumerate(layers(params)):
         layer = params[name]
         h = x @ layer["kernel"]
@@ -138,20 +116,15 @@ def apply(
         head = name == "head"
         scale, bias = layer.get("scale"), layer.get("bias")
         if norm_logits if head else norm:
-            if statistics is not None:
-                known = statistics[len(found)]
-                h = normalize(
-                    h, known.mean, known.var, scale, bias, epsilon=epsilon
-                )
-            elif stop_statistics:
-                known = jax.lax.stop_gradient(moments(h))
-                h = normalize(
-                    h, known.mean, known.var, scale, bias, epsilon=epsilon
-                )
+            given = {"scale": scale, "bias": bias, "epsilon": epsilon}
+            if statistics is None and not stop_statistics:
+                h, known = batch_norm(h, axis_name=axis_name, **given)
             else:
-                h, known = batch_norm(
-                    h, scale, bias, axis_name=axis_name, epsilon=epsilon
-                )
+                if statistics is not None:
+                    known = statistics[len(found)]
+                else:
+                    known = jax.lax.stop_gradient(moments(h))
+                h = normalize(h, known.mean, known.var, **given)
             found.append(known)
         elif bias is not None:
             h = h + bias
@@ -159,9 +132,9 @@ def apply(
             break
         if between is not None:
             h = between(i, h)
-        taps.append(h)
+        preactivations.append(h)
         x = activation(h)
-    return Output(h, tuple(found), tuple(taps))
+    return Output(h, tuple(found), tuple(preactivations))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -171,16 +144,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def loss_of(**options: Any) -> Loss:
-    """Cross-entropy of `apply` with these options, for (x, labels) batches.
+    """Cross-entropy of `apply` with these options, as jaxbn.diagnostics takes.
 
-    The form that jaxbn.diagnostics takes. batch_stats is carried along
-    unchanged; where a model is to be evaluated, `population` finds its
-    statistics.
+    batch_stats is passed on unchanged; `population` finds the statistics to
+    evaluate with.
     """
 
-    def loss(
-        params: Params, batch_stats: Any, batch: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, Any]:
+    def loss(params, batch_stats, batch):
         x, labels = batch
         logits = apply(params, x, **options).logits
         return cross_entropy(logits, labels), batch_stats
@@ -202,11 +172,38 @@ def accuracy(
     return (right & jnp.isfinite(logits).all(-1)).mean()
 
 
+def descend(
+    loss: Callable[[Any, Any], tuple[jax.Array, Any]],
+    params: Any,
+    inputs: Any,
+    learning_rate: float | jax.Array,
+) -> tuple[Any, jax.Array, Any]:
+    """params -= learning_rate gradient, a step for each input, as one scan.
+
+    Args:
+      loss: (params, input) -> (scalar, auxiliary).
+      params: any tree.
+      inputs: tree with a leading axis T.
+      learning_rate: of all steps.
+
+    Returns:
+      (params, losses (T,), auxiliary with a leading axis T).
+    """
+
+    def step(params, given):
+        found, gradient = jax.value_and_grad(loss, has_aux=True)(params, given)
+        new = jax.tree.map(lambda p, g: p - learning_rate * g, params, gradient)
+        return new, found
+
+    params, (losses, auxiliary) = jax.lax.scan(step, params, inputs)
+    return params, losses, auxiliary
+
+
 def sgd(
     loss: Loss,
     params: Any,
     data: tuple[jax.Array, jax.Array],
-    places: jax.Array,
+    indices: jax.Array,
     learning_rate: float | jax.Array,
     *,
     weight_decay: float | jax.Array = 0.0,
@@ -219,7 +216,7 @@ def sgd(
       loss: (params, batch_stats, (x, labels)) -> (scalar, batch_stats).
       params: any tree; decay acts on all of it.
       data: all x and all labels.
-      places: (T, B), which examples each step sees.
+      indices: (T, B), which examples each step sees.
       learning_rate: one, or (T,).
       weight_decay: coefficient of half the squared norm.
       momentum: of the heavy ball.
@@ -228,7 +225,7 @@ def sgd(
     Returns:
       (params, losses (T,), watched with a leading axis T or None).
     """
-    rates = jnp.broadcast_to(learning_rate, places.shape[:1])
+    rates = jnp.broadcast_to(learning_rate, indices.shape[:1])
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def step(carry, given):
@@ -236,18 +233,18 @@ def sgd(
         index, rate = given
         batch = jax.tree.map(lambda a: a[index], data)
         (value, _), gradient = value_and_grad(params, (), batch)
-        velocity = jax.tree.map(
-            lambda v, g, p: momentum * v + g + weight_decay * p,
-            velocity,
-            gradient,
-            params,
-        )
-        new = jax.tree.map(
-            lambda p, v: p - (rate * v).astype(p.dtype), params, velocity
-        )
+
+        def accelerate(v, g, p):
+            return momentum * v + g + weight_decay * p
+
+        def move(p, v):
+            return p - (rate * v).astype(p.dtype)
+
+        velocity = jax.tree.map(accelerate, velocity, gradient, params)
+        new = jax.tree.map(move, params, velocity)
         kept = None if watch is None else watch(params, new)
         return (new, velocity), (value, kept)
 
     start = params, jax.tree.map(jnp.zeros_like, params)
-    (params, _), (losses, kept) = jax.lax.scan(step, start, (places, rates))
+    (params, _), (losses, kept) = jax.lax.scan(step, start, (indices, rates))
     return params, losses, kept

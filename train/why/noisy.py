@@ -1,4 +1,4 @@
-"""Noise behind batch norm: shift that moves at every step."""
+"""Nets with noise behind batch norm: covariate shift at every step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from train.why import nets
+from train.why.arms import WITH, WITHOUT
+from train.why.data import Setting
 
-ARMS = ("without", "without, noisy", "with", "with, noisy")
+_PLAIN, _NOISY = {"noisy": False}, {"noisy": True}
+ARMS = {
+    "without": WITHOUT._replace(options=WITHOUT.options | _PLAIN),
+    "without, noisy": WITHOUT._replace(
+        label="without, noisy", style="--", options=WITHOUT.options | _NOISY
+    ),
+    "with": WITH._replace(options=WITH.options | _PLAIN),
+    "with, noisy": WITH._replace(
+        label="with batch norm, noisy",
+        style="--",
+        options=WITH.options | _NOISY,
+    ),
+}
 
 
 def noise(key: jax.Array, layer: int, h: jax.Array) -> jax.Array:
@@ -37,63 +50,31 @@ def noise(key: jax.Array, layer: int, h: jax.Array) -> jax.Array:
     return s * h + m
 
 
-def measure(
-    seeds: np.ndarray,
-    train: tuple[np.ndarray, np.ndarray],
-    places: np.ndarray,
-    *,
-    sizes: tuple[int, ...],
-    rate: float,
-) -> dict[str, Any]:
-    """Returns the accuracy on each batch, (seeds, T), for each of ARMS."""
-    return {
-        arm: np.asarray(
-            _train(
-                seeds,
-                train,
-                places,
-                rate,
-                norm=not arm.startswith("without"),
-                noisy="noisy" in arm,
-                sizes=sizes,
-            )
-        )
-        for arm in ARMS
-    }
-
-
 @functools.partial(jax.jit, static_argnames=("norm", "noisy", "sizes"))
-def _train(
-    seeds: jax.Array,
-    train: tuple[jax.Array, jax.Array],
-    places: jax.Array,
+def train(
+    setting: Setting,
     rate: jax.Array,
     *,
     norm: bool,
     noisy: bool,
     sizes: tuple[int, ...],
 ) -> jax.Array:
-    def one(seed, places):
-        start, draws = jax.random.split(jax.random.key(seed))
+    """Returns the accuracy on the batch of each step: (S, T)."""
+
+    def one(key, indices):
+        start, draws = jax.random.split(key)
         params = nets.init(start, sizes, norm=norm, gain="glorot")
 
-        def loss(params, batch, key):
-            x, labels = batch
+        def loss(params: nets.Params, given: Any) -> tuple[jax.Array, Any]:
+            step, index = given
+            x, labels = jax.tree.map(lambda a: a[index], setting.train)
+            key = jax.random.fold_in(draws, step)
             between = functools.partial(noise, key) if noisy else None
             logits = nets.apply(params, x, norm=norm, between=between).logits
             right = (logits.argmax(-1) == labels).mean()
             return nets.cross_entropy(logits, labels), right
 
-        def step(params, given):
-            index, places = given
-            batch = jax.tree.map(lambda a: a[places], train)
-            gradient, right = jax.grad(loss, has_aux=True)(
-                params, batch, jax.random.fold_in(draws, index)
-            )
-            new = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
-            return new, right
+        given = jnp.arange(len(indices)), indices
+        return nets.descend(loss, params, given, rate)[2]
 
-        given = (jnp.arange(len(places)), places)
-        return jax.lax.scan(step, params, given)[1]
-
-    return jax.vmap(one)(seeds, places)
+    return jax.vmap(one)(setting.keys, setting.indices)

@@ -9,23 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 import jaxbn
-from train.why import data, draw, finding, lstm, nets
-from train.why.finding import Finding, Settings
+from train.why import lstm, nets, plots
+from train.why.arms import THEORY, THIRD, WITH, WITHOUT, Arm, each
+from train.why.data import Data, Setting, Settings
+from train.why.experiment import Experiment, say
 
-CLAIM = (
-    "Batch norm works between the steps of a recurrent net too, if its scale "
-    "starts at 0.1 rather than 1 and every time step has population "
-    "statistics of its own."
-)
+Params = dict[str, jax.Array]
 
-ARMS = {"without": None, "scale 0.1": 0.1, "scale 1": 1.0}
-COLORS = {
-    "without": finding.WITHOUT,
-    "scale 0.1": finding.WITH,
-    "scale 1": finding.THIRD,
+# scale: of batch norm at the start; it is there to be ignored without.
+ARMS = {
+    "without": WITHOUT._replace(options={"norm": False, "scale": 1.0}),
+    "scale 0.1": Arm(
+        "batch norm, scale 0.1",
+        WITH.color,
+        options={"norm": True, "scale": 0.1},
+    ),
+    "scale 1": Arm(
+        "batch norm, scale 1", THIRD, options={"norm": True, "scale": 1.0}
+    ),
 }
 
 _TIMES = 64
@@ -38,45 +41,16 @@ _LAST = 25  # steps that count as the end of training
 _POPULATION = 4000
 
 
-def run(settings: Settings) -> Finding:
+def measure(settings: Settings, data: Data) -> dict[str, Any]:
     """Trains LSTMs without batch norm and with two scales at the start."""
-    found = data.load(settings)
     steps = 60 if settings.quick else 300
-    train = (_in_time(found.train_x), found.train_y)
-    test = (_in_time(found.test_x), found.test_y)
-    keys = jax.vmap(jax.random.key)(np.asarray(settings.seeds))
-    places = data.places_by_seed(
-        len(found.train_y), batch_size=_BATCH, steps=steps, seeds=settings.seeds
+    setting = data.setting(settings.seeds, steps=steps, batch_size=_BATCH)
+    setting = setting._replace(
+        train=(_in_time(data.train_x), data.train_y),
+        test=(_in_time(data.test_x), data.test_y),
     )
-    arms = {
-        arm: jax.device_get(
-            _measure(
-                keys,
-                train,
-                test,
-                places,
-                scale or 1.0,
-                norm=scale is not None,
-                classes=found.num_classes,
-            )
-        )
-        for arm, scale in ARMS.items()
-    }
-    numbers = {**arms, "holds": _holds(arms)}
-    return Finding(
-        name="recurrent",
-        title="An LSTM that reads an image in 64 steps",
-        claim=CLAIM,
-        published=(
-            "MNIST in 784 steps, test accuracy: LSTM 98.9%, with batch norm "
-            "99.0%; pixels permuted 90.2% and 95.4%. Scale 1 drives tanh "
-            "into saturation, and gradients vanish on their way back "
-            "(Cooijmans et al. 2017, Recurrent Batch Normalization)."
-        ),
-        measured=_words(numbers),
-        numbers=numbers,
-        draw=functools.partial(_draw, numbers),
-    )
+    arms = each(ARMS, _measure, setting, classes=data.num_classes)
+    return {**arms, "holds": _holds(arms)}
 
 
 def _in_time(x: np.ndarray) -> np.ndarray:
@@ -87,44 +61,37 @@ def _in_time(x: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("norm", "classes"))
 def _measure(
-    keys: jax.Array,
-    train: tuple[jax.Array, jax.Array],
-    test: tuple[jax.Array, jax.Array],
-    places: jax.Array,
-    scale: jax.Array,
-    *,
-    norm: bool,
-    classes: int,
+    setting: Setting, scale: jax.Array, *, norm: bool, classes: int
 ) -> dict[str, jax.Array]:
-    def one(key, places):
+    train = setting.train
+
+    def one(key, indices):
         start, noise = jax.random.split(key)
         inputs = train[0].shape[-1]
         params = lstm.init(start, inputs, classes, norm=norm, scale=scale)
-        first = tuple(jnp.take(a, places[0], i) for a, i in zip(train, (1, 0)))
+        first = tuple(jnp.take(a, indices[0], i) for a, i in zip(train, (1, 0)))
         norms = _gradient_norms(params, first, noise)
-        params, right = _fit(params, train, places, noise)
+        params, right = _fit(params, train, indices, noise)
         return {
             "train_accuracy": right,
             "gradient_norms": norms,
-            **_test(params, train[0][:, :_POPULATION], test, noise),
+            **_test(params, train[0][:, :_POPULATION], setting.test, noise),
         }
 
-    return jax.vmap(one)(keys, places)
+    return jax.vmap(one)(setting.keys, setting.indices)
 
 
 def _noise(key: jax.Array, examples: int) -> jax.Array:
     return _NOISE * jax.random.normal(key, (examples, lstm.UNITS))
 
 
-def _gradient_norms(
-    params: dict[str, jax.Array], batch: Any, key: jax.Array
-) -> jax.Array:
+def _gradient_norms(params: Params, batch: Any, key: jax.Array) -> jax.Array:
     """Norm of the gradient of the loss by each hidden state, (T,)."""
     x, labels = batch
     start = _noise(key, x.shape[1])
 
-    def loss(push):
-        logits = lstm.apply(params, x, start, push=push).logits
+    def loss(perturbation):
+        logits = lstm.apply(params, x, start, perturbation=perturbation).logits
         return nets.cross_entropy(logits, labels)
 
     gradient = jax.grad(loss)(jnp.zeros((*x.shape[:2], lstm.UNITS)))
@@ -132,11 +99,8 @@ def _gradient_norms(
 
 
 def _fit(
-    params: dict[str, jax.Array],
-    train: tuple[jax.Array, jax.Array],
-    places: jax.Array,
-    key: jax.Array,
-) -> tuple[dict[str, jax.Array], jax.Array]:
+    params: Params, train: Any, indices: jax.Array, key: jax.Array
+) -> tuple[Params, jax.Array]:
     """Returns trained parameters and the accuracy on each batch, (T,)."""
     adam = optax.adam(_RATE)
 
@@ -156,37 +120,31 @@ def _fit(
         updates, state = adam.update(gradient, state)
         return (optax.apply_updates(params, updates), state), right
 
-    (params, _), right = jax.lax.scan(
-        step, (params, adam.init(params)), (jnp.arange(len(places)), places)
-    )
+    start = params, adam.init(params)
+    numbered = jnp.arange(len(indices)), indices
+    (params, _), right = jax.lax.scan(step, start, numbered)
     return params, right
 
 
 def _test(
-    params: dict[str, jax.Array],
-    x: jax.Array,
-    test: tuple[jax.Array, jax.Array],
-    key: jax.Array,
+    params: Params, x: jax.Array, test: Any, key: jax.Array
 ) -> dict[str, jax.Array]:
     """Test accuracy with statistics of each step, and with one of all."""
     seen = lstm.apply(params, x, _noise(key, x.shape[1])).moments
-    each = tuple(jaxbn.RunningStats(m.mean, jax.vmap(_var)(m)) for m in seen)
+    per_step = tuple(
+        jaxbn.RunningStats(m.mean, jax.vmap(lambda m: m.var)(m)) for m in seen
+    )
     pooled = jax.tree.map(
         lambda a: jnp.broadcast_to(a, (_TIMES, *a.shape)),
-        tuple(map(jaxbn.pool, each)),
+        tuple(map(jaxbn.pool, per_step)),
     )
-    found = {}
-    for name, statistics in (("per step", each), ("pooled", pooled)):
-        start = jnp.zeros((test[0].shape[1], lstm.UNITS))
-        logits = lstm.apply(
-            params, test[0], start, statistics=statistics
-        ).logits
-        found[name] = (logits.argmax(-1) == test[1]).mean()
-    return found
+    start = jnp.zeros((test[0].shape[1], lstm.UNITS))
 
+    def accuracy(statistics):
+        out = lstm.apply(params, test[0], start, statistics=statistics)
+        return (out.logits.argmax(-1) == test[1]).mean()
 
-def _var(moments: jaxbn.Moments) -> jax.Array:
-    return moments.var
+    return {"per step": accuracy(per_step), "pooled": accuracy(pooled)}
 
 
 def _trained(arm: dict[str, np.ndarray]) -> np.ndarray:
@@ -210,76 +168,80 @@ def _holds(arms: dict[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def _words(numbers: dict[str, Any]) -> str:
-    span = functools.partial(finding.span, spec=".2f")
-    arms = {name: numbers[name] for name in ARMS}
-    holds = {name: draw.tally(v) for name, v in numbers["holds"].items()}
-    trained = ", ".join(f"{n} {span(_trained(a))}" for n, a in arms.items())
+def verdict(numbers: dict[str, Any]) -> str:
+    trained = ", ".join(f"{name} {{trained[{name}]:.2f}}" for name in ARMS)
     tested = ", ".join(
-        f"{name} {span(arm['per step'])} and {span(arm['pooled'])}"
-        for name, arm in arms.items()
-        if ARMS[name]
+        f"{name} {{arms[{name}][per step]:.2f}} and "
+        f"{{arms[{name}][pooled]:.2f}}"
+        for name in ("scale 0.1", "scale 1")
     )
-    return (
+    return say(
         f"training accuracy: {trained}; scale 0.1 above scale 1: "
-        f"{holds['small scale']}. Test accuracy with statistics per step and "
-        f"pooled over time: {tested}; per step above pooled: "
-        f"{holds['per step']}. Test accuracy without batch norm "
-        f"{span(arms['without']['per step'])}; scale 0.1 above that: "
-        f"{holds['better than without']}, which a run as short as this does "
+        "{holds[small scale]:tally}. Test accuracy with statistics per step "
+        f"and pooled over time: {tested}; per step above pooled: "
+        "{holds[per step]:tally}. Test accuracy without batch norm "
+        "{arms[without][per step]:.2f}; scale 0.1 above that: "
+        "{holds[better than without]:tally}, which a run as short as this does "
         "not settle. Gradients at the start fall off faster on their way back "
-        f"with scale 1 than with 0.1: {holds['vanishes']}."
+        "with scale 1 than with 0.1: {holds[vanishes]:tally}.",
+        arms=numbers,
+        trained={name: _trained(numbers[name]) for name in ARMS},
+        holds=numbers["holds"],
     )
 
 
-def _draw(numbers: dict[str, Any], figure: Figure) -> None:
-    figure.set_size_inches(10.5, 3.7)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.9, 1))
-    times = np.arange(1, _TIMES + 1)
-    for i, (name, color) in enumerate(COLORS.items()):
-        arm = numbers[name]
-        norm = name != "without"
-        label = f"batch norm, {name}" if norm else finding.WITHOUT_LABEL
-        steps, means = draw.by_steps(100 * arm["train_accuracy"], 20)
-        draw.band(left, steps, means, color=color, label=label)
-        norms = arm["gradient_norms"] / arm["gradient_norms"][:, -1:]
-        draw.band(right, times, norms, color=color)
-        kinds = (
-            (("per step", "s"), ("pooled", "D"))
-            if norm
-            else (("per step", "o"),)
-        )
-        for j, (kind, marker) in enumerate(kinds):
-            place = np.full(len(arm[kind]), i + 0.4 * j - 0.2 * norm)
-            fill = "white" if j else color
-            middle.plot(
-                place,
-                100 * arm[kind],
-                marker,
-                color=color,
-                markerfacecolor=fill,
+def draw(axes: Any, numbers: dict[str, Any]) -> None:
+    training, test, gradients = axes
+    for i, (name, arm) in enumerate(ARMS.items()):
+        found = numbers[name]
+        steps, means = plots.by_steps(100 * found["train_accuracy"], 20)
+        plots.band(training, steps, means, arm)
+        norms = found["gradient_norms"]
+        times, line = np.arange(1, _TIMES + 1), arm._replace(label=None)
+        plots.band(gradients, times, norms / norms[:, -1:], line)
+        kinds = {"per step": ("s", arm.color), "pooled": ("D", "white")}
+        if name == "without":  # no statistics: one test accuracy
+            kinds = {"per step": ("o", arm.color)}
+        for j, (kind, (marker, fill)) in enumerate(kinds.items()):
+            x = np.full(
+                len(found[kind]), i + (j - 0.5) * 0.4 * (len(kinds) - 1)
             )
-    left.set(
-        title="Training", xlabel="step", ylabel="accuracy (%)", ylim=(0, 100)
-    )
-    left.legend(loc="lower right")
-    middle.set(
-        title="Test, by what batch norm infers with",
-        ylabel="accuracy (%)",
-        ylim=(0, 100),
-        xlim=(-0.6, 2.6),
-    )
-    middle.set_xticks(range(len(ARMS)), list(ARMS))
+            test.plot(x, 100 * found[kind], marker, color=arm.color, mfc=fill)
     for marker, fill, label in (
-        ("s", finding.THEORY, "statistics of each time step"),
+        ("s", THEORY, "statistics of each time step"),
         ("D", "white", "pooled over time"),
     ):
-        kept = {"color": finding.THEORY, "markerfacecolor": fill}
-        middle.plot([], [], marker, label=label, **kept)
-    middle.legend(loc="lower left")
-    right.set(
-        title="Gradients at the start of training",
-        xlabel="time step t",
-        ylabel="|dL / dh(t)| over that of the last t",
-        yscale="log",
-    )
+        test.plot([], [], marker, color=THEORY, mfc=fill, label=label)
+    training.set_ylim(0, 100)
+    test.set(ylim=(0, 100), xlim=(-0.6, 2.6))
+    test.set_xticks(range(len(ARMS)), list(ARMS))
+    gradients.semilogy()
+
+
+EXPERIMENT = Experiment(
+    "recurrent",
+    "An LSTM that reads an image in 64 steps",
+    claim=(
+        "Batch norm works between the steps of a recurrent net too, if its "
+        "scale starts at 0.1 rather than 1 and every time step has population "
+        "statistics of its own."
+    ),
+    published=(
+        "MNIST in 784 steps, test accuracy: LSTM 98.9%, with batch norm 99.0%; "
+        "pixels permuted 90.2% and 95.4%. Scale 1 drives tanh into saturation, "
+        "and gradients vanish on their way back (Cooijmans et al. 2017, "
+        "Recurrent Batch Normalization)."
+    ),
+    measure=measure,
+    verdict=verdict,
+    draw=draw,
+    panels=(
+        "Training | step | accuracy (%)",
+        "Test, by what batch norm infers with |  | accuracy (%)",
+        "Gradients at the start of training | time step t | "
+        "|dL / dh(t)| over that of the last t",
+    ),
+    shape=(1, 3),
+    size=(10.5, 3.7),
+    grid={"width_ratios": (1, 0.9, 1)},
+)

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
-from train.why import data, finding, nets
-from train.why.finding import Finding, Settings
-
-CLAIM = (
-    "Batch norm trains at learning rates and initial scales at which a plain "
-    "net does not (Ioffe and Szegedy 2015, 3.3; Santurkar et al. 2018, "
-    "figure 1; Bjorck et al. 2018). What counts is lr / |w|^2: kernels s "
-    "times as large want s^2 times the rate (van Laarhoven 2017)."
-)
-PUBLISHED = (
-    "ResNet-110 on CIFAR-10 reaches about 93% at lr 0.1 with batch norm; "
-    "without, about 82% at lr 0.0001, nearly the largest that trains; there "
-    "batch norm gives nothing (81%). Read off figures of Bjorck et al."
-)
+from train.why import nets, plots
+from train.why.arms import ARMS, each
+from train.why.data import Data, Setting, Settings
+from train.why.experiment import Experiment, say
 
 HIDDEN, BATCH = (64,) * 6, 64
 SCALES = np.array([0.1, 0.3, 1.0, 3.0, 10.0])
@@ -33,31 +21,23 @@ RATES = 10 ** np.arange(-3, 1.01, 0.5)
 GOOD, WANTED = 0.91, 0.95
 
 
-def run(settings: Settings) -> Finding:
-    found = data.load(settings)
+def measure(settings: Settings, data: Data) -> dict[str, Any]:
     quick = settings.quick
     scales = SCALES[1:4] if quick else SCALES
     rates = RATES[::2] if quick else RATES
     steps = 100 if quick else 200
-    accuracy, finite = {}, {}
-    for name, norm in (("with", True), ("without", False)):
-        accuracy[name], finite[name] = sweep(
-            found,
-            scales,
-            rates,
-            norm=norm,
-            steps=steps,
-            seeds=settings.seeds,
-        )
+    setting = data.setting(settings.seeds, steps=steps, batch_size=BATCH)
+    found = each(ARMS, sweep, setting, data.sizes(*HIDDEN), scales, rates)
+    accuracy = {name: cells[0] for name, cells in found.items()}
     best = max(cells.max() for cells in accuracy.values())
     wanted = wanted_rates(accuracy["with"], rates, WANTED * best)
-    numbers = {
+    return {
         "scales": scales,
         "rates": rates,
         "hidden": HIDDEN,
         "steps": steps,
         "accuracy": accuracy,
-        "finite": finite,
+        "finite": {name: cells[1] for name, cells in found.items()},
         "best": best,
         "good": {
             name: (cells > GOOD * best).sum((1, 2))
@@ -66,70 +46,46 @@ def run(settings: Settings) -> Finding:
         "wanted_rates": wanted,
         "exponent": exponent(scales, wanted, 0.3, 1.0),
     }
-    return Finding(
-        "tolerance",
-        "Learning rates and initial scales that train",
-        CLAIM,
-        PUBLISHED,
-        _words(numbers),
-        numbers,
-        functools.partial(_draw, numbers),
-    )
 
 
 def sweep(
-    found: data.Data,
+    setting: Setting,
+    sizes: tuple[int, ...],
     scales: np.ndarray,
     rates: np.ndarray,
     *,
     norm: bool,
-    steps: int,
-    seeds: tuple[int, ...],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Trains a net in every cell, from the same draw and examples.
 
     Args:
-      found: data.
+      setting: S seeds.
+      sizes: of the layers.
       scales: (J,) factors on hidden kernels drawn after He et al.
       rates: (I,) of plain SGD.
       norm: with batch norm.
-      steps: of training.
-      seeds: S of them.
 
     Returns:
       (test accuracy with the statistics of all training data, whether the
       last loss was finite), both (S, J, I). What is not finite guesses: it is
       right for one class.
     """
-    sizes = (found.train_x.shape[1], *HIDDEN, found.num_classes)
 
-    def one(key, places, train, test, scale, rate):
+    def one(key, indices, train, test, scale, rate):
         params = nets.init(key, sizes, norm=norm, factor=scale)
         loss = nets.loss_of(norm=norm)
-        params, losses, _ = nets.sgd(loss, params, train, places, rate)
+        params, losses, _ = nets.sgd(loss, params, train, indices, rate)
         known = nets.population(params, train[0], norm=norm)
         right = nets.accuracy(params, *test, norm=norm, statistics=known)
-        chance = 1 / found.num_classes
         finite = jnp.isfinite(losses[-1])
-        return jnp.where(finite, right, chance), finite
+        return jnp.where(finite, right, 1 / sizes[-1]), finite
 
     cells = jax.vmap(one, (None, None, None, None, None, 0))
     cells = jax.jit(jax.vmap(cells, (None, None, None, None, 0, None)))
-    rows = []
-    for seed in seeds:
-        places = data.places(
-            len(found.train_y), batch_size=BATCH, steps=steps, seed=seed
-        )
-        rows.append(
-            cells(
-                jax.random.key(seed),
-                places,
-                (found.train_x, found.train_y),
-                (found.test_x, found.test_y),
-                scales.astype(np.float32),
-                rates.astype(np.float32),
-            )
-        )
+    grid = scales.astype(np.float32), rates.astype(np.float32)
+    shared = setting.train, setting.test, *grid
+    seeds = zip(setting.keys, setting.indices)
+    rows = [cells(key, indices, *shared) for key, indices in seeds]
     return tuple(np.stack(part) for part in zip(*rows))
 
 
@@ -165,90 +121,95 @@ def exponent(
     return np.log(wanted[:, j] / wanted[:, i]) / np.log(scales[j] / scales[i])
 
 
-def _words(numbers: dict[str, Any]) -> str:
-    cells = numbers["scales"].size * numbers["rates"].size
+def verdict(numbers: dict[str, Any]) -> str:
     good, power = numbers["good"], numbers["exponent"]
-    told = (
-        f"{finding.span(good['with'], 'g')} of {cells} cells learn with batch "
-        f"norm and {finding.span(good['without'], 'g')} without (they come to "
-        f"{GOOD:.0%} of the best test accuracy of all, {numbers['best']:.1%}). "
-    ) + finding.verdict(good["with"] > good["without"])
-    if np.isfinite(power).all():
-        told += (
-            " From s = 0.3 to 1 the smallest rate that comes to "
-            f"{WANTED:.0%} of the best grows as s to the power "
-            f"{finding.span(power, '.2f')}; the law says 2."
-        )
-    return told
-
-
-def _draw(numbers: dict[str, Any], figure: Figure) -> None:
-    figure.set_size_inches(10.5, 3.5)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.85))
-    for axes, name, title in (
-        (left, "with", finding.WITH_LABEL),
-        (middle, "without", finding.WITHOUT_LABEL),
-    ):
-        _draw_cells(numbers, name, axes)
-        color = finding.WITH if name == "with" else finding.WITHOUT
-        axes.set_title(f"{title}: test accuracy (%)", color=color)
-    scales = numbers["scales"]
-    unit = int(np.argmin(np.abs(scales - 1)))
-    for name, color, label in (
-        ("with", finding.WITH, finding.WITH_LABEL),
-        ("without", finding.WITHOUT, finding.WITHOUT_LABEL),
-    ):
-        for seed, rows in enumerate(numbers["accuracy"][name]):
-            right.semilogx(
-                numbers["rates"],
-                100 * rows[unit],
-                ".-",
-                color=color,
-                alpha=0.7,
-                label=label if seed == 0 else None,
-            )
-    right.set(xlabel="learning rate", ylabel="test accuracy (%)", ylim=(0, 103))
-    right.set_title("At s = 1, a line a seed")
-    right.legend(loc="lower left")
-
-
-def _draw_cells(numbers: dict[str, Any], name: str, axes: Any) -> None:
-    """A heat map, mean over seeds, and the rates that the law expects."""
-    scales, rates = numbers["scales"], numbers["rates"]
-    cells = 100 * numbers["accuracy"][name].mean(0)
-    finite = numbers["finite"][name].any(0)
-    axes.imshow(
-        cells, cmap="cividis", vmin=0, vmax=100, origin="lower", aspect="auto"
+    text = (
+        "{good[with]:g} of {cells:g} cells learn with batch norm and "
+        "{good[without]:g} without (they come to "
+        f"{GOOD:.0%} of the best test accuracy of all, {{best:.1%}}). "
+        "{holds:verdict}"
     )
-    for j, i in np.ndindex(cells.shape):
-        axes.text(
-            i,
-            j,
-            f"{cells[j, i]:.0f}" if finite[j, i] else "NaN",
-            ha="center",
-            va="center",
-            fontsize=7.5,
-            color="black" if cells[j, i] > 55 else "white",
+    if np.isfinite(power).all():
+        text += (
+            " From s = 0.3 to 1 the smallest rate that comes to "
+            f"{WANTED:.0%} of the best grows as s to the power {{power:.2f}}; "
+            "the law says 2."
         )
-    ticks = np.flatnonzero(np.isclose(np.log10(rates) % 1, 0))
-    names = [f"$10^{{{round(np.log10(rates[i]))}}}$" for i in ticks]
-    axes.set_xticks(ticks, names)
-    axes.set_yticks(range(len(scales)), [f"{s:g}" for s in scales])
-    axes.set(xlabel="learning rate", ylabel="scale s of the kernels")
-    if name == "without":
-        return
+    return say(
+        text,
+        good=good,
+        cells=numbers["scales"].size * numbers["rates"].size,
+        best=numbers["best"],
+        holds=good["with"] > good["without"],
+        power=power,
+    )
+
+
+def draw(axes: Any, numbers: dict[str, Any]) -> None:
+    scales, rates = numbers["scales"], numbers["rates"]
     unit = int(np.argmin(np.abs(scales - 1)))
+    for name, place in zip(("with", "without"), axes):
+        arm = ARMS[name]
+        _draw_cells(numbers, name, place)
+        place.title.set_color(arm.color)
+        values = 100 * numbers["accuracy"][name][:, unit]
+        plots.lines(axes[2], rates, values, arm._replace(style=".-"))
+    axes[2].semilogx()
+    axes[2].set_ylim(0, 103)
+    # The rates that the law expects.
     wanted = np.median(numbers["wanted_rates"][:, unit])
     if not np.isfinite(wanted):
         return
     law = wanted * scales**2
-    place = np.interp(np.log(law), np.log(rates), np.arange(len(rates)))
-    inside = (law >= rates[0]) & (law <= rates[-1])
-    axes.plot(
-        place[inside],
-        np.flatnonzero(inside),
-        "--",
-        color="black",
-        lw=1.2,
-    )
-    axes.set_xlabel("learning rate (dashed: as s²)")
+    inside = np.flatnonzero((law >= rates[0]) & (law <= rates[-1]))
+    columns = np.interp(np.log(law), np.log(rates), np.arange(len(rates)))
+    axes[0].plot(columns[inside], inside, "--", color="black", lw=1.2)
+
+
+def _draw_cells(numbers: dict[str, Any], name: str, axes: Any) -> None:
+    """A heat map, mean over seeds."""
+    scales, rates = numbers["scales"], numbers["rates"]
+    cells = 100 * numbers["accuracy"][name].mean(0)
+    finite = numbers["finite"][name].any(0)
+    options = {"cmap": "cividis", "vmin": 0, "vmax": 100}
+    axes.imshow(cells, origin="lower", aspect="auto", **options)
+    for j, i in np.ndindex(cells.shape):
+        text = f"{cells[j, i]:.0f}" if finite[j, i] else "NaN"
+        color = "black" if cells[j, i] > 55 else "white"
+        options = {"ha": "center", "va": "center", "fontsize": 7.5}
+        axes.text(i, j, text, color=color, **options)
+    ticks = np.flatnonzero(np.isclose(np.log10(rates) % 1, 0))
+    names = [f"$10^{{{round(np.log10(rates[i]))}}}$" for i in ticks]
+    axes.set_xticks(ticks, names)
+    axes.set_yticks(range(len(scales)), [f"{s:g}" for s in scales])
+
+
+EXPERIMENT = Experiment(
+    "tolerance",
+    "Learning rates and initial scales that train",
+    claim=(
+        "Batch norm trains at learning rates and initial scales at which a "
+        "plain net does not (Ioffe and Szegedy 2015, 3.3; Santurkar et al. "
+        "2018, figure 1; Bjorck et al. 2018). What counts is lr / |w|^2: "
+        "kernels s times as large want s^2 times the rate (van Laarhoven "
+        "2017)."
+    ),
+    published=(
+        "ResNet-110 on CIFAR-10 reaches about 93% at lr 0.1 with batch norm; "
+        "without, about 82% at lr 0.0001, nearly the largest that trains; "
+        "there batch norm gives nothing (81%). Read off figures of Bjorck et "
+        "al."
+    ),
+    measure=measure,
+    verdict=verdict,
+    draw=draw,
+    panels=(
+        "with batch norm: test accuracy (%) | learning rate (dashed: as s²) | "
+        "scale s of the kernels",
+        "without: test accuracy (%) | learning rate | scale s of the kernels",
+        "At s = 1, a line a seed | learning rate | test accuracy (%)",
+    ),
+    shape=(1, 3),
+    size=(10.5, 3.5),
+    grid={"width_ratios": (1, 1, 0.85)},
+)
