@@ -33,7 +33,7 @@ def is_narrow(x: jax.Array) -> bool:
     return jnp.finfo(x.dtype).bits < jnp.finfo(widen(x).dtype).bits
 
 
-def minus_shift(
+def subtract_shift(
     spec: Spec, x: jax.Array, shift: jax.Array, ids: jax.Array | None
 ) -> jax.Array:
     """x - shift, which is exact near a large mean."""
@@ -42,7 +42,7 @@ def minus_shift(
     return widen(x) - spec.reduction.broadcast(shift, ids)
 
 
-def readable(
+def zero_masked_nonfinite(
     x: jax.Array, where: jax.Array | None, value: jax.Array
 ) -> jax.Array:
     """Puts 0 in value where x is masked out and NaN or inf."""
@@ -65,7 +65,7 @@ def affine(
     return nan_for_unknown_ids(spec, y, ids).astype(spec.dtype)
 
 
-def in_rows(reduction: Reduction, value: Any) -> Any:
+def tile_rows(reduction: Reduction, value: Any) -> Any:
     """Repeats one value a feature, or one a feature and id, for every row."""
     if value is None:
         return None

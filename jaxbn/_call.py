@@ -13,14 +13,14 @@ import jax
 from flax import errors, nnx
 
 # (model, batch, train) -> output. A linen model is bound.
-Caller = Callable[[Any, Any, bool], Any]
+ModelCall = Callable[[Any, Any, bool], Any]
 
 # What a model calls the argument or the field that says its mode.
 _TRAINING = ("train", "training", "is_training")
 _INFERENCE = ("use_running_average", "deterministic", "eval", "inference")
 
 
-def caller(model: Any, call: Caller | None) -> Caller:
+def make_model_call(model: Any, call: ModelCall | None) -> ModelCall:
     """Returns call, or for None one that finds the mode by its name.
 
     Args:
@@ -43,13 +43,13 @@ def caller(model: Any, call: Caller | None) -> Caller:
         )
     linen = isinstance(model, nn.Module)
     if call is not None:
-        return _explained(call) if linen else call
+        return _with_option_hints(call) if linen else call
     signature = inspect.signature(type(model).__call__)
     known = list(signature.parameters)
-    argument = _mode(known)
+    argument = _find_mode(known)
     field = None
     if argument is None and isinstance(model, nn.Module):
-        field = _mode(
+        field = _find_mode(
             [f.name for f in dataclasses.fields(model) if f.name != "parent"]
         )
     given = {} if argument is None else {argument[0]: True}
@@ -59,7 +59,7 @@ def caller(model: Any, call: Caller | None) -> Caller:
     except TypeError:
         silent = True
     if silent:
-        raise ValueError(_how_to_call(model, known[1:]))
+        raise ValueError(_call_help(model, known[1:]))
 
     by_position = argument is not None and (
         known.index(argument[0]) == 2
@@ -81,10 +81,10 @@ def caller(model: Any, call: Caller | None) -> Caller:
             model = model.clone(**{name: train == sign}, parent=model.scope)
         return model(batch)
 
-    return _explained(default) if linen else default
+    return _with_option_hints(default) if linen else default
 
 
-def _explained(call: Caller) -> Caller:
+def _with_option_hints(call: ModelCall) -> ModelCall:
     """Makes what flax says of a collection or a stream name the option."""
 
     @functools.wraps(call)
@@ -119,7 +119,7 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {text}."
 
 
-def _mode(names: Collection[str]) -> tuple[str, bool] | None:
+def _find_mode(names: Collection[str]) -> tuple[str, bool] | None:
     for known, sign in ((_TRAINING, True), (_INFERENCE, False)):
         for name in known:
             if name in names:
@@ -127,7 +127,7 @@ def _mode(names: Collection[str]) -> tuple[str, bool] | None:
     return None
 
 
-def _how_to_call(model: Any, known: list[str]) -> str:
+def _call_help(model: Any, known: list[str]) -> str:
     names = ", ".join((*_TRAINING, *_INFERENCE))
     linen = isinstance(model, nn.Module)
     text = (
@@ -174,7 +174,7 @@ def linen_options(
     return dict(rngs=rngs, mutable=sorted({"batch_stats", *written, *mutable}))
 
 
-def the_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def single_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Returns the one argument that goes to call; raises for any other."""
     if len(args) != 1 or kwargs:
         names = [*map(str, range(len(args))), *kwargs]
@@ -186,7 +186,7 @@ def the_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0]
 
 
-def infers(
+def uses_running_average(
     layer: Any,
     x: Any,
     use_running_average: bool | None = None,
@@ -228,8 +228,8 @@ def advance_streams(model: Any, number: Any) -> None:
             count.set_value(value + (number * 2**16).astype(value.dtype))
 
 
-def run_nnx(
-    model: Any, call: Caller, batch: Any, train: bool
+def call_nnx_clone(
+    model: Any, call: ModelCall, batch: Any, train: bool
 ) -> tuple[Any, Any]:
     """Calls a clone of an nnx model; returns its output and the clone."""
     copy = nnx.clone(model)
@@ -241,7 +241,7 @@ def pure(
     model: Any,
     variables: Any,
     *,
-    call: Caller | None = None,
+    call: ModelCall | None = None,
     rngs: Any = None,
     mutable: Collection[str] = (),
 ) -> tuple[Callable[..., tuple[Any, Any]], Any]:
@@ -250,7 +250,7 @@ def pure(
     Args:
       model: a linen or nnx module.
       variables: of a linen model; None for nnx.
-      call: see `caller`.
+      call: see `make_model_call`.
       rngs: see `linen_options`.
       mutable: see `linen_options`.
 
@@ -261,9 +261,9 @@ def pure(
       anew in each call.
 
     Raises:
-      ValueError: see `caller`; rngs or mutable are given for an nnx model.
+      ValueError: see `make_model_call`; rngs or mutable are given for an nnx model.
     """
-    run = caller(model, call)
+    run = make_model_call(model, call)
     if isinstance(model, nn.Module):
 
         def apply(variables: Any, batch: Any, train: bool = True) -> Any:
@@ -279,7 +279,7 @@ def pure(
 
     def apply_nnx(state: Any, batch: Any, train: bool = True) -> Any:
         merged = nnx.merge(graphdef, streams, state)
-        output, copy = run_nnx(merged, run, batch, train)
+        output, copy = call_nnx_clone(merged, run, batch, train)
         return output, nnx.state(copy, nnx.Not(nnx.RngState))
 
     return apply_nnx, state

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._call import infers
+from jaxbn._call import uses_running_average
 from jaxbn._moments import merge
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
@@ -117,7 +117,7 @@ def with_empty(batch_stats: Any, log: Log, path: Path = ()) -> Any:
     return {**batch_stats, **tree}
 
 
-def variable_of(layer: nn.Module) -> nn.Variable[Collected] | None:
+def collected_variable(layer: nn.Module) -> nn.Variable[Collected] | None:
     """Returns the variable that a linen layer hands out moments in.
 
     Args:
@@ -144,7 +144,7 @@ def has_statistics(node: Any) -> bool:
 
 
 def collected(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Collected]]:
-    """Yields what the layers of a tree of with_empty have handed out."""
+    """Yields what the layers of a tree of with_empty have returned."""
     for name, below in tree.items():
         if isinstance(below, Collected):
             yield path, below
@@ -189,7 +189,7 @@ def collect_linen(
     def watch(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer, called = context.module, context.method_name == "__call__"
         theirs = called and isinstance(layer, nn.BatchNorm)
-        if theirs and not infers(layer, *args, **kwargs):
+        if theirs and not uses_running_average(layer, *args, **kwargs):
             flax[layer.path] = None
         return run(*args, **kwargs)
 
@@ -199,7 +199,7 @@ def collect_linen(
         )
     silent = {path: "flax.linen" for path in flax if path not in log.trained}
     if silent or not log.trained:
-        raise ValueError(refusal(silent, log, stats))
+        raise ValueError(no_moments_message(silent, log, stats))
     found = dict(collected(updates["batch_stats"]))
     return y, {path: found[path] for path in log.trained}, log
 
@@ -230,7 +230,7 @@ def collect_nnx(
         (path,): "flax.nnx" for path in layers if path not in ours
     }
     if silent:
-        raise ValueError(refusal(silent, log, {}))
+        raise ValueError(no_moments_message(silent, log, {}))
     for path, layer in ours.items():
         running = RunningStats(layer.mean[...], layer.var[...])
         layer.moments = _CollectedStat(empty(running, log, (path,)))
@@ -238,7 +238,7 @@ def collect_nnx(
     found = {path: layer.moments.get_value() for path, layer in ours.items()}
     if not log.trained:
         known = {path: {NAME: part} for path, part in found.items()}
-        raise ValueError(refusal({}, log, known))
+        raise ValueError(no_moments_message({}, log, known))
     return {path: found[path] for (path,) in log.trained}, log
 
 
@@ -246,7 +246,9 @@ class _CollectedStat(nnx.BatchStat[Collected]):
     """Goes where mean and var of its layer go, in nnx.vmap and nnx.scan."""
 
 
-def refusal(silent: dict[Path, str], log: Log, batch_stats: Any) -> str:
+def no_moments_message(
+    silent: dict[Path, str], log: Log, batch_stats: Any
+) -> str:
     """Returns why there are no moments, and what to do.
 
     Args:
@@ -266,19 +268,19 @@ def refusal(silent: dict[Path, str], log: Log, batch_stats: Any) -> str:
     )
     if log.inferred:
         return (
-            "No layer handed out moments: in this call the model is in "
+            "No layer returned moments: in this call the model is in "
             f"inference mode, in {_listed(log.inferred)}. {how}"
         )
     known = [path for path, _ in collected(batch_stats)]
     if known:
         return (
-            "No layer handed out moments: no batch norm layer of jaxbn was "
+            "No layer returned moments: no batch norm layer of jaxbn was "
             f"called, although batch_stats has a mean and a var of "
             f"{_listed(known)}. If that is a class of your own, derive it from "
             f"jaxbn's BatchNorm; if the call does not reach it: {how}"
         )
     return (
-        "No layer handed out moments: there is no batch norm layer of flax or "
+        "No layer returned moments: there is no batch norm layer of flax or "
         "jaxbn in the model, and no mean and var in its batch_stats."
     )
 

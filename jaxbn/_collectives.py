@@ -85,14 +85,14 @@ def all_agree(flag: jax.Array, devices: Devices) -> jax.Array:
 
     Of groups that gather on their own, the members agree already.
     """
-    if devices.groups is None or _takes_groups(devices.names):
+    if devices.groups is None or _supports_groups(devices.names):
         return flag
-    everyone = devices._replace(groups=None)
-    agreed: jax.Array = all_sum(flag.astype(jnp.float32), everyone) > 0
+    all_devices = devices._replace(groups=None)
+    agreed: jax.Array = all_sum(flag.astype(jnp.float32), all_devices) > 0
     return agreed
 
 
-def _takes_groups(names: Names) -> bool:
+def _supports_groups(names: Names) -> bool:
     """Whether there is a collective inside groups of devices.
 
     psum takes no groups under shard_map, and under vmap and in lockstep nothing
@@ -117,7 +117,7 @@ def lockstep(axis_name: Hashable) -> Iterator[None]:
         _microbatches.reset(token)
 
 
-def microbatches_among(devices: Devices) -> Hashable | None:
+def microbatch_axis(devices: Devices) -> Hashable | None:
     """Returns which of the axes is that of the microbatches."""
     name = _microbatches.get()
     return name if name in devices.names else None
@@ -125,14 +125,14 @@ def microbatches_among(devices: Devices) -> Hashable | None:
 
 def _gather(flat: jax.Array, names: Names, groups: Partition) -> jax.Array:
     """Stacks the vectors of a group's devices."""
-    everyone: jax.Array
-    if _takes_groups(names):
-        everyone = jax.lax.all_gather(flat, names, axis_index_groups=groups)
-        return everyone
+    all_devices: jax.Array
+    if _supports_groups(names):
+        all_devices = jax.lax.all_gather(flat, names, axis_index_groups=groups)
+        return all_devices
     members = {i: group for group in groups for i in group}
     own = jnp.array([members[i] for i in range(len(members))])
-    everyone = jax.lax.all_gather(flat, names)
-    return everyone[own[jax.lax.axis_index(names)]]
+    all_devices = jax.lax.all_gather(flat, names)
+    return all_devices[own[jax.lax.axis_index(names)]]
 
 
 def _ravel(leaves: list[jax.Array]) -> tuple[jax.Array, Any]:

@@ -13,12 +13,12 @@ from jax.custom_derivatives import SymbolicZero
 from jaxbn._affine import (
     Spec,
     affine,
-    in_rows,
     is_narrow,
-    minus_shift,
     nan_for_unknown_ids,
     per_affine_row,
-    readable,
+    subtract_shift,
+    tile_rows,
+    zero_masked_nonfinite,
 )
 from jaxbn._arithmetic import (
     hide_from_cse,
@@ -28,7 +28,7 @@ from jaxbn._arithmetic import (
     times,
 )
 from jaxbn._collectives import Devices, all_sum, vary_like
-from jaxbn._groups import of_all_examples
+from jaxbn._merge_groups import merge_groups
 from jaxbn._moments import batch_moments
 from jaxbn._passes import Centered, Moments, mean_and_m2
 from jaxbn.remat import INPUT, STATISTICS
@@ -55,7 +55,7 @@ class Constants(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def train(
     spec: Spec,
-    everyone: Devices,
+    all_devices: Devices,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
@@ -68,7 +68,7 @@ def train(
     """
     x = checkpoint_name(x, INPUT)
     y, stats = _batch_norm(spec, x, scale, bias, constants)
-    return y, of_all_examples(spec, stats, everyone, constants.shift)
+    return y, merge_groups(spec, stats, all_devices, constants.shift)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -83,7 +83,7 @@ def _batch_norm(
     where, ids, shift, _ = constants
     stats = batch_moments(
         x,
-        in_rows(spec.reduction, shift),
+        tile_rows(spec.reduction, shift),
         where,
         ids,
         reduction=spec.reduction,
@@ -107,7 +107,7 @@ def _normalize(
 ) -> jax.Array:
     """Returns y, elementwise in x; a masked NaN or inf is read as the mean."""
     where, ids, _, renorm = constants
-    scale, bias = in_rows(spec.affine, scale), in_rows(spec.affine, bias)
+    scale, bias = tile_rows(spec.affine, scale), tile_rows(spec.affine, bias)
     if renorm is not None:
         r, d = per_affine_row(spec, _correction(spec, stats, renorm))
         bias = plus(times(d, scale), bias)
@@ -116,7 +116,7 @@ def _normalize(
     inv, offset = per_affine_row(spec, (inv, stats.offset))
     slope = times(inv, scale)
     level = plus(times(-offset, slope), bias)
-    shifted = minus_shift(spec, x, hide_from_cse(stats.shift), ids)
+    shifted = subtract_shift(spec, x, hide_from_cse(stats.shift), ids)
     if where is not None:
         mean = spec.reduction.broadcast(stats.offset, ids)
         shifted = jnp.where(where | jnp.isfinite(x), shifted, mean)
@@ -168,12 +168,14 @@ def _tangent(
         stats = hide_from_cse(stats)
 
     def shifted(shift: jax.Array) -> jax.Array:
-        return readable(x, where, minus_shift(spec, x, shift, ids))
+        return zero_masked_nonfinite(
+            x, where, subtract_shift(spec, x, shift, ids)
+        )
 
     inv = jax.lax.rsqrt(stats.var + spec.epsilon)
     inv, offset = per_affine_row(spec, (inv, stats.offset))
-    gain = times(inv, in_rows(spec.affine, scale))
-    dscale, dbias = (in_rows(spec.affine, t) for t in (dscale, dbias))
+    gain = times(inv, tile_rows(spec.affine, scale))
+    dscale, dbias = (tile_rows(spec.affine, t) for t in (dscale, dbias))
     if renorm is not None:
         r, d = per_affine_row(spec, _correction(spec, stats, renorm))
         gain = times(r, gain)
@@ -206,9 +208,9 @@ def _tangent(
         level = plus(level, dbias)
     spread = functools.partial(spec.affine.broadcast, ids=ids)
     dy = times(shifted(hide_from_cse(stats.shift)), spread(slope))
-    dy = plus(dy, readable(x, where, spread(level)))
+    dy = plus(dy, zero_masked_nonfinite(x, where, spread(level)))
     if dx is not None:
-        dy = plus(dy, readable(x, where, times(dx, spread(gain))))
+        dy = plus(dy, zero_masked_nonfinite(x, where, times(dx, spread(gain))))
     if dbias is not None and where is not None:
         # Bias alone reaches the output of a value that is not read.
         dy = plus(dy, spread(dbias))
@@ -224,7 +226,7 @@ def _correction(
     """
     mean, var, r_max, d_max = jax.lax.stop_gradient(renorm)
     stats = jax.lax.stop_gradient(stats)
-    mean, var = (in_rows(spec.reduction, a) for a in (mean, var))
+    mean, var = (tile_rows(spec.reduction, a) for a in (mean, var))
     inv = jax.lax.rsqrt(var + spec.epsilon)
     r = jnp.sqrt(stats.var + spec.epsilon) * inv
     d = times(plus(stats.mean, -mean), inv)

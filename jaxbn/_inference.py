@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxbn._affine import (
     Spec,
     affine,
-    in_rows,
     per_affine_row,
-    readable,
+    tile_rows,
+    zero_masked_nonfinite,
 )
 from jaxbn._arithmetic import abs2, plus, times, widen
 from jaxbn._checks import (
@@ -103,10 +103,10 @@ def normalize(
         dtype,
     )
     centered = widen(x) - reduction.broadcast(widen(mean), ids)
-    centered = readable(x, where, centered)
+    centered = zero_masked_nonfinite(x, where, centered)
     inv = per_affine_row(spec, jax.lax.rsqrt(widen(var) + spec.epsilon))
-    slope = times(inv, in_rows(spec.affine, scale))
-    return affine(spec, centered, slope, in_rows(spec.affine, bias), ids)
+    slope = times(inv, tile_rows(spec.affine, scale))
+    return affine(spec, centered, slope, tile_rows(spec.affine, bias), ids)
 
 
 def _statistics_rows(

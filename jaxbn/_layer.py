@@ -43,7 +43,7 @@ class Call(NamedTuple):
     ids: jax.Array | None
     timestep: int | jax.Array | None
     dtype: Any  # of the result
-    hand_out: bool  # moments also where normalization does not need them
+    return_moments: bool  # moments also where normalization does not need them
     initializing: bool = False  # on as little as one value
 
 
@@ -213,7 +213,7 @@ class Layer:
         if call.inference or self.is_frozen:
             plain = not call.inference
             y = self._infer(x, scale, bias, running, mask, options, plain)
-            if call.inference or not call.hand_out:
+            if call.inference or not call.return_moments:
                 return y, state, None
             batch = self._moments(x, mask, call.ids)
             return y, state, in_row(batch, state.running, row)
@@ -229,7 +229,7 @@ class Layer:
                 scale,
                 bias,
                 # Whoever asks for moments is told of one value by its count.
-                one_value=call.initializing or call.hand_out,
+                allow_single_value=call.initializing or call.return_moments,
                 **options,
             )
         else:
@@ -240,9 +240,9 @@ class Layer:
                 limits = limits(jnp.max(steps))
             options.update(r_max=limits[0], d_max=limits[1])
             y, batch = batch_renorm(x, scale, bias, running=running, **options)
-        handed = in_row(batch, state.running, row)
+        moments_out = in_row(batch, state.running, row)
         if self.running.mode == "keep":
-            return y, state, handed
+            return y, state, moments_out
         new = update_running(
             running,
             batch,
@@ -255,7 +255,7 @@ class Layer:
         if skipped is not None:
             skipped = skipped + jnp.where(is_finite(batch), 0, 1)
         stored = as_stored(put_row(state.running, new, row), state.running)
-        return y, State(stored, skipped), handed
+        return y, State(stored, skipped), moments_out
 
     def _infer(
         self,
@@ -314,7 +314,7 @@ class Layer:
             sharing=self.shared_by,
             epsilon=self.epsilon,
             feature_axis=self.axis,
-            one_value=True,
+            allow_single_value=True,
         )
         return batch
 

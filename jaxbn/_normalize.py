@@ -32,7 +32,7 @@ from jaxbn._passes import Moments
 from jaxbn._reduction import Reduction
 from jaxbn._scope import Scope
 
-_EVERYTHING = Scope()
+_ALL_EXAMPLES = Scope()
 
 
 def standardize(
@@ -41,7 +41,7 @@ def standardize(
     ids: jax.Array | None = None,
     where: jax.Array | None = None,
     axis_name: AxisName = None,
-    sharing: Scope = _EVERYTHING,
+    sharing: Scope = _ALL_EXAMPLES,
     shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
@@ -81,7 +81,7 @@ def batch_norm(
     ids: jax.Array | None = None,
     where: jax.Array | None = None,
     axis_name: AxisName = None,
-    sharing: Scope = _EVERYTHING,
+    sharing: Scope = _ALL_EXAMPLES,
     shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
@@ -162,7 +162,7 @@ def batch_norm(
         epsilon=epsilon,
         feature_axis=feature_axis,
         dtype=dtype,
-        one_value=False,
+        allow_single_value=False,
     )
 
 
@@ -180,11 +180,11 @@ def normalize_batch(
     epsilon: float,
     feature_axis: Axes,
     dtype: jax.typing.DTypeLike | None = None,
-    one_value: bool,
+    allow_single_value: bool,
 ) -> tuple[jax.Array, Moments]:
     """`batch_norm`, or `batch_renorm` with renorm.
 
-    one_value: whether statistics of a single value are of use.
+    allow_single_value: whether statistics of a single value are of use.
     """
     check_epsilon(epsilon)
     x = check_input(x)
@@ -203,7 +203,7 @@ def normalize_batch(
             epsilon=epsilon,
             feature_axis=tuple(axis + 1 for axis in features),
             dtype=dtype,
-            one_value=one_value,
+            allow_single_value=allow_single_value,
         )
         return y[0], batch
     where = check_where(where, x)
@@ -220,8 +220,8 @@ def normalize_batch(
             *map(widen, limits),
         )
     reduction, devices = sharing.resolve(x, axes, axis_name)
-    if not one_value:
-        _check_several(x, reduction, devices)
+    if not allow_single_value:
+        _check_more_than_one_value(x, reduction, devices)
     dtype = jnp.dtype(dtype or x.dtype)
     affine = reduction._replace(num_ids=rows)
     spec = Spec(reduction, affine, devices, float(epsilon), dtype)
@@ -233,7 +233,7 @@ def normalize_batch(
     return found
 
 
-def _check_several(
+def _check_more_than_one_value(
     x: jax.Array, reduction: Reduction, devices: Devices
 ) -> None:
     """Raises where it is known that statistics are those of a single value.

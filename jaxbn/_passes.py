@@ -15,7 +15,7 @@ from jaxbn._collectives import (
     Devices,
     all_agree,
     all_sum,
-    microbatches_among,
+    microbatch_axis,
 )
 from jaxbn._compat import match_type, vary_over, varying_axes
 
@@ -106,7 +106,7 @@ def centered_moments(
     Variance: shifted data, and the corrected two-pass algorithm.
     """
     about_shift = functools.partial(_about_shift, passes)
-    if microbatches_among(passes.devices) is not None:
+    if microbatch_axis(passes.devices) is not None:
         return about_shift(values, constants, shift)
     about_sample = functools.partial(_about_sample, passes)
     return jax.lax.platform_dependent(

@@ -12,7 +12,7 @@ from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
 
-_EVERYTHING = Scope()
+_ALL_EXAMPLES = Scope()
 
 
 def batch_renorm(
@@ -26,7 +26,7 @@ def batch_renorm(
     ids: jax.Array | None = None,
     where: jax.Array | None = None,
     axis_name: AxisName = None,
-    sharing: Scope = _EVERYTHING,
+    sharing: Scope = _ALL_EXAMPLES,
     shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
@@ -77,7 +77,7 @@ def batch_renorm(
         epsilon=epsilon,
         feature_axis=feature_axis,
         dtype=dtype,
-        one_value=True,
+        allow_single_value=True,
     )
 
 

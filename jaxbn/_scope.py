@@ -13,7 +13,7 @@ from jaxbn._collectives import (
     Devices,
     Partition,
     devices_along,
-    microbatches_among,
+    microbatch_axis,
 )
 from jaxbn._reduction import Reduction
 
@@ -101,7 +101,7 @@ class Scope:
             _check_share(size, on_mesh, examples)
             over = examples * size // on_mesh
             size = None
-        micro = microbatches_among(devices) if axes else None
+        micro = microbatch_axis(devices) if axes else None
         if over is not None and micro is not None:
             return _over_microbatches(over, reduction, devices, micro)
         if over is not None:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxbn._bitcast import from_reals, from_uint32, to_reals, to_uint32
 from jaxbn._checks import AxisName, bound_axes
 from jaxbn._compat import varying_axes
-from jaxbn._words import from_reals, from_words, to_reals, to_words
 
 Names = tuple[Hashable, ...]
 
@@ -104,11 +104,11 @@ def _permute(tree: Any, key: jax.Array, axis_name: AxisName, back: bool) -> Any:
     else:
         order = jax.random.permutation(key, length)
         order = jnp.argsort(order) if back else order
-        leaves = [_in_order(leaf, order) for leaf in leaves]
+        leaves = [_gather_rows(leaf, order) for leaf in leaves]
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _in_order(leaf: jax.Array, order: jax.Array) -> jax.Array:
+def _gather_rows(leaf: jax.Array, order: jax.Array) -> jax.Array:
     # Where mesh axes are Explicit, the order could not say how it is split.
     kind = jax.typeof(leaf).sharding
     kind = None if kind.mesh.empty else kind
@@ -165,8 +165,8 @@ def _move(
     leaves: list[jax.Array],
 ) -> list[jax.Array]:
     """Takes the leaves along the route as words of 32 bits."""
-    parts = _travel(names, route, [to_words(leaf) for leaf in leaves])
-    return [from_words(part, leaf) for part, leaf in zip(parts, leaves)]
+    parts = _all_to_all(names, route, [to_uint32(leaf) for leaf in leaves])
+    return [from_uint32(part, leaf) for part, leaf in zip(parts, leaves)]
 
 
 @functools.partial(_move.defjvp, symbolic_zeros=True)
@@ -183,12 +183,12 @@ def _move_jvp(
         mixed = len({jnp.finfo(out[i].dtype).dtype for i in moving}) > 1
         wide = jnp.float64 if double else jnp.float32 if mixed else None
         parts = [to_reals(out[i], wide) for i in moving]
-        for i, part in zip(moving, _travel(names, route, parts)):
+        for i, part in zip(moving, _all_to_all(names, route, parts)):
             out[i] = from_reals(part, out[i])
     return _move(names, route, leaves), out
 
 
-def _travel(
+def _all_to_all(
     names: Names,
     route: tuple[jax.Array, jax.Array],
     parts: list[jax.Array],

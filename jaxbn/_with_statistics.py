@@ -37,8 +37,8 @@ def with_statistics(batch_stats: Any, stats: Any, *, ddof: int = 0) -> Any:
     fits = isinstance(batch_stats, Mapping) and isinstance(stats, Mapping)
     if not fits or not set(stats) <= set(batch_stats):
         raise ValueError(
-            f"stats has {_words(stats)}, which batch_stats has not; it has "
-            f"{_words(batch_stats)}."
+            f"stats has {_list_keys(stats)}, which batch_stats has not; it has "
+            f"{_list_keys(batch_stats)}."
         )
     changed = {
         name: with_statistics(batch_stats[name], stats[name], ddof=ddof)
@@ -69,5 +69,5 @@ def _layer_with_statistics(
     return changed
 
 
-def _words(tree: Any) -> str:
+def _list_keys(tree: Any) -> str:
     return ", ".join(map(str, tree)) if isinstance(tree, Mapping) else "none"

@@ -10,8 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._call import Caller, caller, linen_options, the_batch
-from jaxbn._collect import collect_linen, nested, variable_of
+from jaxbn._call import (
+    ModelCall,
+    linen_options,
+    make_model_call,
+    single_argument,
+)
+from jaxbn._collect import collect_linen, collected_variable, nested
 from jaxbn._compat import applied_mutable
 from jaxbn._layer import Call, Layer
 from jaxbn._options import ExampleWeight, Limits, PerId, Prior, Running
@@ -172,11 +177,11 @@ class BatchNorm(nn.Module):
         old = State(
             RunningStats(mean.value, var.value, read(steps)), read(skipped)
         )
-        collects = variable_of(self)
-        by_name = self._hands_out_moments()
-        hand_out = by_name or collects is not None
+        collects = collected_variable(self)
+        by_name = self._returns_moments()
+        return_moments = by_name or collects is not None
         call = Call(
-            inference, mask, ids, timestep, dtype, hand_out, initializing
+            inference, mask, ids, timestep, dtype, return_moments, initializing
         )
         y, new, batch = layer(x, scale, bias, old, call)
         if batch is None or initializing:
@@ -191,16 +196,16 @@ class BatchNorm(nn.Module):
         if collects is not None:
             collects.value = collects.value.add(batch, epsilon=self.epsilon)
         if by_name:
-            handed = self.variable(
+            moments_out = self.variable(
                 "batch_moments", "moments", no_moments, old.running
             )
-            handed.value = record(handed.value, batch)
+            moments_out.value = record(moments_out.value, batch)
         return y
 
     @nn.nowrap
-    def _hands_out_moments(self) -> bool:
+    def _returns_moments(self) -> bool:
         # Not where True or a DenyList takes them in: nobody asked for them
-        # there, and variables that are handed back would go on adding up.
+        # there, and variables that are passed back in would keep accumulating.
         by_name = isinstance(applied_mutable(self), Collection)
         return by_name and self.is_mutable_collection("batch_moments")
 
@@ -224,7 +229,7 @@ def batch_moments(
     model: nn.Module,
     variables: Any,
     *args: Any,
-    call: Caller | None = None,
+    call: ModelCall | None = None,
     rngs: Any = None,
     mutable: Collection[str] = (),
     **kwargs: Any,
@@ -257,11 +262,11 @@ def batch_moments(
       batch_stats.
 
     Raises:
-      ValueError: no layer handed out any, or a layer of flax was trained.
+      ValueError: no layer returned any, or a layer of flax was trained.
     """
     if call is not None:
-        batch = the_batch(args, kwargs)
-        args, kwargs = (batch, True), {"method": caller(model, call)}
+        batch = single_argument(args, kwargs)
+        args, kwargs = (batch, True), {"method": make_model_call(model, call)}
     kwargs.update(linen_options(variables, rngs, mutable))
     _, found, _ = collect_linen(model, variables, *args, **kwargs)
     return nested({path: part.values for path, part in found.items()})

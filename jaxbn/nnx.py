@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from jaxbn._call import Caller, the_batch
+from jaxbn._call import ModelCall, single_argument
 from jaxbn._collect import collect_nnx
 from jaxbn._layer import Call, Layer
 from jaxbn._options import (
@@ -200,11 +200,11 @@ class BatchNorm(nnx.BatchNorm):
         counters = (self.steps, self.skipped)
         steps, skipped = (None if c is None else c[...] for c in counters)
         old = State(RunningStats(mean, var, steps), skipped)
-        hand_out = self.moments is not None
-        call = Call(inference, mask, ids, timestep, dtype, hand_out)
+        return_moments = self.moments is not None
+        call = Call(inference, mask, ids, timestep, dtype, return_moments)
         y, new, batch = Layer.of(self)(x, scale, bias, old, call)
         if batch is None:
-            if hand_out:
+            if return_moments:
                 self.moments.get_value().note_inference()
             return y
         if self.running.mode == "update":
@@ -213,14 +213,14 @@ class BatchNorm(nnx.BatchNorm):
             for variable, value in zip(variables, (*new.running, new.skipped)):
                 if variable is not None and value is not None:
                     variable.set_value(value)
-        if hand_out:
-            handed = self.moments.get_value()
-            self.moments.set_value(handed.add(batch, epsilon=self.epsilon))
+        if return_moments:
+            moments_out = self.moments.get_value()
+            self.moments.set_value(moments_out.add(batch, epsilon=self.epsilon))
         return y
 
 
 def batch_moments(
-    model: nnx.Module, *args: Any, call: Caller | None = None, **kwargs: Any
+    model: nnx.Module, *args: Any, call: ModelCall | None = None, **kwargs: Any
 ) -> dict[str, Moments]:
     """Returns the Moments of the batch of every layer, in training mode.
 
@@ -252,7 +252,7 @@ def batch_moments(
         if call is None:
             copy(*args, **kwargs)
         else:
-            call(copy, the_batch(args, kwargs), True)
+            call(copy, single_argument(args, kwargs), True)
 
     found, _ = collect_nnx(batch_norms(copy), run)
     return {path: part.values for path, part in found.items()}

@@ -117,7 +117,7 @@ def test_influence_and_noise_of_a_linen_model(trained):
     @jax.jit
     def measured(params, running, x, key):
         return (
-            diagnostics.influence(apply, params, running, x[:6], at_once=6),
+            diagnostics.influence(apply, params, running, x[:6], chunk_size=6),
             diagnostics.companion_noise(
                 apply,
                 params,

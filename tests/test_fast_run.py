@@ -19,7 +19,7 @@ from tests.helpers.fast_runs import (
 )
 from train import UserError, data
 from train.fast import optimizer, programs, step
-from train.fast.recipe import make_recipe, prepare
+from train.fast.recipe import build_experiment, make_recipe
 from train.fast.run import table, train
 
 
@@ -36,8 +36,8 @@ from train.fast.run import table, train
 )
 def test_variants_take_a_step(monkeypatch, changes):
     monkeypatch.setattr(data, "load", lambda *_, **__: DATASET)
-    prepared = prepare(small(widths=(8,), **changes))
-    recipe = prepared.recipe
+    experiment = build_experiment(small(widths=(8,), **changes))
+    recipe = experiment.recipe
 
     @jax.jit
     def one(train, batch):
@@ -108,12 +108,12 @@ def test_learns_and_reports(tmp_path, capsys):
 )
 def test_bad_configs(changes, message):
     with pytest.raises(UserError, match=message):
-        prepare(small(dataset="digits", **changes))
+        build_experiment(small(dataset="digits", **changes))
 
 
 def test_digits_are_enlarged():
-    prepared = prepare(small(dataset="digits"))
-    images = prepared.dataset.train.images
+    experiment = build_experiment(small(dataset="digits"))
+    images = experiment.dataset.train.images
     assert images.shape[1:] == (32, 32, 1)
     np.testing.assert_array_equal(
         images[:, ::4, 1::4], data.load("digits").train.images
@@ -164,12 +164,12 @@ def test_configs_stand_for_the_published_steps(config, steps, ends):
     assert made.steps == steps
     assert (
         sum(
-            programs.kind(made, epoch)[0]
+            programs.epoch_signature(made, epoch)[0]
             for epoch in range(programs.epochs(made))
         )
         == steps
     )
-    rate = optimizer.triangle(
+    rate = optimizer.triangular_schedule(
         steps,
         start=config.rate_start,
         peak=config.rate_peak,
@@ -181,5 +181,5 @@ def test_configs_stand_for_the_published_steps(config, steps, ends):
 
 def test_the_last_epoch_is_a_part_of_one():
     made = make_recipe(cifar10_94.get_config(), FULL, norm_of())
-    kinds = [programs.kind(made, epoch) for epoch in range(10)]
-    assert kinds == [(48, True)] * 3 + [(48, False)] * 6 + [(44, False)]
+    signatures = [programs.epoch_signature(made, epoch) for epoch in range(10)]
+    assert signatures == [(48, True)] * 3 + [(48, False)] * 6 + [(44, False)]

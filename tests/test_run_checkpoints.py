@@ -114,7 +114,7 @@ def test_damage_to_any_file_is_seen(how, written, tmp_path):
         if later and how not in (replace, pipe):
             checksums.verify(copy)
             continue
-        with pytest.raises(checksums.Damaged):
+        with pytest.raises(checksums.CorruptCheckpoint):
             checksums.verify(copy)
 
 

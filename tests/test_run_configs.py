@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 
 from configs import cifar10_94, defaults, digits, fast_defaults
 from configs.ranges import RANGES
-from train import UserError, config_files, ranges, topology
+from train import UserError, config_checks, config_files
 from train import flags as command_line
 from train.norms import norm_of
+from train.topology import make_topology
 
 BOTH = (defaults, fast_defaults)
 
@@ -49,7 +50,7 @@ def test_one_table_has_every_number_and_nothing_else():
 
 @pytest.mark.parametrize("module", BOTH)
 def test_every_number_is_kept_in_its_range(module):
-    ranges.check(module.get_config(), module)
+    config_checks.check(module.get_config(), module)
     for name, value, kind in numbers(module):
         low, high = map(float, RANGES[name][1:-1].split(","))
         wrong = [
@@ -65,9 +66,9 @@ def test_every_number_is_kept_in_its_range(module):
             one = (each,) if isinstance(value, tuple) else each
             config = changed(module.get_config(), name, one)
             with pytest.raises(UserError, match=f"{name} must be"):
-                ranges.check(config, module)
-        assert ranges.in_range(name, high) == (RANGES[name][-1] == "]")
-        assert ranges.in_range(name, low) == (RANGES[name][0] == "[")
+                config_checks.check(config, module)
+        assert config_checks.in_range(name, high) == (RANGES[name][-1] == "]")
+        assert config_checks.in_range(name, low) == (RANGES[name][0] == "[")
 
 
 @pytest.mark.parametrize(
@@ -90,14 +91,14 @@ def test_every_number_is_kept_in_its_range(module):
 def test_other_fields(name, value, message):
     config = changed(digits.get_config(), name, value)
     with pytest.raises(UserError, match=re.escape(message)):
-        ranges.check(config, defaults)
+        config_checks.check(config, defaults)
 
 
 def test_a_field_that_is_gone():
     config = digits.get_config()
     del config.norm_options.ddof
     with pytest.raises(UserError, match="The config has no norm_options.ddof"):
-        ranges.check(config, defaults)
+        config_checks.check(config, defaults)
 
 
 FILES = {
@@ -320,6 +321,6 @@ def test_options_of_the_layer(name, value, message):
     config = digits.get_config()
     with config.norm_options.ignore_type():
         config.norm_options[name] = value
-    place = topology.make("data", config.batch_size)
+    topology = make_topology("data", config.batch_size)
     with pytest.raises(UserError, match=re.escape(message)):
-        norm_of(config, place)
+        norm_of(config, topology)

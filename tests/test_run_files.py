@@ -16,15 +16,15 @@ from tests.helpers.made_runs import make_run
 from train import (
     UserError,
     cifar,
-    command,
+    cli,
     compare,
     data,
     files,
     report,
-    saved,
+    trained_run,
     workdir,
 )
-from train.prepared import prepare
+from train.experiment import build_experiment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -55,7 +55,7 @@ def test_a_link_is_replaced_and_not_written_through(tmp_path):
 def test_what_fails_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), files.replacing(path) as file:
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as file:
         file.write(b"new")
         _ = 1 / 0
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
@@ -121,7 +121,7 @@ def test_json_of_any_kind(name, how, tmp_path):
     message = f"{run / name} {DAMAGED[how]}"
     refused(message, compare.read, run)
     if name == "config.json":
-        refused(message, saved.read_config, run)
+        refused(message, trained_run.read_config, run)
         refused(message, workdir.open_workdir, run, digits.get_config())
     else:
         refused(message, workdir.read_summary, run)
@@ -154,8 +154,8 @@ def test_configs_of_strangers(changes, message, tmp_path):
     run = make_run(tmp_path / "run", [0.5] * 3)
     path = run / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    refused(message, saved.read_config, run)
-    refused(message, saved.use_devices, run)
+    refused(message, trained_run.read_config, run)
+    refused(message, trained_run.use_devices, run)
 
 
 RECORDS = {
@@ -229,7 +229,7 @@ def test_names_that_orbax_takes_for_patterns(name, tmp_path):
     message = "would be taken for a pattern of names"
     config = digits.get_config()
     refused(message, workdir.open_workdir, tmp_path / name / "run", config)
-    refused(message, saved.read_config, tmp_path / name / "run")
+    refused(message, trained_run.read_config, tmp_path / name / "run")
     assert not (tmp_path / name).exists()
 
 
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         UserError, match=r"Cannot write to /x: Is a directory\."
     ):
         (tmp_path / "file").mkdir()
-        with files.writing("/x"):
+        with files.as_user_error("/x"):
             files.write_text(tmp_path / "file", "")
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
 
@@ -310,7 +310,7 @@ def test_programs_that_read_end_in_a_line(monkeypatch, capsys):
             raise error
 
         with pytest.raises(SystemExit) as caught:
-            command.run("train.compare", main)
+            cli.run("train.compare", main)
         return caught.value.code, capsys.readouterr().err
 
     monkeypatch.setattr(sys, "argv", ["train.compare"])
@@ -352,10 +352,10 @@ def test_a_foreign_config_downloads_to_nowhere(tmp_path, monkeypatch):
         raise UserError("enough")
 
     run = make_run(tmp_path / "run", [0.5] * 3, data_dir=str(tmp_path))
-    monkeypatch.setattr(saved, "prepare", note)
-    refused("enough", saved.load, run)
+    monkeypatch.setattr(trained_run, "build_experiment", note)
+    refused("enough", trained_run.load, run)
     assert asked == {"data_dir": str(tmp_path), "download": False}
-    refused("enough", saved.load, run, data_dir="/mine")
+    refused("enough", trained_run.load, run, data_dir="/mine")
     assert asked == {"data_dir": "/mine", "download": True}
 
 
@@ -371,4 +371,8 @@ def test_damaged_description_of_the_data(text, tmp_path):
 def test_crops_that_would_hold_nothing_of_an_image():
     config = digits.get_config()
     config.crop_padding = 8
-    refused("crop_padding=8 must be less than the 8 pixels", prepare, config)
+    refused(
+        "crop_padding=8 must be less than the 8 pixels",
+        build_experiment,
+        config,
+    )

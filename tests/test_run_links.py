@@ -127,7 +127,7 @@ def two_seeds():
 
 @pytest.mark.parametrize("name", ["", "seed-0"])
 def test_seeds_write_nothing_where_another_run_is_at_work(name, run, never):
-    with lock.held(run / name):
+    with lock.locked(run / name):
         before = sorted(run.rglob("*"))
         refused("Another run (process", seeds.train, two_seeds(), run)
     assert {*run.rglob("*")} - {*before} <= {run / "lock"}

@@ -23,7 +23,7 @@ from tests.helpers.runs import (
     steps_of,
     wait_until,
 )
-from train import UserError, lock, meet
+from train import UserError, distributed, lock
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def test_a_coordinator_that_cannot_be():
             ),
         ):
             with pytest.raises(UserError, match=re.escape(message)):
-                meet.start(*arguments)
+                distributed.initialize(*arguments)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
@@ -170,7 +170,7 @@ def test_a_name_of_loopback_is_not_listened_to_everywhere(address, monkeypatch):
     note = lambda *_, **options: given.update(options)  # noqa: E731
     monkeypatch.setattr(jax.distributed, "initialize", note)
     port = free_port()
-    meet.start(f"here:{port}", 2, 0)
+    distributed.initialize(f"here:{port}", 2, 0)
     shown = f"[{address}]" if ":" in address else address
     assert given["coordinator_bind_address"] == f"{shown}:{port}"
 
@@ -270,15 +270,15 @@ def test_an_error_of_ones_own_is_no_lost_process(tmp_path):
 
 def test_the_second_to_take_a_workdir_is_told_who_has_it(tmp_path):
     message = rf"Another run \(process {os.getpid()} on .* is at work in"
-    with lock.held(tmp_path / "run"):
+    with lock.locked(tmp_path / "run"):
         with (
             pytest.raises(UserError, match=message),
-            lock.held(tmp_path / "run"),
+            lock.locked(tmp_path / "run"),
         ):
             pass
-        with lock.held(tmp_path / "other"):
+        with lock.locked(tmp_path / "other"):
             pass
-    with lock.held(tmp_path / "run"):
+    with lock.locked(tmp_path / "run"):
         pass
 
 

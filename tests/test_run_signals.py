@@ -126,7 +126,7 @@ def test_a_reader_that_takes_nothing_keeps_no_program():
     """As a pager does: standard output is full, and is written to."""
     process = start_script(
         "import threading; from train import exits\n"
-        "threading.Timer(0.5, exits.leave, ('so', 75)).start()\n"
+        "threading.Timer(0.5, exits.exit_now, ('so', 75)).start()\n"
         "while True: print('x' * 1000)"
     )
     assert process.wait(timeout=10) == 75
@@ -177,8 +177,8 @@ def test_where_no_program_listens_sigterm_alone_is_noted():
 
     before = signal.getsignal(signal.SIGTERM)
     with Interrupt() as interrupt:
-        assert not interrupt.asked
+        assert not interrupt.requested
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.asked and interrupt.code == 75
+        assert interrupt.requested and interrupt.code == 75
     assert signal.getsignal(signal.SIGTERM) is before
-    assert not interrupt.asked
+    assert not interrupt.requested

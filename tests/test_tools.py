@@ -14,9 +14,16 @@ import pytest
 from configs import digits
 from tests.helpers import numpy_networks
 from tests.helpers.made_runs import make_run
-from train import UserError, averaged, compare, data, evaluate, saved
+from train import (
+    UserError,
+    compare,
+    data,
+    evaluate,
+    trained_run,
+    weight_average,
+)
 from train.checkpoint import Checkpoints, Progress
-from train.prepared import prepare
+from train.experiment import build_experiment
 from train.step import init_state
 from train.workdir import open_workdir
 
@@ -44,11 +51,13 @@ class Made:
 
     def __init__(self, workdir):
         config = small_config()
-        prepared = prepare(config)
+        experiment = build_experiment(config)
         open_workdir(workdir, config)
-        shape = prepared.dataset.train.images.shape[1:]
+        shape = experiment.dataset.train.images.shape[1:]
         blank = jax.eval_shape(
-            lambda: init_state(prepared.recipe, shape, prepared.place.mesh)
+            lambda: init_state(
+                experiment.recipe, shape, experiment.topology.mesh
+            )
         )
         self.workdir, self.variables = workdir, {}
         # The best; the second epoch; and one within the third, without a test.
@@ -70,16 +79,16 @@ class Made:
                     state,
                     blank,
                 )
-                state = jax.device_put(state, prepared.place.everywhere)
+                state = jax.device_put(state, experiment.topology.everywhere)
                 checkpoints.save(
                     state,
                     Progress(epoch, batch),
                     test_accuracy=accuracy,
                 )
-        self.saved = saved.Saved(
-            config, prepared, state, Progress(epoch, batch)
+        self.saved = trained_run.TrainedRun(
+            config, experiment, state, Progress(epoch, batch)
         )
-        self.inputs = prepared.recipe.pixel_mean, prepared.recipe.pixel_std
+        self.inputs = experiment.recipe.pixel_mean, experiment.recipe.pixel_std
 
     def logits(self, step, images):
         """In float64, by the equations of the network."""
@@ -119,7 +128,7 @@ def test_evaluation_is_that_of_the_equations(made, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "_BATCH", 32)  # the last one is padded
     before = sorted((made.workdir / "checkpoints").rglob("*"))
     found = evaluate.evaluate(made.workdir, made.saved, precise=3)
-    split = made.saved.prepared.dataset.test
+    split = made.saved.experiment.dataset.test
     check(found, made.logits(10, split.images), split.labels)
     assert (found["step"], found["epoch"]) == (10, 2)
     assert found["split"] == "test[:100]"
@@ -146,14 +155,14 @@ def test_evaluation_is_that_of_the_equations(made, monkeypatch, capsys):
 
 def test_new_statistics_are_those_of_so_many_training_batches(made):
     run = made.saved
-    stats = averaged.precise_statistics(
+    stats = weight_average.precise_statistics(
         run.config,
-        run.prepared,
+        run.experiment,
         run.state.params,
         run.state.batch_stats,
         batches=3,
     )
-    images = run.prepared.dataset.train.images
+    images = run.experiment.dataset.train.images
     # Of the last epoch, that the config asks for.
     places = data.order(IMAGES, seed=0, epoch=2)[: 3 * EVERY]
     mean, std = made.inputs
@@ -166,7 +175,7 @@ def test_new_statistics_are_those_of_so_many_training_batches(made):
 
 
 def test_best_checkpoint_and_another_split(made):
-    best = saved.load(made.workdir, best=True)
+    best = trained_run.load(made.workdir, best=True)
     found = evaluate.evaluate(made.workdir, best, split="train[300:340]")
     assert (found["step"], found["epoch"]) == (4, 1)
     assert "precise" not in found
@@ -174,7 +183,7 @@ def test_best_checkpoint_and_another_split(made):
     check(found, made.logits(4, split.images), split.labels)
     # Those of the run are not read again.
     for name in ("train", "test"):
-        own = getattr(made.saved.prepared.dataset, name)
+        own = getattr(made.saved.experiment.dataset, name)
         expression = made.saved.config[f"{name}_split"]
         assert evaluate._examples(made.saved, expression) is own
 
@@ -182,7 +191,7 @@ def test_best_checkpoint_and_another_split(made):
 def test_no_more_batches_than_an_epoch_has(made, monkeypatch):
     asked = []
 
-    def anew(config, prepared, params, batch_stats, *, batches):
+    def anew(config, experiment, params, batch_stats, *, batches):
         asked.append(batches)
         return batch_stats
 
@@ -207,7 +216,7 @@ def test_what_cannot_be_evaluated(made, tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(made.saved.state, made.saved.progress)
     with pytest.raises(UserError, match="has no checkpoint with a test yet"):
-        saved.load(tmp_path, best=True)
+        trained_run.load(tmp_path, best=True)
 
 
 def test_reading_a_run_leaves_a_damaged_checkpoint_where_it_is(made, tmp_path):
@@ -219,7 +228,7 @@ def test_reading_a_run_leaves_a_damaged_checkpoint_where_it_is(made, tmp_path):
     unfinished = workdir / "checkpoints" / "12.orbax-checkpoint-tmp"
     unfinished.mkdir()
     with pytest.warns(UserWarning, match="step 10 is damaged"):
-        found = saved.load(workdir)
+        found = trained_run.load(workdir)
     assert int(found.state.step) == 8 and found.progress.epoch == 2
     assert newest.is_dir() and unfinished.is_dir()
     assert not [*workdir.glob("damaged*")]

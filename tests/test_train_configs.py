@@ -5,8 +5,9 @@ import re
 import pytest
 
 from tests.helpers.recipes import small_config
-from train import UserError, loop, topology
+from train import UserError, loop
 from train.norms import norm_of
+from train.topology import make_topology
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_config_that_cannot_run(changes, message, tmp_path):
 @pytest.mark.parametrize("over", [1, 2, 4, 16, 64])
 def test_normalize_over_that_fits_the_microbatches(over):
     config = small_config(norm_options={"normalize_over": over}, microbatches=4)
-    place = topology.make("data", config.batch_size, config.microbatches)
+    topology = make_topology("data", config.batch_size, config.microbatches)
     for microbatches in (1, 4):
-        norm = norm_of(config, place, microbatches=microbatches)
+        norm = norm_of(config, topology, microbatches=microbatches)
         assert norm().sharing.normalize_over == over

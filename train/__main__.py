@@ -82,30 +82,31 @@ def main(config: ConfigDict) -> None:
     logging.set_verbosity(logging.FATAL)
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     warnings.formatwarning = lambda message, *_, **__: f"train: {message}\n"
-    # Once the number of devices is set.
-    from train import loop, meet, processes, seeds, told, topology
+    # Not before the number of devices is set.
+    from train import distributed, loop, processes, seeds
+    from train.summary import versions
 
     given = flags.FLAGS
     workdir = command_line.workdir()
-    meet.start(
+    distributed.initialize(
         given.coordinator,
         given.num_processes,
         given.process_id,
-        prepare=_several,
+        before_connecting=_several,
     )
     if jax.distributed.is_initialized():
-        _log.met()
-        signals.share()
+        _log.connected()
+        signals.forward_to_jax()
         watchdog.start(given.stall_limit, _log)
         if not given.workdir and jax.process_count() > 1:
             raise UserError(
                 "Several processes need one --workdir that all of them share."
             )
-    processes.agree(config, told.versions())
+    processes.agree(config, versions())
     _log.use(workdir)
     several = config.seeds > 1
     summary = (seeds if several else loop).train(config, workdir)
-    if not topology.is_main():
+    if not processes.is_main():
         return
     deviation = ""
     if several:
@@ -138,7 +139,7 @@ def _run() -> int:
         agreed = isinstance(user_error, processes.Agreed)
         _log.finish(1)
         last = jax.distributed.shutdown if agreed else None
-        exits.leave(str(user_error), 1, last=last)
+        exits.exit_now(str(user_error), 1, last=last)
     except Stopped as stopped:
         print(f"train: {stopped}", file=sys.stderr, flush=True)
         return stopped.code

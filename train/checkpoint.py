@@ -13,17 +13,22 @@ import jax
 import orbax.checkpoint as ocp
 
 from train import UserError, processes
-from train.aside import put_aside, refuse_to_begin_again
-from train.checksums import SealedPath
-from train.examine import arrays, examine, read_record, tested
+from train.checkpoint_checks import (
+    array_specs,
+    find_damage,
+    read_metadata,
+    read_test_accuracy,
+)
+from train.checksums import ChecksummedPath
+from train.damaged_checkpoints import move_damaged, refuse_fresh_start
 from train.files import exists, refuse_links
 from train.step import Sums, TrainState
 from train.workdir import check_name
 
 # JAX wants a number that rises in the life of a process, over all its runs.
-_QUESTIONS = itertools.count(1)
+_preemption_queries = itertools.count(1)
 
-KEEP = 2  # a crash while the newest is written leaves the one before
+NUM_RECENT = 2  # a crash while the newest is written leaves the one before
 
 
 class Progress(NamedTuple):
@@ -59,13 +64,15 @@ class Checkpoints:
             if not read_only and jax.process_index() == 0:
                 refuse_links(self._folder)
                 if not exists(self._folder):
-                    refuse_to_begin_again(self._folder)
+                    refuse_fresh_start(self._folder)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else _Keep(self._accuracy),
+            preservation_policy=None
+            if read_only
+            else _RetentionPolicy(self._accuracy),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
-            temporary_path_class=SealedPath,
+            temporary_path_class=ChecksummedPath,
             lightweight_initialize=True,
         )
         try:
@@ -75,7 +82,7 @@ class Checkpoints:
                 f"Cannot use {self._folder}: {error.strerror or error}."
             ) from error
         for step in self._manager.all_steps():
-            accuracy = tested(self._folder / str(step))
+            accuracy = read_test_accuracy(self._folder / str(step))
             if accuracy is not None:
                 self._accuracy[step] = accuracy
 
@@ -88,7 +95,7 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 self._manager.close()
             return
-        with _clear_errors(self._folder, self._manager):
+        with _as_user_errors(self._folder, self._manager):
             self._manager.close()  # waits for what is still being written
 
     @property
@@ -117,9 +124,9 @@ class Checkpoints:
         saved = {
             **progress._asdict(),
             "test_accuracy": test_accuracy,
-            "arrays": arrays(tree),
+            "arrays": array_specs(tree),
         }
-        with _clear_errors(self._folder, self._manager):
+        with _as_user_errors(self._folder, self._manager):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -130,7 +137,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns once everything is written."""
-        with _clear_errors(self._folder, self._manager):
+        with _as_user_errors(self._folder, self._manager):
             self._manager.wait_until_finished()
 
     def preempted(self) -> bool:
@@ -139,7 +146,7 @@ class Checkpoints:
         Each has to ask equally often: they agree on one of the questions.
         """
         return jax.process_count() > 1 and self._manager.reached_preemption(
-            next(_QUESTIONS)
+            next(_preemption_queries)
         )
 
     def restore(
@@ -171,10 +178,10 @@ class Checkpoints:
             steps = tested[-1:]
         damaged: dict[int, str] = {}
         for step in steps:
-            wrong = examine(self._folder / str(step), like)
+            wrong = find_damage(self._folder / str(step), like)
             if not wrong:
                 found = self._read(step, like)
-                put_aside(self._folder, damaged, step, self._read_only)
+                move_damaged(self._folder, damaged, step, self._read_only)
                 self._manager.reload()
                 return found
             damaged[step] = wrong
@@ -186,11 +193,11 @@ class Checkpoints:
             )
         with processes.together():
             if not self._read_only and jax.process_index() == 0:
-                refuse_to_begin_again(self._folder)
+                refuse_fresh_start(self._folder)
         return None
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
-        about = read_record(self._folder / str(step))
+        about = read_metadata(self._folder / str(step))
         try:
             found = self._manager.restore(
                 step,
@@ -214,7 +221,7 @@ class Checkpoints:
         return TrainState(**found.state), progress
 
 
-class _Keep:
+class _RetentionPolicy:
     """Keeps the newest checkpoints, and the one with the best test accuracy.
 
     Args:
@@ -229,7 +236,7 @@ class _Keep:
     ) -> list[bool]:
         del context
         steps = [info.step for info in checkpoints]
-        keep = {*sorted(steps)[-KEEP:]}
+        keep = {*sorted(steps)[-NUM_RECENT:]}
         tested = [step for step in sorted(steps) if step in self._accuracy]
         if tested:
             keep.add(max(reversed(tested), key=self._accuracy.__getitem__))
@@ -237,7 +244,7 @@ class _Keep:
 
 
 # What the system says when a file cannot be written, in orbax's words.
-_SYSTEM = re.compile(
+_OS_ERROR = re.compile(
     r"no space left|file too large|disk quota|read-only file|permission denied"
     r"|input/output error",
     re.IGNORECASE,
@@ -245,19 +252,19 @@ _SYSTEM = re.compile(
 
 
 @contextlib.contextmanager
-def _clear_errors(
+def _as_user_errors(
     folder: pathlib.Path, manager: ocp.CheckpointManager | None
 ) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _SYSTEM.search(str(error))
+        reason = _OS_ERROR.search(str(error))
         if not reason and not isinstance(error, OSError):
             raise
         whole = None if manager is None else _newest(manager)
         raise UserError(
             f"Cannot write a checkpoint to {folder}: "
-            f"{reason[0].lower() if reason else error}. {what_is_left(whole)}"
+            f"{reason[0].lower() if reason else error}. {resume_hint(whole)}"
         ) from error
 
 
@@ -268,7 +275,7 @@ def _newest(manager: ocp.CheckpointManager) -> int | None:
     return max(manager.all_steps(read=True), default=None)
 
 
-def what_is_left(step: int | None) -> str:
+def resume_hint(step: int | None) -> str:
     """Says from where a run goes on that could not write."""
     if step is None:
         return "There is no checkpoint."

@@ -19,11 +19,11 @@ NAME = "checksums.json"
 _LATER = ("_CHECKPOINT_METADATA", atomicity.COMMIT_SUCCESS_FILE)
 
 
-class Damaged(Exception):
+class CorruptCheckpoint(Exception):
     """A file is not as it was written."""
 
 
-class SealedPath(atomicity.AtomicRenameTemporaryPath):
+class ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
     """A checkpoint that gets its checksums before it gets its name.
 
     Whatever has a name is therefore complete, and can be verified.
@@ -32,13 +32,13 @@ class SealedPath(atomicity.AtomicRenameTemporaryPath):
     async def finalize(self) -> None:
         folder = pathlib.Path(self.get())
         if atomicity.TMP_DIR_SUFFIX not in folder.parent.name:  # of no item
-            await asyncio.to_thread(_seal, folder)
+            await asyncio.to_thread(_write_checksums, folder)
         await super().finalize()
         folder = pathlib.Path(self.get_final()).parent
         await asyncio.to_thread(sync_folder, folder)
 
 
-def _seal(folder: pathlib.Path) -> None:
+def _write_checksums(folder: pathlib.Path) -> None:
     sums = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -64,7 +64,7 @@ def verify(folder: pathlib.Path, under: str = "") -> None:
       under: begin of the names of those to read; all by default.
 
     Raises:
-      Damaged: a file differs from what was written, or is missing.
+      CorruptCheckpoint: a file differs from what was written, or is missing.
       OSError: one cannot be read, which says nothing about what is in it.
     """
     with _open(folder, NAME) as file:
@@ -74,18 +74,18 @@ def verify(folder: pathlib.Path, under: str = "") -> None:
         names = [name for name in sums if name.startswith(under)]
         wanted = {name: str(sums[name]) for name in names}
     except (ValueError, TypeError, RecursionError) as error:
-        raise Damaged(f"{NAME} cannot be decoded") from error
+        raise CorruptCheckpoint(f"{NAME} cannot be decoded") from error
     if not wanted:
-        raise Damaged(f"{NAME} names no files")
+        raise CorruptCheckpoint(f"{NAME} names no files")
     for name, digest in wanted.items():
         with _open(folder, name) as file:
             found = _digest(file)
         if found != digest:
-            raise Damaged(f"{name} is not as it was written")
+            raise CorruptCheckpoint(f"{name} is not as it was written")
     for name in _LATER:
         path = folder / name
         if path.exists() and not path.is_file():
-            raise Damaged(f"{name} is no regular file")
+            raise CorruptCheckpoint(f"{name} is no regular file")
 
 
 def _open(folder: pathlib.Path, name: str) -> BinaryIO:
@@ -93,7 +93,7 @@ def _open(folder: pathlib.Path, name: str) -> BinaryIO:
     try:
         # A pipe would be waited for.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise Damaged(f"{name} is no regular file")
+            raise CorruptCheckpoint(f"{name} is no regular file")
         return path.open("rb")
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise Damaged(f"{name} is missing") from error
+        raise CorruptCheckpoint(f"{name} is missing") from error

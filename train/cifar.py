@@ -18,7 +18,7 @@ import numpy as np
 from train import UserError
 
 
-def prepared(name: str, data_dir: str | None, *, download: bool = True):
+def load_builder(name: str, data_dir: str | None, *, download: bool = True):
     """Returns a TFDS builder whose array_record files are on disk.
 
     Raises:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from train import signals
 
 if __name__ == "__main__":
-    signals.end_at_ctrl_c(
+    signals.exit_on_ctrl_c(
         "train.compare"
     )  # before the imports, which take seconds
 
@@ -25,16 +25,16 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
-from train import UserError, command
-from train.files import replacing, writing
-from train.saved import read_config
-from train.workdir import lacking, read_records, read_summary
+from train import UserError, cli
+from train.files import as_user_error, atomic_write
+from train.trained_run import read_config
+from train.workdir import missing_epochs, read_records, read_summary
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 # Fields that change no result.
-NO_MATTER = ("seed", "seeds", "data_dir", "checkpoint_every", "profile")
+IGNORED_FIELDS = ("seed", "seeds", "data_dir", "checkpoint_every", "profile")
 
 
 class Run(NamedTuple):
@@ -66,7 +66,7 @@ def read(path: pathlib.Path) -> Run:
             f"{path} has no records yet; the first comes after the first epoch."
         )
     last = max([int(one["epoch"]) for one in records], default=0)
-    missing = lacking(records, config["epochs"] if summary else last)
+    missing = missing_epochs(records, config["epochs"] if summary else last)
     if missing:
         raise UserError(
             f"{path / 'metrics.jsonl'} lacks {missing}. Put it back from a "
@@ -93,7 +93,7 @@ def grouped(runs: list[Run]) -> tuple[list[Group], list[str]]:
     every = {name for run in runs for name in run.config}
     differ = [
         name
-        for name in sorted(every - {*NO_MATTER})
+        for name in sorted(every - {*IGNORED_FIELDS})
         if len({json.dumps(run.config.get(name)) for run in runs}) > 1
     ]
     groups: dict[str, list[Run]] = {}
@@ -199,7 +199,10 @@ def draw(groups: list[Group], path: pathlib.Path) -> None:
                 f"Cannot draw --out={path}: {kind!r} is none of {known}."
             )
         # Through a link: whose it is, who calls has said.
-        with writing(f"--out={path}"), replacing(path.resolve()) as file:
+        with (
+            as_user_error(f"--out={path}"),
+            atomic_write(path.resolve()) as file,
+        ):
             figure.savefig(file, format=kind, dpi=150)
     finally:
         plt.close(figure)
@@ -269,19 +272,19 @@ def _seeds(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def main(arguments: list[str]) -> None:
-    parser = command.Parser(
+    parser = cli.Parser(
         "python -m train.compare", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
         "runs",
         nargs="+",
-        type=command.folder,
+        type=cli.folder,
         metavar="RUN",
         help="the --workdir of a run",
     )
     parser.add_argument(
         "--out",
-        type=command.folder,
+        type=cli.folder,
         default=pathlib.Path("compare.png"),
         metavar="FILE",
         help="of the picture; compare.png without, and .png if it has no "
@@ -296,4 +299,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run("train.compare", main)
+    cli.run("train.compare", main)

@@ -30,11 +30,11 @@ def check(given: str, fields: ModuleType) -> None:
     file, colon, argument = given.partition(":")
     if not pathlib.Path(file).exists():
         raise UserError(
-            f"There is no file {file}; configs/ holds {of(fields)}."
+            f"There is no file {file}; configs/ holds {names_for(fields)}."
         )
     if not pathlib.Path(file).is_file():
         raise UserError(
-            f"--config={file} is no file; configs/ holds {of(fields)}."
+            f"--config={file} is no file; configs/ holds {names_for(fields)}."
         )
     try:
         config = _config(file, (argument,) if colon else ())
@@ -44,7 +44,7 @@ def check(given: str, fields: ModuleType) -> None:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and _ctrl_c_raises():
             raise
-        raise UserError(_words(error, file)) from error
+        raise UserError(_describe_error(error, file)) from error
     if not isinstance(config, ConfigDict) or isinstance(
         config, FrozenConfigDict
     ):
@@ -63,7 +63,7 @@ def check(given: str, fields: ModuleType) -> None:
     if missing:
         raise UserError(
             f"The config has no {missing[0]}: it is for another program. Take "
-            f"one of {of(fields)} in configs/."
+            f"one of {names_for(fields)} in configs/."
         )
 
 
@@ -72,7 +72,7 @@ def _ctrl_c_raises() -> bool:
     return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def of(fields: ModuleType) -> str:
+def names_for(fields: ModuleType) -> str:
     """Names the files of configs/ that set these fields."""
     name = fields.__name__.rpartition(".")[2]
     paths = sorted(CONFIGS.glob("*.py"))
@@ -111,7 +111,7 @@ def _config(file: str, arguments: tuple[str, ...]) -> Any:
     return get(*arguments)
 
 
-def _words(error: BaseException, file: str) -> str:
+def _describe_error(error: BaseException, file: str) -> str:
     """Says in a line what happened in a config file, and where."""
     try:
         said = " ".join(str(error).split())

@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 class _Source(NamedTuple):
     splits: dict  # split name -> tfds.core.SplitInfo
-    # (split name, places) -> examples
+    # (split name, indices) -> examples
     read: Callable[[str, Sequence[int]], Split]
     num_classes: int
     image_shape: tuple[int, ...]
@@ -113,7 +113,7 @@ def train_batches(
       batch_size: of all processes together.
       seed, epoch: decide the order.
       start: batches to leave out at the beginning, without reading them.
-      rows: places in each batch to read; None reads all.
+      rows: indices in each batch to read; None reads all.
 
     Raises:
       UserError: batch_size is not in 1..N.
@@ -124,13 +124,13 @@ def train_batches(
             f"Batch size {batch_size} does not fit {num_examples} training "
             f"examples. Choose one from 1 to {num_examples}."
         )
-    places = order(num_examples, seed=seed, epoch=epoch)
+    indices = order(num_examples, seed=seed, epoch=epoch)
     full = num_examples - num_examples % batch_size
-    places = places[start * batch_size : full]
-    return _batches(split, places, batch_size, rows)
+    indices = indices[start * batch_size : full]
+    return _batches(split, indices, batch_size, rows)
 
 
-def stacked(
+def stack_batches(
     batches: Iterable[Batch], count: int
 ) -> Iterator[tuple[int, Batch]]:
     """Yields (how many, batches on a new first axis); what is left, singly.
@@ -159,7 +159,7 @@ def test_batches(
     Args:
       split: what to read from.
       batch_size: of all processes together.
-      rows: places in each batch to read; None reads all.
+      rows: indices in each batch to read; None reads all.
 
     Raises:
       UserError: batch_size is not positive.
@@ -173,11 +173,11 @@ test_batches.__test__ = False  # for pytest, where it is imported by name
 
 
 def _batches(
-    split: Split, places: np.ndarray, size: int, rows: np.ndarray | None
+    split: Split, indices: np.ndarray, size: int, rows: np.ndarray | None
 ) -> Iterator[Batch]:
     rows = np.arange(size) if rows is None else rows
-    for start in range(0, len(places), size):
-        batch = places[start : start + size].astype(np.int32)
+    for start in range(0, len(indices), size):
+        batch = indices[start : start + size].astype(np.int32)
         index = batch[rows[rows < len(batch)]]
         where = np.ones(len(index), bool)
         values = split.images[index], split.labels[index], index, where
@@ -196,9 +196,9 @@ def _select(source: _Source, expression: str, lazy: bool) -> Split:
     with contextlib.suppress(Exception):
         instruction = tfds.core.ReadInstruction.from_spec(expression)
         for part in instruction.to_absolute(source.splits):
-            places = range(source.splits[part.splitname].num_examples)
-            parts.append((part.splitname, places[part.from_ : part.to]))
-    if not any(places for _, places in parts):
+            indices = range(source.splits[part.splitname].num_examples)
+            parts.append((part.splitname, indices[part.from_ : part.to]))
+    if not any(indices for _, indices in parts):
         sizes = (f"{n} ({s.num_examples})" for n, s in source.splits.items())
         raise UserError(
             f"Split {expression!r} selects nothing of {' or '.join(sizes)}. "
@@ -215,8 +215,8 @@ class _Lazy:
 
     def __init__(self, source: _Source, parts: list[tuple[str, range]]):
         self._source = source
-        self._places = [(name, p) for name, places in parts for p in places]
-        n = len(self._places)
+        self._indices = [(name, p) for name, indices in parts for p in indices]
+        n = len(self._indices)
         # The system gives memory to what is written, not to what is reserved.
         self._kept = Split(
             np.empty((n, *source.image_shape), np.uint8), np.empty(n, np.int32)
@@ -226,10 +226,10 @@ class _Lazy:
 
     def rows(self, index: np.ndarray, column: int) -> np.ndarray:
         wanted = np.unique(index[~self._known[index]])
-        names = np.array([self._places[i][0] for i in wanted])
+        names = np.array([self._indices[i][0] for i in wanted])
         for name in np.unique(names):
             part = wanted[names == name]
-            read = self._source.read(name, [self._places[i][1] for i in part])
+            read = self._source.read(name, [self._indices[i][1] for i in part])
             for kept, values in zip(self._kept, read):
                 kept[part] = values
         self._known[wanted] = True
@@ -240,7 +240,7 @@ class _Lazy:
 
 
 class _Column:
-    """One array of the examples; indexed by arrays of places."""
+    """One array of the examples; indexed by arrays of indices."""
 
     def __init__(self, examples: _Lazy, column: int):
         self._examples, self._column = examples, column
@@ -251,8 +251,8 @@ class _Column:
         return self.shape[0]
 
     def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
-        places = np.arange(len(self))[index]
-        return self._examples.rows(places, self._column)
+        indices = np.arange(len(self))[index]
+        return self._examples.rows(indices, self._column)
 
 
 def _digits() -> _Source:
@@ -273,26 +273,26 @@ def _digits() -> _Source:
         for name, split in data.items()
     }
 
-    def read(name: str, places: Sequence[int]) -> Split:
-        return Split(*(x[np.asarray(places)] for x in data[name]))
+    def read(name: str, indices: Sequence[int]) -> Split:
+        return Split(*(x[np.asarray(indices)] for x in data[name]))
 
     return _Source(splits, read, 10, images.shape[1:])
 
 
 def _cifar(name: str, data_dir: str | None, download: bool) -> _Source:
-    builder = cifar.prepared(name, data_dir, download=download)
+    builder = cifar.load_builder(name, data_dir, download=download)
     features = builder.info.features
 
     shape = features["image"].shape
 
-    def read(split: str, places: Sequence[int]) -> Split:
-        images = np.empty((len(places), *shape), np.uint8)
-        labels = np.empty(len(places), np.int32)
+    def read(split: str, indices: Sequence[int]) -> Split:
+        images = np.empty((len(indices), *shape), np.uint8)
+        labels = np.empty(len(indices), np.int32)
         try:
             rows = builder.as_data_source(split, file_format="array_record")
-            for start in range(0, len(places), _CHUNK):
+            for start in range(0, len(indices), _CHUNK):
                 chunk = slice(start, start + _CHUNK)
-                decoded = rows.__getitems__(list(places[chunk]))
+                decoded = rows.__getitems__(list(indices[chunk]))
                 images[chunk] = [row["image"] for row in decoded]
                 labels[chunk] = [row["label"] for row in decoded]
         except Exception as error:  # whatever a damaged file leads to

@@ -10,7 +10,7 @@ from __future__ import annotations
 from train import signals
 
 if __name__ == "__main__":
-    signals.end_at_ctrl_c(
+    signals.exit_on_ctrl_c(
         "train.doctor"
     )  # before the imports, which take seconds
 
@@ -23,10 +23,10 @@ import matplotlib
 import numpy as np
 
 from jaxbn import doctor
-from train import command, data
-from train.files import replacing, writing
-from train.saved import Saved, load, use_devices
-from train.step import augmented
+from train import cli, data
+from train.files import as_user_error, atomic_write
+from train.step import augmented_images
+from train.trained_run import TrainedRun, load, use_devices
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -40,7 +40,7 @@ def examine(
     Args:
       run: its workdir.
       batches: to read.
-      data_dir: of TFDS; None is that of the run, see `train.saved.load`.
+      data_dir: of TFDS; None is that of the run, see `train.trained_run.load`.
 
     Raises:
       UserError: run holds nothing to examine, or cannot be written to.
@@ -49,23 +49,23 @@ def examine(
     state = saved.state
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     report = doctor.examine(
-        saved.prepared.recipe.model,
+        saved.experiment.recipe.model,
         variables,
         itertools.islice(_images(saved), batches),
-        devices=saved.prepared.place.mesh.size,
+        devices=saved.experiment.topology.mesh.size,
     )
-    with writing(run):
+    with as_user_error(run):
         draw(report, run / "doctor.png")
     return report
 
 
-def _images(saved: Saved) -> Iterator[jax.Array]:
+def _images(saved: TrainedRun) -> Iterator[jax.Array]:
     """Yields augmented images, batch by batch, of the last epoch."""
     config, epoch = saved.config, max(saved.progress.epoch - 1, 0)
-    recipe = saved.prepared.recipe
-    see = jax.jit(lambda batch: augmented(recipe, batch, epoch))
+    recipe = saved.experiment.recipe
+    see = jax.jit(lambda batch: augmented_images(recipe, batch, epoch))
     for batch in data.train_batches(
-        saved.prepared.dataset.train,
+        saved.experiment.dataset.train,
         config.batch_size,
         seed=config.seed,
         epoch=epoch,
@@ -106,19 +106,17 @@ def draw(report: doctor.Report, path: pathlib.Path) -> None:
     scale.set_xticks(places, [layer.path for layer in layers], rotation=90)
     figure.tight_layout()
     try:
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             figure.savefig(file, format="png", dpi=120)
     finally:
         plt.close(figure)
 
 
 def main(arguments: list[str]) -> None:
-    parser = command.Parser(
+    parser = cli.Parser(
         "python -m train.doctor", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument(
-        "run", type=command.folder, help="the --workdir of a run"
-    )
+    parser.add_argument("run", type=cli.folder, help="the --workdir of a run")
     parser.add_argument(
         "--batches", type=int, default=20, help="to read; 20 without"
     )
@@ -134,4 +132,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run("train.doctor", main)
+    cli.run("train.doctor", main)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from train import signals
 
 if __name__ == "__main__":
-    signals.end_at_ctrl_c(
+    signals.exit_on_ctrl_c(
         "train.evaluate"
     )  # before the imports, which take seconds
 
@@ -27,13 +27,13 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from train import UserError, command, data
+from train import UserError, cli, data
 from train.augment import to_float
-from train.averaged import precise_statistics
-from train.files import write_json, writing
-from train.prepared import Prepared
-from train.saved import Saved, load, use_devices
+from train.experiment import Experiment
+from train.files import as_user_error, write_json
 from train.step import Recipe
+from train.trained_run import TrainedRun, load, use_devices
+from train.weight_average import precise_statistics
 
 _BATCH = 1000  # examples at a time
 
@@ -47,7 +47,7 @@ class Counts(NamedTuple):
 
 def evaluate(
     run: pathlib.Path,
-    saved: Saved,
+    saved: TrainedRun,
     *,
     split: str | None = None,
     precise: int = 0,
@@ -78,7 +78,7 @@ def evaluate(
     state = saved.state
     split = split or config.test_split
     examples = _examples(saved, split)
-    count = counter(saved.prepared, examples)
+    count = make_counter(saved.experiment, examples)
     found = {
         "step": int(state.step),
         "epoch": saved.progress.epoch,
@@ -86,24 +86,24 @@ def evaluate(
         **_result(count(state.params, state.batch_stats)),
     }
     if precise:
-        read = min(precise, saved.prepared.steps)
+        read = min(precise, saved.experiment.steps)
         stats = precise_statistics(
             config,
-            saved.prepared,
+            saved.experiment,
             state.params,
             state.batch_stats,
             batches=read,
         )
         again = _result(count(state.params, stats))
         found["precise"] = {"batches": read, **again}
-    print(words(found, config.dataset))
-    with writing(run):
+    print(format_result(found, config.dataset))
+    with as_user_error(run):
         write_json(run / "evaluation.json", found)
     return found
 
 
-def _examples(saved: Saved, split: str) -> data.Split:
-    config, dataset = saved.config, saved.prepared.dataset
+def _examples(saved: TrainedRun, split: str) -> data.Split:
+    config, dataset = saved.config, saved.experiment.dataset
     if split == config.test_split:
         return dataset.test
     if split == config.train_split:
@@ -118,25 +118,25 @@ def _examples(saved: Saved, split: str) -> data.Split:
     ).test
 
 
-def counter(
-    prepared: Prepared, split: data.Split
+def make_counter(
+    experiment: Experiment, split: data.Split
 ) -> Callable[[Any, Any], Counts]:
     """Returns (params, batch_stats) -> Counts of all examples, each once."""
-    place, classes = prepared.place, prepared.dataset.num_classes
+    topology, classes = experiment.topology, experiment.dataset.num_classes
     step = jax.jit(
         jax.shard_map(
-            functools.partial(_step, prepared.recipe, place.axes, classes),
-            mesh=place.mesh,
-            in_specs=(P(), P(), P(place.axes)),
+            functools.partial(_step, experiment.recipe, topology.axes, classes),
+            mesh=topology.mesh,
+            in_specs=(P(), P(), P(topology.axes)),
             out_specs=P(),
         )
     )
-    size = place.padded(min(_BATCH, len(split.labels)))
+    size = topology.padded(min(_BATCH, len(split.labels)))
 
     def count(params: Any, batch_stats: Any) -> Counts:
         loss, confusion = 0.0, 0
-        for rows in data.test_batches(split, size, rows=place.rows(size)):
-            part = step(params, batch_stats, place.put(rows, size))
+        for rows in data.test_batches(split, size, rows=topology.rows(size)):
+            part = step(params, batch_stats, topology.put(rows, size))
             # To the host at once: simulated devices must not run far ahead.
             part = jax.device_get(part)
             loss = loss + np.float64(part.loss)
@@ -191,7 +191,7 @@ def _result(counts: Counts) -> dict[str, Any]:
     }
 
 
-def words(found: dict[str, Any], dataset: str) -> str:
+def format_result(found: dict[str, Any], dataset: str) -> str:
     """Returns the result as lines of text."""
     again = found.get("precise")
     lines = [
@@ -225,12 +225,10 @@ def _mistakes(row: list[int], own: int, shown: int = 3) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = command.Parser(
+    parser = cli.Parser(
         "python -m train.evaluate", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument(
-        "run", type=command.folder, help="the --workdir of a run"
-    )
+    parser.add_argument("run", type=cli.folder, help="the --workdir of a run")
     parser.add_argument(
         "--split", help="such as test, train or train[45000:]; the run's test"
     )
@@ -263,4 +261,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run("train.evaluate", main)
+    cli.run("train.evaluate", main)

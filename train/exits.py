@@ -19,7 +19,7 @@ from train import RESUME
 _ending = threading.Lock()  # held for good by the thread that ends the process
 
 
-def leave(
+def exit_now(
     message: str,
     code: int,
     *,
@@ -68,7 +68,7 @@ class ErrorLog:
         self._folder: pathlib.Path | None = None
         self._captured: io.BufferedRandom | None = None
         self._finished: int | None = None
-        self._meeting = True
+        self._connecting = True
         self._handler: Any = None  # ctypes calls it as long as it is kept
 
     def use(self, workdir: pathlib.Path) -> None:
@@ -109,14 +109,14 @@ class ErrorLog:
 
         # It stays open until the process ends.
         self._captured = tempfile.TemporaryFile()  # noqa: SIM115
-        sys.stdout = _moved(sys.stdout, 1, self._captured.fileno())
-        sys.stderr = _moved(sys.stderr, 2, self._captured.fileno())
+        sys.stdout = _redirect(sys.stdout, 1, self._captured.fileno())
+        sys.stderr = _redirect(sys.stderr, 2, self._captured.fileno())
         threading.excepthook = self._thread_failed
         self._on_abort()
 
-    def met(self) -> None:
+    def connected(self) -> None:
         """From here on an abort means that another process is gone."""
-        self._meeting = False
+        self._connecting = False
 
     def finish(self, code: int) -> None:
         """The rest is known: an abort while JAX shuts down changes nothing."""
@@ -125,10 +125,10 @@ class ErrorLog:
     def lost(self, error: str) -> NoReturn:
         """Ends the process because another one has."""
         path = self.write(error)
-        leave(
+        exit_now(
             "Another process died or left: the connection to it is lost. Its "
             "own output says why; the same command on all hosts goes on from "
-            f"the last checkpoint.{_see(path)}",
+            f"the last checkpoint.{_see_file(path)}",
             RESUME,
         )
 
@@ -137,12 +137,12 @@ class ErrorLog:
         text = "".join(traceback.format_exception(error))
         path = self.write(text)
         if path is None:
-            leave(text, 1)
+            exit_now(text, 1)
         words = " ".join(str(error).split())
         short = words[:200] + ("..." if len(words) > 200 else "")
-        leave(
+        exit_now(
             f"Unexpected {type(error).__name__}: {short.rstrip('.')}."
-            f"{_see(path)}",
+            f"{_see_file(path)}",
             1,
         )
 
@@ -187,19 +187,19 @@ class ErrorLog:
         printed = self._printed()
         if "distributed service detected fatal errors" not in printed:
             path = self.write("A library aborted the process.")
-            leave(f"A library aborted the process.{_see(path)}", 1)
-        if self._meeting:
+            exit_now(f"A library aborted the process.{_see_file(path)}", 1)
+        if self._connecting:
             path = self.write("The processes did not meet.")
-            leave(
+            exit_now(
                 "The processes did not meet: give the same --coordinator, an "
                 "address that all reach, and --num_processes to all of them, and "
-                f"to each a --process_id of its own, within a minute.{_see(path)}",
+                f"to each a --process_id of its own, within a minute.{_see_file(path)}",
                 1,
             )
         self.lost("JAX aborted the process.")
 
 
-def _moved(stream: TextIO, number: int, captured: int) -> TextIO:
+def _redirect(stream: TextIO, number: int, captured: int) -> TextIO:
     """Gives a stream a descriptor of its own, and its old one to libraries."""
     stream.flush()
     own = os.dup(number)
@@ -213,5 +213,5 @@ def _moved(stream: TextIO, number: int, captured: int) -> TextIO:
     )
 
 
-def _see(path: pathlib.Path | None) -> str:
+def _see_file(path: pathlib.Path | None) -> str:
     return "" if path is None else f" The original error is in {path}."

@@ -15,7 +15,7 @@ from train import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+def atomic_write(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Yields a file that takes the place of path once it is whole.
 
     A crash, of the machine too, leaves the old file or the new. What lies at
@@ -51,7 +51,7 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes text in one piece: a crash leaves the old file or the new."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
@@ -61,7 +61,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def writing(what: pathlib.Path | str) -> Iterator[None]:
+def as_user_error(what: pathlib.Path | str) -> Iterator[None]:
     """Raises UserError where what is inside cannot be written."""
     try:
         yield
@@ -93,7 +93,7 @@ def refuse_links(folder: pathlib.Path, *, below: bool = False) -> None:
     """
     links = [folder] if folder.is_symlink() else []
     if not links and folder.is_dir():
-        with writing(folder):
+        with as_user_error(folder):
             inside = folder.rglob("*") if below else folder.iterdir()
             links = [path for path in inside if path.is_symlink()]
     if links:

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs.ranges import RANGES
-from train import UserError, config_files, output, ranges
+from train import UserError, config_checks, config_files, output
 from train.config_files import CONFIGS
 from train.workdir import check_name
 
@@ -44,7 +44,7 @@ def parse(
         change.
     """
     output.guard()
-    argv = _last_of_each(argv)
+    argv = _without_overridden(argv)
     for word in argv:
         name = re.match(r"--?(?:no)?config\.([^=]*)", word)
         if name and not re.fullmatch(r"\w+(\.\w+)*", name[1]):
@@ -79,7 +79,7 @@ def parse(
         raise UserError(
             f"Unexpected argument {rest[1]!r}; flags begin with --."
         )
-    ranges.check(config, fields)
+    config_checks.check(config, fields)
     if flags.FLAGS.workdir is not None:
         if not flags.FLAGS.workdir:
             raise UserError(
@@ -137,12 +137,12 @@ def _help(doc: str | None, fields: ModuleType) -> NoReturn:
     numbers = textwrap.fill(numbers, 76).replace(space, " ")
     print(f"\nWhat numbers may be:\n\n{textwrap.indent(numbers, '  ')}")
     print(
-        f"\nIn configs/: {config_files.of(fields)}. Each opens with its command."
+        f"\nIn configs/: {config_files.names_for(fields)}. Each opens with its command."
     )
     sys.exit(0)
 
 
-def _last_of_each(argv: Sequence[str]) -> list[str]:
+def _without_overridden(argv: Sequence[str]) -> list[str]:
     """Leaves out what a later flag for the same field replaces.
 
     ml_collections joins tuples that are given twice.

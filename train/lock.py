@@ -11,15 +11,15 @@ import socket
 import time
 from collections.abc import Iterator
 
-from train import UserError, processes, topology
+from train import UserError, processes
 
 NAME = "lock"
 # An NFS client may show an old folder for some seconds.
-SEEN_WITHIN = 15.0
+VISIBILITY_TIMEOUT = 15.0
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Creates the folder and holds it while this is a context.
 
     The system lets go of the lock when the process ends, however it does.
@@ -28,23 +28,23 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
       UserError: another run holds it, it cannot be written, or a process does
         not see what the main one has written there.
     """
-    token = secrets.token_hex(8) if topology.is_main() else ""
+    token = secrets.token_hex(8) if processes.is_main() else ""
     lock = None
     with processes.together():
-        if topology.is_main():
-            lock = _take(workdir, token)
+        if processes.is_main():
+            lock = _acquire(workdir, token)
     try:
         token = processes.exchange(token)[0]
         with processes.together():
-            if not topology.is_main():
-                _see(workdir, token)
+            if not processes.is_main():
+                _check_visible(workdir, token)
         yield
     finally:
         if lock is not None:
             os.close(lock)
 
 
-def _take(workdir: pathlib.Path, token: str) -> int:
+def _acquire(workdir: pathlib.Path, token: str) -> int:
     path = workdir / NAME
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -79,8 +79,8 @@ def _take(workdir: pathlib.Path, token: str) -> int:
     return lock
 
 
-def _see(workdir: pathlib.Path, token: str) -> None:
-    limit = time.monotonic() + SEEN_WITHIN
+def _check_visible(workdir: pathlib.Path, token: str) -> None:
+    limit = time.monotonic() + VISIBILITY_TIMEOUT
     while True:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if (workdir / NAME).read_text().partition("\n")[0] == token:

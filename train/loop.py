@@ -15,15 +15,15 @@ from train import (
     data,
     lock,
     processes,
-    topology,
     watchdog,
 )
-from train.averaged import evaluate_average
-from train.checkpoint import Checkpoints, Progress, what_is_left
+from train.checkpoint import Checkpoints, Progress, resume_hint
+from train.experiment import Experiment, build_experiment
 from train.files import write_json
 from train.meter import Meter
-from train.prepared import Prepared, prepare
-from train.report import Report, SilentReport
+from train.nonfinite import describe_nonfinite
+from train.prefetch import prefetch
+from train.report import NullReport, Report
 from train.signals import Interrupt
 from train.step import (
     TrainState,
@@ -32,10 +32,10 @@ from train.step import (
     make_test_step,
     make_train_step,
 )
-from train.timeline import Timeline, ready
-from train.told import Forecast, headline, summarize
+from train.summary import RemainingTime, headline, summarize
+from train.timing import Timer
 from train.trace import Trace
-from train.trouble import explain
+from train.weight_average import evaluate_average
 from train.workdir import check_name, open_workdir, read_summary
 
 
@@ -50,27 +50,27 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """
     started = time.monotonic()
     check_name(workdir)
-    prepared = prepare(config)
-    with lock.held(workdir):
+    experiment = build_experiment(config)
+    with lock.locked(workdir):
         with processes.together():
-            if topology.is_main():
+            if processes.is_main():
                 open_workdir(workdir, config)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
-            return _train(config, workdir, prepared, checkpoints, started)
+            return _train(config, workdir, experiment, checkpoints, started)
 
 
 def _train(
     config: ConfigDict,
     workdir: pathlib.Path,
-    prepared: Prepared,
+    experiment: Experiment,
     checkpoints: Checkpoints,
     started: float,
 ) -> dict[str, Any]:
     """Goes on with the run in a workdir that is ours."""
-    place, dataset, steps, _, recipe = prepared
+    topology, dataset, steps, _, recipe = experiment
     shape = dataset.train.images.shape[1:]
     progress = Progress()
-    found = checkpoints.restore(abstract_state(recipe, shape, place.mesh))
+    found = checkpoints.restore(abstract_state(recipe, shape, topology.mesh))
     if found:
         state, progress = found
         summary = processes.from_main(lambda: read_summary(workdir))
@@ -78,10 +78,10 @@ def _train(
         if done >= config.epochs * steps and summary:
             return summary
     else:
-        state = init_state(recipe, shape, place.mesh)
-    timeline = Timeline()
-    kind = Report if topology.is_main() else SilentReport
-    profile = config.profile and topology.is_main()
+        state = init_state(recipe, shape, topology.mesh)
+    timer = Timer()
+    kind = Report if processes.is_main() else NullReport
+    profile = config.profile and processes.is_main()
     with (
         kind(
             workdir,
@@ -92,13 +92,13 @@ def _train(
         Interrupt(jax.process_count()) as interrupt,
         Trace(workdir / "profile" if profile else None, report.say) as trace,
     ):
-        report.say(headline(config, prepared, state.params, progress))
+        report.say(headline(config, experiment, state.params, progress))
         loop = _Loop(
-            config, prepared, report, checkpoints, timeline, interrupt, trace
+            config, experiment, report, checkpoints, timer, interrupt, trace
         )
         for epoch in range(progress.epoch, config.epochs):
             state, record = loop.epoch(state, progress)
-            with timeline.of("save"):
+            with timer.measure("save"):
                 # At most one record is ahead of the checkpoints.
                 checkpoints.wait()
             try:
@@ -106,30 +106,30 @@ def _train(
             except OSError as error:
                 raise UserError(
                     f"Cannot write to {workdir}: {error.strerror}. "
-                    f"{what_is_left(checkpoints.newest)}"
+                    f"{resume_hint(checkpoints.newest)}"
                 ) from error
             progress = Progress(epoch + 1)
-            with timeline.of("save"):
+            with timer.measure("save"):
                 checkpoints.save(
                     state, progress, test_accuracy=record["test_accuracy"]
                 )
-        with timeline.of("save"):
+        with timer.measure("save"):
             checkpoints.wait()
         interrupt.unsaved(False)
         extra = {}
         if state.average is not None:
-            extra = evaluate_average(config, prepared, state, loop.test)
-        report.say(f"time: {timeline}")
+            extra = evaluate_average(config, experiment, state, loop.test)
+        report.say(f"time: {timer}")
 
     def summary() -> dict[str, Any]:
         """Of the main process, which alone has the records."""
-        found = summarize(report.records, prepared, started, timeline) | extra
+        found = summarize(report.records, experiment, started, timer) | extra
         try:
             write_json(workdir / "summary.json", found)
         except OSError as error:
             raise UserError(
                 f"Cannot write {workdir / 'summary.json'}: {error.strerror}. "
-                f"{what_is_left(checkpoints.newest)}"
+                f"{resume_hint(checkpoints.newest)}"
             ) from error
         return found
 
@@ -142,27 +142,29 @@ class _Loop:
     def __init__(
         self,
         config: ConfigDict,
-        prepared: Prepared,
+        experiment: Experiment,
         report: Report,
         checkpoints: Checkpoints,
-        timeline: Timeline,
+        timer: Timer,
         interrupt: Interrupt,
         trace: Trace,
     ):
         self._config = config
-        self._prepared = prepared
+        self._experiment = experiment
         self._report = report
         self._checkpoints = checkpoints
-        self._timeline = timeline
+        self._timer = timer
         self._interrupt = interrupt
         self._trace = trace
-        place = prepared.place
+        topology = experiment.topology
         self._train_steps: dict[int, Any] = {}  # by batches of a dispatch
-        self._test_step = make_test_step(prepared.recipe, place.mesh)
+        self._test_step = make_test_step(experiment.recipe, topology.mesh)
         # The last batch is padded anyway, so any whole share will do.
-        size = min(config.test_batch_size, len(prepared.dataset.test.labels))
-        self._test_batch_size = place.padded(size)
-        self._forecast = Forecast(report, config.epochs * prepared.steps)
+        size = min(config.test_batch_size, len(experiment.dataset.test.labels))
+        self._test_batch_size = topology.padded(size)
+        self._remaining_time = RemainingTime(
+            report, config.epochs * experiment.steps
+        )
 
     def epoch(
         self, state: TrainState, progress: Progress
@@ -173,7 +175,7 @@ class _Loop:
           Stopped: a signal asked for it; the state is saved.
           UserError: the loss or a gradient is not finite.
         """
-        config, (place, dataset, *_) = self._config, self._prepared
+        config, (topology, dataset, *_) = self._config, self._experiment
         size, epoch = config.batch_size, progress.epoch
         meter = Meter(progress.sums)
         batch_number, images = progress.batch, 0
@@ -184,10 +186,10 @@ class _Loop:
             seed=config.seed,
             epoch=epoch,
             start=progress.batch,
-            rows=place.rows(size),
+            rows=topology.rows(size),
         )
-        together = data.stacked(batches, config.steps_per_dispatch)
-        for count, rows in ready(together, self._timeline):
+        together = data.stack_batches(batches, config.steps_per_dispatch)
+        for count, rows in prefetch(together, self._timer):
             state = self._dispatch(state, count, rows, epoch, meter)
             self._interrupt.unsaved(True)
             self._check(meter, state, epoch)
@@ -195,17 +197,17 @@ class _Loop:
             watchdog.beat(f"training in epoch {epoch + 1}")
             images += count * size
             self._report.advance(count * size)
-            done = epoch * self._prepared.steps + batch_number
-            self._forecast.step(done)
+            done = epoch * self._experiment.steps + batch_number
+            self._remaining_time.step(done)
             self._maybe_save(
                 state, Progress(epoch, batch_number), meter, done, count
             )
-        with self._timeline.of("steps"):
+        with self._timer.measure("steps"):
             train_loss, train_accuracy = meter.means()
         self._check(meter, state, epoch)
         seconds = time.monotonic() - started
         step = int(state.step)
-        with self._timeline.of("test"):
+        with self._timer.measure("test"):
             test_loss, test_accuracy = self.test(
                 state.params, state.batch_stats
             )
@@ -216,7 +218,7 @@ class _Loop:
             "train_accuracy": train_accuracy,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            "learning_rate": float(self._prepared.schedule(step - 1)),
+            "learning_rate": float(self._experiment.schedule(step - 1)),
             "images_per_second": images / seconds if images else 0.0,
             "skipped": meter.nonfinite,
         }
@@ -225,17 +227,17 @@ class _Loop:
         self, state: TrainState, count: int, rows: Any, epoch: int, meter: Meter
     ) -> TrainState:
         """Starts the steps on some batches, stacked if they are several."""
-        place, size = self._prepared.place, self._config.batch_size
+        topology, size = self._experiment.topology, self._config.batch_size
         first = count not in self._train_steps
         if first:
             self._train_steps[count] = make_train_step(
-                self._prepared.recipe, place.mesh, steps=count
+                self._experiment.recipe, topology.mesh, steps=count
             )
         with (
-            self._timeline.of("compile" if first else "steps"),
+            self._timer.measure("compile" if first else "steps"),
             self._trace.step(meter.sums),
         ):
-            batch = place.put(rows, size, stacked=count > 1)
+            batch = topology.put(rows, size, stacked=count > 1)
             state, sums = self._train_steps[count](state, batch, epoch)
             meter.add(sums)
         return state
@@ -243,12 +245,12 @@ class _Loop:
     def test(self, params: Any, batch_stats: Any) -> tuple[float, float]:
         """Mean loss and accuracy on the test split, each example once."""
         meter = Meter()
-        place, size = self._prepared.place, self._test_batch_size
+        topology, size = self._experiment.topology, self._test_batch_size
         for rows in data.test_batches(
-            self._prepared.dataset.test, size, rows=place.rows(size)
+            self._experiment.dataset.test, size, rows=topology.rows(size)
         ):
             watchdog.beat("testing")
-            batch = place.put(rows, size)
+            batch = topology.put(rows, size)
             meter.add(self._test_step(params, batch_stats, batch))
         return meter.means()
 
@@ -264,15 +266,15 @@ class _Loop:
         every = self._config.checkpoint_every
         due = every and done // every > (done - count) // every
         # All processes ask each time, and all get the same answer.
-        stop = self._checkpoints.preempted() or self._interrupt.asked
+        stop = self._checkpoints.preempted() or self._interrupt.requested
         if not stop and not due:
             return
-        if progress.batch == self._prepared.steps and not stop:
+        if progress.batch == self._experiment.steps and not stop:
             return  # the end of the epoch is saved with its test
-        with self._timeline.of("steps"):
+        with self._timer.measure("steps"):
             sums = meter.sums()
         self._check(meter, state, progress.epoch)
-        with self._timeline.of("save"):
+        with self._timer.measure("save"):
             self._checkpoints.save(state, progress._replace(sums=sums))
             if stop:
                 self._checkpoints.wait()
@@ -290,7 +292,7 @@ class _Loop:
             return
         newest = self._checkpoints.newest
         raise UserError(
-            f"{explain(config, self._prepared, state, epoch)} The last good "
+            f"{describe_nonfinite(config, self._experiment, state, epoch)} The last good "
             "checkpoint is "
             f"{'of step ' + str(newest) if newest is not None else 'none yet'}."
             f" Lower learning_rate, now {config.learning_rate}, raise "

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import jaxbn
 from jaxbn.linen import BatchNorm
 from train import UserError
-from train.topology import MICRO, Topology
+from train.topology import MICROBATCH_AXIS, Topology
 
 
 class Affine(nn.Module):
@@ -51,13 +51,13 @@ _GROUPED = {
 
 
 def norm_of(
-    config: ConfigDict, place: Topology, *, microbatches: int = 1
+    config: ConfigDict, topology: Topology, *, microbatches: int = 1
 ) -> Callable[..., nn.Module]:
     """Returns what makes a layer, given use_running_average, dtype, scale_init.
 
     Args:
       config: of the run.
-      place: that it runs on.
+      topology: that it runs on.
       microbatches: above 1 the layer synchronizes over the axis of these too.
 
     Raises:
@@ -85,7 +85,7 @@ def norm_of(
     if config.norm == "flax":
         _refuse(given, "flax")
         return functools.partial(
-            nn.BatchNorm, **shared, **_of_flax(config, place, microbatches)
+            nn.BatchNorm, **shared, **_flax_axes(config, topology, microbatches)
         )
     options = {**VARIANTS.get(config.norm, {}), **given}
     if "normalize_over" in options and config.norm_axes != "all":
@@ -99,7 +99,7 @@ def norm_of(
             raise UserError(
                 f"norm_options.{name} is no option of jaxbn.linen.BatchNorm."
             )
-    own = {**shared, **_of_jaxbn(config, place, microbatches)}
+    own = {**shared, **_jaxbn_axes(config, topology, microbatches)}
     for name in own.keys() & given.keys():
         raise UserError(
             f"norm_options.{name} is set by the run; see norm_momentum, "
@@ -107,7 +107,7 @@ def norm_of(
         )
     try:
         layer = functools.partial(BatchNorm, **own, **_grouped(options))
-        _try(layer, config, place, microbatches)
+        _try(layer, config, topology, microbatches)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"norm={config.norm!r}: {reason}") from error
@@ -130,7 +130,7 @@ def _grouped(options: dict[str, Any]) -> dict[str, Any]:
 def _try(
     layer: Callable[..., nn.Module],
     config: ConfigDict,
-    place: Topology,
+    topology: Topology,
     microbatches: int,
 ) -> None:
     """Raises what a layer raises for its options, and for a training batch."""
@@ -146,7 +146,7 @@ def _try(
         y, _ = norm.apply(variables, x, mutable=["batch_stats"])
         return y
 
-    devices = place.mesh.size * microbatches
+    devices = topology.mesh.size * microbatches
     # Two pixels, because statistics of one example are defined for images.
     shape = (devices, config.batch_size // devices, 2, 1)
     jax.eval_shape(
@@ -155,32 +155,34 @@ def _try(
     )
 
 
-def examples_together(config: ConfigDict, place: Topology) -> str:
+def describe_statistics(config: ConfigDict, topology: Topology) -> str:
     """Returns over how many examples a layer takes statistics, in words."""
     if config.norm == "none":
         return "nothing normalized"
-    size, devices = config.batch_size, place.mesh.size
+    size, devices = config.batch_size, topology.mesh.size
     over = config.norm_options.normalize_over
     if config.norm == "ghost" and over is None:
         over = VARIANTS["ghost"]["normalize_over"]
     if over is None:
-        over = size * _members(config, place) // devices
+        over = size * _num_sharing(config, topology) // devices
     return f"statistics over {over} examples"
 
 
-def _members(config: ConfigDict, place: Topology) -> int:
+def _num_sharing(config: ConfigDict, topology: Topology) -> int:
     """Devices that share statistics."""
-    names = _axes(config, place)
-    return int(np.prod([place.mesh.shape[name] for name in names], dtype=int))
+    names = _axes(config, topology)
+    return int(
+        np.prod([topology.mesh.shape[name] for name in names], dtype=int)
+    )
 
 
-def _axes(config: ConfigDict, place: Topology) -> tuple[str, ...]:
+def _axes(config: ConfigDict, topology: Topology) -> tuple[str, ...]:
     if config.norm_axes == "all":
-        return place.axes
+        return topology.axes
     if config.norm_axes == "none":
         return ()
-    if config.norm_axes not in place.axes:
-        known = ("all", "none", *place.axes)
+    if config.norm_axes not in topology.axes:
+        known = ("all", "none", *topology.axes)
         raise UserError(
             f"norm_axes={config.norm_axes!r} must be one of "
             f"{', '.join(known)} with mesh={config.mesh!r}."
@@ -188,34 +190,36 @@ def _axes(config: ConfigDict, place: Topology) -> tuple[str, ...]:
     return (config.norm_axes,)
 
 
-def _bound(place: Topology, microbatches: int) -> tuple[str, ...]:
+def _batch_axes(topology: Topology, microbatches: int) -> tuple[str, ...]:
     """Every axis that examples of a step lie on; microbatches come last."""
-    return (*place.axes, MICRO) if microbatches > 1 else place.axes
+    return (
+        (*topology.axes, MICROBATCH_AXIS) if microbatches > 1 else topology.axes
+    )
 
 
-def _of_jaxbn(
-    config: ConfigDict, place: Topology, microbatches: int
+def _jaxbn_axes(
+    config: ConfigDict, topology: Topology, microbatches: int
 ) -> dict[str, Any]:
     """Groups of devices, so that running statistics are of all examples."""
-    names, bound = _axes(config, place), _bound(place, microbatches)
-    if names == place.axes:
+    names, bound = _axes(config, topology), _batch_axes(topology, microbatches)
+    if names == topology.axes:
         return {"axis_name": bound}
     if not names:
         together = jaxbn.Scope(group_size=microbatches)
         return {"axis_name": bound, "sharing": together}
     # Devices as they are numbered along all axes, a row for each group.
-    shape = (*place.mesh.devices.shape, microbatches)
-    numbers = np.arange(place.mesh.size * microbatches).reshape(shape)
-    along = np.moveaxis(numbers, place.axes.index(names[0]), -2)
-    groups = along.reshape(-1, place.mesh.shape[names[0]] * microbatches)
+    shape = (*topology.mesh.devices.shape, microbatches)
+    numbers = np.arange(topology.mesh.size * microbatches).reshape(shape)
+    along = np.moveaxis(numbers, topology.axes.index(names[0]), -2)
+    groups = along.reshape(-1, topology.mesh.shape[names[0]] * microbatches)
     return {
         "axis_name": bound,
         "axis_index_groups": tuple(map(tuple, groups.tolist())),
     }
 
 
-def _of_flax(
-    config: ConfigDict, place: Topology, microbatches: int
+def _flax_axes(
+    config: ConfigDict, topology: Topology, microbatches: int
 ) -> dict[str, Any]:
     if config.norm_axes != "all":
         raise UserError(
@@ -223,7 +227,7 @@ def _of_flax(
             "different from device to device; with norm='flax' it must be "
             "'all'."
         )
-    return {"axis_name": _bound(place, microbatches)}
+    return {"axis_name": _batch_axes(topology, microbatches)}
 
 
 def _refuse(given: dict[str, Any], norm: str) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn.linen import BatchNorm
-from train.resnet import blocks_of, convolution, halved
+from train.resnet import blocks_per_stage, convolution, pad_shortcut
 
 
 class PreActBlock(nn.Module):
@@ -28,7 +28,7 @@ class PreActBlock(nn.Module):
       bottleneck: three convolutions in place of two.
       first: the shortcut, too, is of the input after norm and ReLU.
       project: where the shape changes, the shortcut is a 1x1 convolution of
-        the input after norm and ReLU. Otherwise it is `halved`.
+        the input after norm and ReLU. Otherwise it is `pad_shortcut`.
       conv: what makes a convolution; 3x3 unless told otherwise.
       norm: what makes a normalization.
       zero_init: starts as the shortcut.
@@ -54,7 +54,7 @@ class PreActBlock(nn.Module):
             if self.project:
                 x = one(self.width, strides=self.stride, name="shortcut")(y)
             else:
-                x = halved(x, self.width, self.stride)
+                x = pad_shortcut(x, self.width, self.stride)
         last = {}
         if self.zero_init:
             last = {"kernel_init": nn.initializers.zeros}
@@ -100,7 +100,7 @@ class PreActResNet(nn.Module):
     def blocks(self) -> int:
         """Blocks of a stage; UserError where depth does not fit."""
         layers = 9 if self.bottleneck else 6
-        return blocks_of(self.depth, layers=layers, beside=2)
+        return blocks_per_stage(self.depth, layers=layers, extra=2)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -147,7 +147,7 @@ class WideResNet(nn.Module):
     @property
     def blocks(self) -> int:
         """Blocks of a stage; UserError where depth does not fit."""
-        return blocks_of(self.depth, layers=6, beside=4)
+        return blocks_per_stage(self.depth, layers=6, extra=4)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:

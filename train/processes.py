@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from train import UserError
 
 # Within so many seconds all have to be there.
-MEET = 50
+STARTUP_TIMEOUT = 50
 # The watchdog ends a run that waits too long; this is only longer.
-_FOR_EVER = 7 * 24 * 3600
+_NO_TIMEOUT = 7 * 24 * 3600
 
 
 class Agreed(UserError):
@@ -31,7 +32,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _numbers = itertools.count()
 
 
-def exchange(text: str, *, seconds: float = _FOR_EVER) -> list[str]:
+def exchange(text: str, *, seconds: float = _NO_TIMEOUT) -> list[str]:
     """Returns what each process gives here, by their index.
 
     By way of the coordinator, not of the devices: it works before they do.
@@ -97,6 +98,23 @@ def from_main(make: Callable[[], Any]) -> Any:
     return json.loads(exchange(found)[0])
 
 
+def is_main() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
+    """Adds up integers over the processes, exactly."""
+    if jax.process_count() == 1:
+        return values
+    # As 32 bits twice: without x64 wider integers would be cut.
+    halves = np.stack([values & 0xFFFF, values >> 16]).astype(np.int32)
+    low, high = (
+        multihost_utils.process_allgather(halves).astype(np.int64).sum(0)
+    )
+    return low + (high << 16)
+
+
 def agree(config: ConfigDict, versions: dict[str, str]) -> None:
     """Checks that all processes were started alike, and connects their devices.
 
@@ -117,10 +135,13 @@ def agree(config: ConfigDict, versions: dict[str, str]) -> None:
     }
     del own["data_dir"]  # may be another one on each host
     given = _give(json.dumps(own))
-    first = json.loads(_take(given, 0, MEET))
+    first = json.loads(_take(given, 0, STARTUP_TIMEOUT))
     # So many have met, whatever this process was told.
     others = range(1, first["num_processes"])
-    every = [first, *(json.loads(_take(given, i, MEET)) for i in others)]
+    every = [
+        first,
+        *(json.loads(_take(given, i, STARTUP_TIMEOUT)) for i in others),
+    ]
     differences = [
         f"{key} is {every[0].get(key)!r} in process 0 and {one.get(key)!r} in "
         f"process {process}"

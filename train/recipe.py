@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from configs import defaults
-from train import UserError, data, networks, ranges, topology
+from train import UserError, config_checks, data, networks, processes
 from train.augment import pixel_counts, pixel_statistics
 from train.norms import norm_of
 from train.step import Recipe, make_optimizer
@@ -22,7 +22,7 @@ from train.topology import Topology
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for values that no run can have."""
-    ranges.check(config, defaults)
+    config_checks.check(config, defaults)
     one_of("schedule", config.schedule, SCHEDULES)
     one_of("warmup_shape", config.warmup_shape, ("linear", "constant"))
     one_of("dtype", config.dtype, ("float32", "bfloat16"))
@@ -47,10 +47,10 @@ def check(config: ConfigDict) -> None:
 def check_seeds(config: ConfigDict) -> None:
     """Raises UserError unless each of seed, seed + 1, ... is in range."""
     last = config.seed + config.seeds - 1
-    if not ranges.in_range("seed", last):
+    if not config_checks.in_range("seed", last):
         raise UserError(
             f"seed={config.seed} with seeds={config.seeds} ends at {last}; a "
-            f"seed must be in {ranges.RANGES['seed']}."
+            f"seed must be in {config_checks.RANGES['seed']}."
         )
 
 
@@ -130,7 +130,7 @@ def make_recipe(
     config: ConfigDict,
     dataset: data.Dataset,
     schedule: optax.Schedule,
-    place: Topology,
+    topology: Topology,
 ) -> Recipe:
     """Returns what the compiled steps are made from.
 
@@ -151,13 +151,13 @@ def make_recipe(
         return networks.make(
             config,
             num_classes=dataset.num_classes,
-            norm=norm_of(config, place, microbatches=microbatches),
+            norm=norm_of(config, topology, microbatches=microbatches),
             dtype=jnp.dtype(config.dtype),
         )
 
     return Recipe(
         model=network(1),
-        in_microbatches=network(config.microbatches) if several else None,
+        microbatch_model=network(config.microbatches) if several else None,
         microbatches=config.microbatches,
         optimizer=make_optimizer(
             schedule,
@@ -184,5 +184,5 @@ def _pixels(
     bounds = np.linspace(0, examples, jax.process_count() + 1).astype(int)
     first, last = bounds[jax.process_index() :][:2]
     return pixel_statistics(
-        topology.total(pixel_counts(split.images[first:last]))
+        processes.sum_over_processes(pixel_counts(split.images[first:last]))
     )

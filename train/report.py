@@ -16,14 +16,14 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from train import UserError, output
-from train.files import replacing, write_text, writing
-from train.workdir import lacking, read_records
+from train.files import as_user_error, atomic_write, write_text
+from train.workdir import missing_epochs, read_records
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-class SilentReport:
+class NullReport:
     """The report of a process that leaves the telling to another."""
 
     def __init__(self, *_: Any, done: int, **__: Any):
@@ -72,15 +72,19 @@ class Report:
         self._path = workdir / "metrics.jsonl"
         found = read_records(workdir)
         self.records = [one for one in found if one["epoch"] <= done]
-        missing = lacking(self.records, done)
-        if missing and done == epochs and lacking(self.records[-1:], done):
+        missing = missing_epochs(self.records, done)
+        if (
+            missing
+            and done == epochs
+            and missing_epochs(self.records[-1:], done)
+        ):
             raise UserError(
                 f"{workdir} is trained to its end, but {self._path.name} lacks "
                 f"{missing}, and with it the result: python -m train.evaluate "
                 f"{workdir} measures it again."
             )
         if len(self.records) < len(found) or not self._path.exists():
-            with writing(workdir):
+            with as_user_error(workdir):
                 self._write_records()
         self._events: EventsWriter | None = None  # no epoch, no file
         self._epochs = epochs
@@ -100,7 +104,7 @@ class Report:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._on_screen(self._bar.close)
+        self._to_terminal(self._bar.close)
         try:
             if self._events is not None:
                 self._events.close()
@@ -115,15 +119,15 @@ class Report:
     def say(self, line: str) -> None:
         """Prints a line, above the progress bar where there is one."""
         if self._live:
-            self._on_screen(self._bar.write, line, file=sys.stdout)
+            self._to_terminal(self._bar.write, line, file=sys.stdout)
         else:
             output.say(line)
 
     def advance(self, images: int) -> None:
         """Moves the progress bar."""
-        self._on_screen(self._bar.update, images)
+        self._to_terminal(self._bar.update, images)
 
-    def _on_screen(self, move: Any, *arguments: Any, **options: Any) -> None:
+    def _to_terminal(self, move: Any, *arguments: Any, **options: Any) -> None:
         try:
             move(*arguments, **options)
         except OSError as error:  # the terminal is gone
@@ -188,7 +192,7 @@ def draw(records: list[dict[str, float]], path: pathlib.Path) -> None:
     right.set(xlabel="epoch", ylabel="accuracy (%)")
     left.legend()
     try:
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             figure.savefig(file, format="png", dpi=150)
     finally:
         plt.close(figure)

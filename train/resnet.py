@@ -14,18 +14,18 @@ from jaxbn.linen import BatchNorm
 from train import UserError
 
 
-def blocks_of(depth: int, *, layers: int, beside: int) -> int:
-    """Returns n where depth = layers n + beside: the blocks of a stage.
+def blocks_per_stage(depth: int, *, layers: int, extra: int) -> int:
+    """Returns n where depth = layers n + extra: the blocks of a stage.
 
     Raises:
       UserError: there is no such n, with the nearest depths.
     """
-    blocks, rest = divmod(depth - beside, layers)
+    blocks, rest = divmod(depth - extra, layers)
     if rest or blocks < 1:
         around = sorted({max(n, 1) for n in (blocks, blocks + 1)})
-        near = " or ".join(str(layers * n + beside) for n in around)
+        near = " or ".join(str(layers * n + extra) for n in around)
         raise UserError(
-            f"depth={depth} is not {layers}n + {beside}; take {near}."
+            f"depth={depth} is not {layers}n + {extra}; take {near}."
         )
     return blocks
 
@@ -46,7 +46,7 @@ def convolution(dtype: Any) -> Callable[..., nn.Module]:
     )
 
 
-def halved(x: jax.Array, width: int, stride: int) -> jax.Array:
+def pad_shortcut(x: jax.Array, width: int, stride: int) -> jax.Array:
     """Shortcut without parameters: every stride-th pixel, zeros for channels.
 
     Args:
@@ -62,7 +62,7 @@ def halved(x: jax.Array, width: int, stride: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)))
 
 
-def branch(block: nn.Module, x: jax.Array) -> jax.Array:
+def residual_branch(block: nn.Module, x: jax.Array) -> jax.Array:
     """What a block of two 3x3 convolutions adds to its shortcut.
 
     Args:
@@ -78,7 +78,7 @@ def branch(block: nn.Module, x: jax.Array) -> jax.Array:
     return block.norm(scale_init=last_gamma)(y)
 
 
-def logits_of(
+def residual_network(
     net: nn.Module,
     x: jax.Array,
     *,
@@ -132,8 +132,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = branch(self, x)
-        return nn.relu(halved(x, self.width, self.stride) + y)
+        y = residual_branch(self, x)
+        return nn.relu(pad_shortcut(x, self.width, self.stride) + y)
 
 
 class ResNet(nn.Module):
@@ -161,9 +161,9 @@ class ResNet(nn.Module):
     @property
     def blocks(self) -> int:
         """Blocks of a stage; UserError where depth does not fit."""
-        return blocks_of(self.depth, layers=6, beside=2)
+        return blocks_per_stage(self.depth, layers=6, extra=2)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
-        return logits_of(self, x, train=train, block=Block, stages=3)
+        return residual_network(self, x, train=train, block=Block, stages=3)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxbn.linen import BatchNorm
 from train import UserError
-from train.resnet import branch, logits_of
+from train.resnet import residual_branch, residual_network
 
 
 class ProjectionBlock(nn.Module):
@@ -32,7 +32,7 @@ class ProjectionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = branch(self, x)
+        y = residual_branch(self, x)
         if self.stride > 1 or x.shape[-1] != self.width:
             x = self.conv(
                 self.width,
@@ -80,4 +80,6 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
-        return logits_of(self, x, train=train, block=ProjectionBlock, stages=4)
+        return residual_network(
+            self, x, train=train, block=ProjectionBlock, stages=4
+        )

@@ -9,8 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from train import UserError, lock, loop, processes, topology
-from train.files import exists, refuse_links, write_json, writing
+from train import UserError, lock, loop, processes
+from train.files import as_user_error, exists, refuse_links, write_json
 from train.workdir import open_workdir, read_summary
 
 
@@ -28,14 +28,14 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       UserError: the config cannot be run, or a folder holds another run.
       Stopped: a signal asked for it; the state is saved.
     """
-    with lock.held(workdir):
+    with lock.locked(workdir):
         return _train(config, workdir)
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains in a workdir that is ours."""
     with processes.together():
-        if topology.is_main() and exists(workdir / "config.json"):
+        if processes.is_main() and exists(workdir / "config.json"):
             raise UserError(
                 f"{workdir} holds a run of one seed; take another --workdir for "
                 f"seeds={config.seeds}."
@@ -57,8 +57,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         "seconds": round(sum(each["seconds"] for each in summaries), 1),
     }
     with processes.together():
-        if topology.is_main():
-            with writing(workdir):
+        if processes.is_main():
+            with as_user_error(workdir):
                 write_json(workdir / "summary.json", summary)
     return summary
 
@@ -69,8 +69,8 @@ def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         return read_summary(workdir)
 
     with processes.together():
-        if topology.is_main():
+        if processes.is_main():
             refuse_links(workdir)
-    with lock.held(workdir):
+    with lock.locked(workdir):
         summary = processes.from_main(done)
     return summary or loop.train(config, workdir)

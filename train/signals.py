@@ -17,9 +17,9 @@ _CODES = {signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED}
 
 class _State:
     listening = False
-    asked: int | None = None  # the signal
+    requested: int | None = None  # the signal
     unsaved = False  # whether steps would be lost
-    tell: Callable[[], Any] | None = None  # the other processes, through JAX
+    notify: Callable[[], Any] | None = None  # the other processes, through JAX
 
 
 _state = _State()
@@ -37,7 +37,7 @@ def listen() -> None:
     _state.listening = True
 
 
-def end_at_ctrl_c(program: str) -> None:
+def exit_on_ctrl_c(program: str) -> None:
     """Has Ctrl-C end at once a program that has nothing to save.
 
     An exception would come up in the midst of an import too, where libraries
@@ -45,7 +45,7 @@ def end_at_ctrl_c(program: str) -> None:
     """
 
     def received(_: int) -> None:
-        exits.leave("interrupted", INTERRUPTED, program=program)
+        exits.exit_now("interrupted", INTERRUPTED, program=program)
 
     _listen(received, signal.SIGINT)
 
@@ -63,7 +63,7 @@ def _listen(received: Callable[[int], Any], *numbers: int) -> None:
     ).start()
 
 
-def share() -> None:
+def forward_to_jax() -> None:
     """Lets JAX tell the other processes, once it knows them.
 
     JAX has replaced the handler of SIGTERM by its own, from which all processes
@@ -78,7 +78,7 @@ def share() -> None:
     signal.signal(signal.SIGTERM, _wake)
     if of_jax:
         handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax)
-        _state.tell = lambda: handler(signal.SIGTERM)
+        _state.notify = lambda: handler(signal.SIGTERM)
 
 
 def _wake(_: int, __: FrameType | None) -> None:
@@ -96,27 +96,27 @@ def _watch(
 
 def _received(number: int) -> None:
     code = _CODES[signal.Signals(number)]
-    if _state.asked is not None:
-        exits.leave(
+    if _state.requested is not None:
+        exits.exit_now(
             "Left at once, without saving; the same command goes on from the "
             "last checkpoint.",
             code,
         )
     if not _state.unsaved:
-        exits.leave(
+        exits.exit_now(
             "Stopped with nothing to save; give the same command again to "
             "train.",
             code,
         )
-    _state.asked = number
-    if _state.tell is not None:
-        _state.tell()
+    _state.requested = number
+    if _state.notify is not None:
+        _state.notify()
 
 
 class Interrupt:
     """Says whether to stop, while it is a context.
 
-    With several processes JAX agrees on a step with the others; there `asked`
+    With several processes JAX agrees on a step with the others; there `requested`
     stays False. Where the program does not `listen`, SIGTERM alone is noted.
     """
 
@@ -128,7 +128,7 @@ class Interrupt:
 
     def __enter__(self) -> Self:
         if self._ours:
-            _state.asked = None
+            _state.requested = None
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
@@ -136,22 +136,22 @@ class Interrupt:
         _state.unsaved = False
         if self._ours:
             signal.signal(signal.SIGTERM, self._before)
-            _state.asked = None
+            _state.requested = None
 
     @property
-    def asked(self) -> bool:
-        return self._alone and _state.asked is not None
+    def requested(self) -> bool:
+        return self._alone and _state.requested is not None
 
     @property
     def code(self) -> int:
         """What a program that stops now exits with."""
-        if _state.asked is None:  # another process was told
+        if _state.requested is None:  # another process was told
             return RESUME
-        return _CODES[signal.Signals(_state.asked)]
+        return _CODES[signal.Signals(_state.requested)]
 
     def unsaved(self, steps: bool) -> None:
         """Notes whether there are steps that no checkpoint holds."""
         _state.unsaved = steps
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        _state.asked = number
+        _state.requested = number

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxbn import accumulate
 from train.augment import crop_and_flip, example_keys, to_float
 from train.data import Batch
-from train.topology import MICRO
+from train.topology import MICROBATCH_AXIS
 
 
 class TrainState(NamedTuple):
@@ -53,7 +53,7 @@ class Recipe(NamedTuple):
     stop_if_nonfinite: bool = True  # False: leave the batch out and go on
     microbatches: int = 1  # that a device takes one after the other
     # The same network, synchronized over microbatches too, if there are some.
-    in_microbatches: nn.Module | None = None
+    microbatch_model: nn.Module | None = None
 
 
 def make_optimizer(
@@ -156,7 +156,9 @@ def make_test_step(recipe: Recipe, mesh: Mesh) -> Any:
     return jax.jit(sharded)
 
 
-def augmented(recipe: Recipe, batch: Batch, epoch: jax.Array) -> jax.Array:
+def augmented_images(
+    recipe: Recipe, batch: Batch, epoch: jax.Array
+) -> jax.Array:
     """Returns the images (B, H, W, C) that the network sees in training.
 
     A function of recipe.seed, epoch and batch.index alone.
@@ -188,15 +190,15 @@ def _train_step(
     epoch: jax.Array,
 ) -> tuple[TrainState, Sums]:
     several = recipe.microbatches > 1
-    model = recipe.in_microbatches if several else recipe.model
-    names = (*axes, MICRO) if several else axes
+    model = recipe.microbatch_model if several else recipe.model
+    names = (*axes, MICROBATCH_AXIS) if several else axes
 
     def loss(
         params: Any, batch_stats: Any, epoch: jax.Array, batch: Batch
     ) -> tuple[jax.Array, tuple[Sums, Any]]:
         logits, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
-            augmented(recipe, batch, epoch),
+            augmented_images(recipe, batch, epoch),
             train=True,
             mutable=["batch_stats"],
         )
@@ -208,7 +210,7 @@ def _train_step(
         value_and_grad = accumulate.value_and_grad(
             loss,
             microbatches=recipe.microbatches,
-            axis_name=MICRO,
+            axis_name=MICROBATCH_AXIS,
             has_aux=True,
         )
     (_, (sums, batch_stats)), grads = value_and_grad(
@@ -225,10 +227,10 @@ def _train_step(
     new = TrainState(
         state.step + 1, state.skipped, params, batch_stats, opt_state, average
     )
-    return _unless_nonfinite(recipe, state, new, sums, grads)
+    return _skip_if_nonfinite(recipe, state, new, sums, grads)
 
 
-def _unless_nonfinite(
+def _skip_if_nonfinite(
     recipe: Recipe, old: TrainState, new: TrainState, sums: Sums, grads: Any
 ) -> tuple[TrainState, Sums]:
     """Takes the new state, or where something is not finite the old one.
@@ -248,7 +250,7 @@ def _unless_nonfinite(
         step = jnp.where(take, step, old.step)
     opt_state = state.opt_state
     if not recipe.stop_if_nonfinite:
-        opt_state = _at_step(opt_state, step)
+        opt_state = _set_schedule_count(opt_state, step)
     state = state._replace(
         step=step, skipped=old.skipped + nonfinite, opt_state=opt_state
     )
@@ -256,7 +258,7 @@ def _unless_nonfinite(
     return state, kept._replace(nonfinite=nonfinite)
 
 
-def _at_step(opt_state: Any, step: jax.Array) -> Any:
+def _set_schedule_count(opt_state: Any, step: jax.Array) -> Any:
     """Sets the count that a schedule of the optimizer reads."""
 
     def counts(node: Any) -> bool:

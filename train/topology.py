@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train import UserError
 
 AXES = ("replica", "data")
-MICRO = "micro"  # of the microbatches of a step, which no mesh has
+MICROBATCH_AXIS = "micro"  # of the microbatches of a step, which no mesh has
 
 
 class Topology(NamedTuple):
@@ -80,7 +79,9 @@ class Topology(NamedTuple):
         return jax.tree.map(place, rows)
 
 
-def make(spec: str, batch_size: int, microbatches: int = 1) -> Topology:
+def make_topology(
+    spec: str, batch_size: int, microbatches: int = 1
+) -> Topology:
     """Returns the topology over all devices of all processes.
 
     Args:
@@ -128,20 +129,3 @@ def make(spec: str, batch_size: int, microbatches: int = 1) -> Topology:
     names, sizes = zip(*shape.items())
     auto = (AxisType.Auto,) * len(names)
     return Topology(jax.make_mesh(sizes, names, axis_types=auto))
-
-
-def is_main() -> bool:
-    """Whether this process writes what is written once."""
-    return jax.process_index() == 0
-
-
-def total(values: np.ndarray) -> np.ndarray:
-    """Adds up integers over the processes, exactly."""
-    if jax.process_count() == 1:
-        return values
-    # As 32 bits twice: without x64 wider integers would be cut.
-    halves = np.stack([values & 0xFFFF, values >> 16]).astype(np.int32)
-    low, high = (
-        multihost_utils.process_allgather(halves).astype(np.int64).sum(0)
-    )
-    return low + (high << 16)

@@ -9,7 +9,7 @@ import time
 from typing import TextIO
 
 from train import RESUME
-from train.exits import ErrorLog, leave
+from train.exits import ErrorLog, exit_now
 
 TICK = 1.0  # seconds
 
@@ -36,7 +36,7 @@ class _Watchdog:
         with tempfile.TemporaryFile("w+") as file:
             path = self._log.write(_stacks(file))
         where = "" if path is None else f" Where it hangs is in {path}."
-        leave(
+        exit_now(
             f"No progress for {self._limit:g} s, --stall_limit, while "
             f"{self._doing}: this process hangs, or waits for one that does. "
             "The same command on all hosts goes on from the last checkpoint."

@@ -13,17 +13,17 @@ from ml_collections import ConfigDict
 
 from train import UserError
 from train.files import (
+    as_user_error,
     exists,
     parse_json,
     read_json,
     read_text,
     write_json,
-    writing,
 )
 
 # Where the data lies and how many devices are simulated may change from one
 # start of a run to the next; it is still the same run.
-OF_THE_MACHINE = (
+MACHINE_FIELDS = (
     "data_dir",
     "cpu_devices",
     "checkpoint_every",
@@ -35,11 +35,11 @@ OF_THE_MACHINE = (
 )
 
 # What every line of metrics.jsonl has, and every summary.json.
-_OF_AN_EPOCH = (
+_EPOCH_KEYS = (
     *("epoch", "step", "train_loss", "train_accuracy", "test_loss"),
     *("test_accuracy", "images_per_second"),
 )
-_OF_A_RUN = ("test_accuracy", "seconds")
+_SUMMARY_KEYS = ("test_accuracy", "seconds")
 
 
 def check_name(workdir: pathlib.Path) -> pathlib.Path:
@@ -87,7 +87,7 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     path = workdir / "config.json"
     now = json.loads(config.to_json())
     there = exists(path)
-    with writing(f"--workdir={workdir}"):
+    with as_user_error(f"--workdir={workdir}"):
         trained = _trained(workdir)
     if not there and any(workdir.glob("seed-*/config.json")):
         raise UserError(
@@ -101,7 +101,7 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
             "that back, or take another --workdir."
         )
     if there:
-        with advice("Put it back from a copy, or take another --workdir."):
+        with with_advice("Put it back from a copy, or take another --workdir."):
             then = read_json(path)
         different = _different(now, then)
         if not different:
@@ -112,13 +112,13 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
                 f"{then.get(different)!r}, here {now.get(different)!r}. Take "
                 "another --workdir, or the config of that run to go on with it."
             )
-    with writing(f"--workdir={workdir}"):
+    with as_user_error(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, now)
 
 
 def _different(now: dict[str, Any], then: dict[str, Any]) -> str | None:
-    for key in sorted({*now, *then} - {*OF_THE_MACHINE}):
+    for key in sorted({*now, *then} - {*MACHINE_FIELDS}):
         if now.get(key) != then.get(key):
             return key
     return None
@@ -147,7 +147,7 @@ def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     path = workdir / "metrics.jsonl"
     if not exists(path):
         return []
-    with advice(
+    with with_advice(
         "Put it back from a copy; if it is removed, a run goes on without."
     ):
         return _records(path)
@@ -163,10 +163,10 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
     if not exists(path):
         return {}
     optional = ("average_test_accuracy", "devices", "epochs")
-    with advice("Remove it: the same command writes it again."):
+    with with_advice("Remove it: the same command writes it again."):
         summary = read_json(path)
         there = [name for name in optional if name in summary]
-        _numbers(summary, (*_OF_A_RUN, *there), str(path))
+        _numbers(summary, (*_SUMMARY_KEYS, *there), str(path))
     return summary
 
 
@@ -175,7 +175,7 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
     for number, line in enumerate(read_text(path).splitlines(), 1):
         where = f"{path}, line {number},"
         record = parse_json(line, where)
-        _numbers(record, _OF_AN_EPOCH, where)
+        _numbers(record, _EPOCH_KEYS, where)
         if records and record["epoch"] <= records[-1]["epoch"]:
             raise UserError(
                 f"{where} is damaged: epoch {record['epoch']} stands after "
@@ -186,7 +186,7 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def advice(text: str) -> Iterator[None]:
+def with_advice(text: str) -> Iterator[None]:
     """Adds to a UserError what to do about it."""
     try:
         yield
@@ -203,7 +203,7 @@ def _numbers(found: dict[str, Any], names: Iterable[str], where: str) -> None:
             )
 
 
-def lacking(records: list[dict[str, Any]], epochs: int) -> str:
+def missing_epochs(records: list[dict[str, Any]], epochs: int) -> str:
     """Names the epochs up to a number that have no record; empty if all do."""
     there = {record["epoch"] for record in records}
     left = [n for n in range(1, int(epochs) + 1) if n not in there]

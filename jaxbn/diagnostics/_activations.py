@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxbn._arithmetic import widen
 from jaxbn._checks import check_input, split_axes
 from jaxbn._moments import moments
-from jaxbn.diagnostics._trees import Path, find_one, names
+from jaxbn.diagnostics._trees import Path, find_leaf, leaf_names
 
 
 class ActivationStats(NamedTuple):
@@ -89,10 +89,10 @@ def activation_stats(
     if order is None:
         chosen = range(len(leaves))
     else:
-        chosen = [find_one(activations, p, what="activations") for p in order]
+        chosen = [find_leaf(activations, p, what="activations") for p in order]
     if not len(chosen):
         raise ValueError("There are no activations: no array was given.")
-    known = names(activations)
+    known = leaf_names(activations)
     found = []
     for index in chosen:
         try:

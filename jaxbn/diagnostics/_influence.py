@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxbn._arithmetic import widen
 from jaxbn._checks import check_input
-from jaxbn.diagnostics._model import Apply, logits_of
+from jaxbn.diagnostics._model import Apply, checked_logits
 
 
 def influence(
@@ -19,7 +19,7 @@ def influence(
     x: jax.Array,
     *,
     train: bool = True,
-    at_once: int = 1,
+    chunk_size: int = 1,
 ) -> jax.Array:
     """Returns the norm of every example's derivative by every example.
 
@@ -36,24 +36,24 @@ def influence(
       params, batch_stats: passed on.
       x: (B, ...) floating.
       train: whether the batch's statistics normalize, or the running ones.
-      at_once: how many of the B * C backward passes run side by side.
+      chunk_size: how many of the B * C backward passes run side by side.
 
     Returns:
       (B, B) in float32 or wider; row i is of the logits of example i.
 
     Raises:
-      ValueError: x is not floating, at_once is not positive, or apply returns
+      ValueError: x is not floating, chunk_size is not positive, or apply returns
         something else.
 
     Source: Wu and Johnson (2021), Rethinking "Batch" in BatchNorm, table 6, for
     what a leak does to a detector; the matrix is its derivative.
     """
     x = check_input(x)
-    if at_once < 1:
-        raise ValueError(f"at_once must be at least 1; got {at_once}.")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}.")
 
     def logits(x: jax.Array) -> jax.Array:
-        return logits_of(apply, params, batch_stats, x, train=train)
+        return checked_logits(apply, params, batch_stats, x, train=train)
 
     z, backward = jax.vjp(logits, x)
     rows, classes = z.shape
@@ -65,6 +65,6 @@ def influence(
         return jnp.square(jnp.abs(widen(slope))).reshape(len(x), -1).sum(1)
 
     found = jax.lax.map(
-        squares, jnp.arange(z.size), batch_size=min(at_once, z.size)
+        squares, jnp.arange(z.size), batch_size=min(chunk_size, z.size)
     )
     return jnp.sqrt(found.reshape(rows, classes, len(x)).sum(1))

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jaxbn.diagnostics._model import Loss, check_steps, each, objective
-from jaxbn.diagnostics._trees import dot, minus, moved, norm
+from jaxbn.diagnostics._model import Loss, check_steps, map_rows, scalar_loss
+from jaxbn.diagnostics._trees import dot, norm, step_along, subtract
 
 
 class GradientLine(NamedTuple):
@@ -100,17 +100,17 @@ def gradient_line(
     Optimization?, section 3.1 and figure 4.
     """
     steps = check_steps(steps)
-    scalar = jax.value_and_grad(objective(loss, batch_stats, batch))
+    scalar = jax.value_and_grad(scalar_loss(loss, batch_stats, batch))
     loss0, gradient = scalar(params)
     length = norm(gradient)
 
     def probe(step: jax.Array) -> tuple[jax.Array, ...]:
-        value, there = scalar(moved(params, step, gradient))
-        change = norm(minus(there, gradient))
+        value, there = scalar(step_along(params, step, gradient))
+        change = norm(subtract(there, gradient))
         cosine = dot(there, gradient) / (norm(there) * length)
         return value, change, change / (step * length), cosine
 
-    return GradientLine(loss0, length, *each(probe, steps, unroll=unroll))
+    return GradientLine(loss0, length, *map_rows(probe, steps, unroll=unroll))
 
 
 def max_step(
@@ -145,10 +145,10 @@ def max_step(
     Source: Bjorck et al. (2018), Understanding Batch Normalization.
     """
     steps = check_steps(steps)
-    scalar = objective(loss, batch_stats, batch)
+    scalar = scalar_loss(loss, batch_stats, batch)
     loss0, gradient = jax.value_and_grad(scalar)(params)
-    losses = each(
-        lambda step: scalar(moved(params, step, gradient)),
+    losses = map_rows(
+        lambda step: scalar(step_along(params, step, gradient)),
         steps,
         unroll=unroll,
     )
@@ -196,7 +196,7 @@ def sharpness(
             f"iterations={iterations} start from a random vector: give "
             "key=jax.random.key(...)."
         )
-    slope = jax.grad(objective(loss, batch_stats, batch))
+    slope = jax.grad(scalar_loss(loss, batch_stats, batch))
     # The network runs once; each product is of the linear part alone.
     gradient, hessian = jax.linearize(slope, params)
     squared = dot(gradient, gradient)

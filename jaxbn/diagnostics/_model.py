@@ -14,7 +14,7 @@ Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
 Apply = Callable[..., jax.Array]
 
 
-def objective(
+def scalar_loss(
     loss: Loss, batch_stats: Any, batch: Any
 ) -> Callable[[Any], jax.Array]:
     """Returns params -> the scalar; the new running statistics are dropped."""
@@ -25,14 +25,14 @@ def objective(
         if not pair or jnp.shape(found[0]) != ():
             raise ValueError(
                 "loss(params, batch_stats, batch) must return (scalar, "
-                f"new_batch_stats); got {_shown(found)}."
+                f"new_batch_stats); got {_describe_result(found)}."
             )
         return found[0]
 
     return scalar
 
 
-def logits_of(
+def checked_logits(
     apply: Apply, params: Any, batch_stats: Any, x: jax.Array, *, train: bool
 ) -> jax.Array:
     """Returns the logits of x, (B, C)."""
@@ -40,12 +40,12 @@ def logits_of(
     if not hasattr(found, "shape") or found.ndim != 2 or len(found) != len(x):
         raise ValueError(
             "apply(params, batch_stats, x, train=...) must return logits "
-            f"(B, C) alone, for x {describe(x)}; got {_shown(found)}."
+            f"(B, C) alone, for x {describe(x)}; got {_describe_result(found)}."
         )
     return found
 
 
-def each(fn: Callable[..., Any], xs: Any, *, unroll: bool) -> Any:
+def map_rows(fn: Callable[..., Any], xs: Any, *, unroll: bool) -> Any:
     """Returns fn of each row of xs, stacked: a loop, or that many copies.
 
     A loop compiles its body once. XLA runs convolutions inside of a loop many
@@ -77,9 +77,9 @@ def check_steps(steps: Any) -> jax.Array:
     return found
 
 
-def _shown(found: Any) -> str:
+def _describe_result(found: Any) -> str:
     if isinstance(found, tuple):
-        return "(" + ", ".join(map(_shown, found)) + ")"
+        return "(" + ", ".join(map(_describe_result, found)) + ")"
     if hasattr(found, "shape") and hasattr(found, "dtype"):
         return describe(found)
     return type(found).__name__

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxbn._arithmetic import widen
 from jaxbn._checks import describe
-from jaxbn.diagnostics._model import Apply, logits_of
+from jaxbn.diagnostics._model import Apply, checked_logits
 
 
 class CompanionNoise(NamedTuple):
@@ -36,7 +36,7 @@ def companion_noise(
     batch_size: int,
     draws: int,
     key: jax.Array,
-    at_once: int = 1,
+    chunk_size: int = 1,
 ) -> CompanionNoise:
     """Measures the noise that companions add to an example's logits.
 
@@ -61,7 +61,7 @@ def companion_noise(
       draws: at least 2; the relative error of a variance is
         about sqrt(2 / draws).
       key: of the draws.
-      at_once: how many draws are computed side by side, M * n * at_once
+      chunk_size: how many draws are computed side by side, M * n * chunk_size
         examples in memory; all of them is fastest for convolutions on CPU.
 
     Returns:
@@ -85,10 +85,10 @@ def companion_noise(
             f"batch_size must be from 2 to {len(pool) + 1}, a probe and "
             f"companions from a pool of {len(pool)}; got {batch_size}."
         )
-    if draws < 2 or at_once < 1:
+    if draws < 2 or chunk_size < 1:
         raise ValueError(
-            "draws must be at least 2 and at_once at least 1; got "
-            f"{draws} and {at_once}."
+            "draws must be at least 2 and chunk_size at least 1; got "
+            f"{draws} and {chunk_size}."
         )
 
     def draw(key: jax.Array) -> jax.Array:
@@ -99,13 +99,13 @@ def companion_noise(
 
         def logits(probe: jax.Array) -> jax.Array:
             x = jnp.concatenate([probe[None].astype(pool.dtype), companions])
-            return logits_of(apply, params, batch_stats, x, train=True)[0]
+            return checked_logits(apply, params, batch_stats, x, train=True)[0]
 
         return widen(jax.vmap(logits)(probes))
 
     keys = jax.random.split(key, draws)
-    drawn = jax.lax.map(draw, keys, batch_size=min(at_once, draws))
-    z = widen(logits_of(apply, params, batch_stats, probes, train=False))
+    drawn = jax.lax.map(draw, keys, batch_size=min(chunk_size, draws))
+    z = widen(checked_logits(apply, params, batch_stats, probes, train=False))
     variance = drawn.var(0, ddof=1).mean(-1)
     bias = jnp.square(drawn.mean(0) - z).mean(-1) - variance / draws
     flips = (drawn.argmax(-1) != z.argmax(-1)).mean(dtype=drawn.dtype)

@@ -12,8 +12,14 @@ from jaxbn._arithmetic import widen
 from jaxbn._checks import check_features, check_input, describe, split_axes
 from jaxbn._moments import moments
 from jaxbn._normalize import batch_norm
-from jaxbn.diagnostics._model import Loss, objective
-from jaxbn.diagnostics._trees import Path, channels, check_same, find_one, norm
+from jaxbn.diagnostics._model import Loss, scalar_loss
+from jaxbn.diagnostics._trees import (
+    Path,
+    channel_rows,
+    check_same_structure,
+    find_leaf,
+    norm,
+)
 
 
 class ScaleInvariance(NamedTuple):
@@ -83,11 +89,11 @@ def scale_invariance(
     """
     if not isinstance(factor, jax.core.Tracer) and not factor > 0:
         raise ValueError(f"factor must be positive; got {factor}.")
-    index = find_one(params, path, what="params")
+    index = find_leaf(params, path, what="params")
     leaves, treedef = jax.tree.flatten(params)
     weight = leaves[index]
-    rows = channels(weight, feature_axis)
-    scalar = objective(loss, batch_stats, batch)
+    rows = channel_rows(weight, feature_axis)
+    scalar = scalar_loss(loss, batch_stats, batch)
 
     def of_weight(weight: jax.Array) -> jax.Array:
         rest = leaves[:index] + [weight] + leaves[index + 1 :]
@@ -96,7 +102,7 @@ def scale_invariance(
     value, gradient = jax.value_and_grad(of_weight)(weight)
     scaled = (factor * weight).astype(weight.dtype)
     value_scaled, there = jax.value_and_grad(of_weight)(scaled)
-    slopes = channels(gradient, feature_axis)
+    slopes = channel_rows(gradient, feature_axis)
     squared = jnp.square(rows).sum(1)
     return ScaleInvariance(
         jnp.abs(value_scaled - value),
@@ -130,10 +136,10 @@ def angular_update(
 
     Source: Wan et al. (2021), Spherical Motion Dynamics.
     """
-    check_same(new_params, params, what="new_params", than="params")
-    index = find_one(params, path, what="params")
+    check_same_structure(new_params, params, what="new_params", than="params")
+    index = find_leaf(params, path, what="params")
     old, new = (
-        channels(jax.tree.leaves(tree)[index], feature_axis)
+        channel_rows(jax.tree.leaves(tree)[index], feature_axis)
         for tree in (params, new_params)
     )
     length = jnp.linalg.norm(old, axis=1, keepdims=True)

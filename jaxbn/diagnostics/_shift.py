@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._arithmetic import widen
-from jaxbn.diagnostics._model import Loss, each, objective
-from jaxbn.diagnostics._trees import Path, check_same, find
+from jaxbn.diagnostics._model import Loss, map_rows, scalar_loss
+from jaxbn.diagnostics._trees import Path, check_same_structure, find_leaves
 
 
 class CovariateShift(NamedTuple):
@@ -68,11 +68,11 @@ def internal_covariate_shift(
     Source: Santurkar et al. (2018), How Does Batch Normalization Help
     Optimization?, definition 2.1.
     """
-    check_same(new_params, params, what="new_params", than="params")
+    check_same_structure(new_params, params, what="new_params", than="params")
     layer_of = _layers(params, order)
     old, treedef = jax.tree.flatten(params)
     new = jax.tree.leaves(new_params)
-    slope = jax.grad(objective(loss, batch_stats, batch))
+    slope = jax.grad(scalar_loss(loss, batch_stats, batch))
     before = jax.tree.leaves(slope(params))
 
     def products(there: list[jax.Array]) -> tuple[jax.Array, ...]:
@@ -93,7 +93,9 @@ def internal_covariate_shift(
         there = jax.tree.leaves(slope(jax.tree.unflatten(treedef, mixed)))
         return tuple(values[layer] for values in products(there))
 
-    change, inner, squared = each(probe, jnp.arange(len(order)), unroll=unroll)
+    change, inner, squared = map_rows(
+        probe, jnp.arange(len(order)), unroll=unroll
+    )
     length = jnp.sqrt(products(before)[2])
     l2 = jnp.sqrt(change)
     return CovariateShift(l2, inner / (jnp.sqrt(squared) * length), l2 / length)
@@ -108,7 +110,7 @@ def _layers(params: Any, order: Sequence[Path]) -> dict[int, int]:
         )
     layer_of: dict[int, int] = {}
     for layer, path in enumerate(order):
-        for leaf in find(params, path, what="params"):
+        for leaf in find_leaves(params, path, what="params"):
             if leaf in layer_of:
                 raise ValueError(
                     f"{path!r} and {order[layer_of[leaf]]!r} of order are the "

@@ -12,7 +12,7 @@ from jaxbn._arithmetic import widen
 from jaxbn._checks import describe
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
-from jaxbn.diagnostics._model import Apply, each, logits_of
+from jaxbn.diagnostics._model import Apply, checked_logits, map_rows
 
 
 class Staleness(NamedTuple):
@@ -93,8 +93,8 @@ def stats_staleness(
     fits = isinstance(running, Mapping) and isinstance(precise, Mapping)
     if not fits or not set(precise) <= set(running):
         raise ValueError(
-            f"precise has {_words(precise)}, which running has not; it has "
-            f"{_words(running)}. Layers are jaxbn.Moments in precise."
+            f"precise has {_list_keys(precise)}, which running has not; it has "
+            f"{_list_keys(running)}. Layers are jaxbn.Moments in precise."
         )
     return {
         name: stats_staleness(running[name], node, epsilon=epsilon)
@@ -108,7 +108,7 @@ def _staleness(layer: Any, data: Moments, epsilon: float) -> Staleness:
     if not isinstance(layer, Mapping) or not {"mean", "var"} <= set(layer):
         raise ValueError(
             "a layer of running must have mean and var where precise has "
-            f"Moments; it has {_words(layer)}."
+            f"Moments; it has {_list_keys(layer)}."
         )
     count, mean, m2 = map(jnp.asarray, data)
     if jnp.shape(layer["mean"]) != mean.shape:
@@ -174,14 +174,14 @@ def eval_gap(
     def evaluate(data: str, stats: Any, by_batch: bool) -> Evaluation:
         def one(batch: tuple[jax.Array, jax.Array]) -> Evaluation:
             x, labels = batch
-            z = widen(logits_of(apply, params, stats, x, train=by_batch))
+            z = widen(checked_logits(apply, params, stats, x, train=by_batch))
             chosen = jnp.take_along_axis(
                 jax.nn.log_softmax(z), labels[:, None], 1
             )
             right = z.argmax(1) == labels
             return Evaluation(-chosen.mean(), right.mean(dtype=z.dtype))
 
-        found = each(one, sets[data], unroll=unroll)
+        found = map_rows(one, sets[data], unroll=unroll)
         means: Evaluation = jax.tree.map(jnp.mean, found)
         return means
 
@@ -215,7 +215,7 @@ def _batches(
     return x.reshape(*shape, *x.shape[1:]), labels.reshape(shape)
 
 
-def _words(tree: Any) -> str:
+def _list_keys(tree: Any) -> str:
     if isinstance(tree, Mapping):
         return ", ".join(map(str, tree)) or "nothing"
     return type(tree).__name__

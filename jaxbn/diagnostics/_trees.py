@@ -27,19 +27,19 @@ def norm(a: Any) -> jax.Array:
     return jnp.sqrt(dot(a, a))
 
 
-def minus(a: Any, b: Any) -> Any:
+def subtract(a: Any, b: Any) -> Any:
     """Returns a - b."""
     return jax.tree.map(jnp.subtract, a, b)
 
 
-def moved(params: Any, step: jax.Array, direction: Any) -> Any:
+def step_along(params: Any, step: jax.Array, direction: Any) -> Any:
     """Returns params - step * direction, in the dtypes of params."""
     return jax.tree.map(
         lambda p, d: p - (step * d).astype(p.dtype), params, direction
     )
 
 
-def names(tree: Any) -> list[str]:
+def leaf_names(tree: Any) -> list[str]:
     """Returns the path of every leaf, in the order of `jax.tree.leaves`."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [
@@ -48,14 +48,14 @@ def names(tree: Any) -> list[str]:
     ]
 
 
-def find(tree: Any, path: Path, *, what: str) -> list[int]:
+def find_leaves(tree: Any, path: Path, *, what: str) -> list[int]:
     """Returns the indices of the leaves at and below path.
 
     Raises:
       ValueError: there is none; names those there are.
     """
     path = path if isinstance(path, str) else "/".join(map(str, path))
-    known = names(tree)
+    known = leaf_names(tree)
     found = [
         i
         for i, name in enumerate(known)
@@ -68,15 +68,15 @@ def find(tree: Any, path: Path, *, what: str) -> list[int]:
     return found
 
 
-def find_one(tree: Any, path: Path, *, what: str) -> int:
+def find_leaf(tree: Any, path: Path, *, what: str) -> int:
     """Returns the index of the one leaf at or below path.
 
     Raises:
       ValueError: there is none, or more than one.
     """
-    found = find(tree, path, what=what)
+    found = find_leaves(tree, path, what=what)
     if len(found) > 1:
-        known = names(tree)
+        known = leaf_names(tree)
         raise ValueError(
             f"{path!r} is {len(found)} arrays of {what}: "
             f"{', '.join(known[i] for i in found)}. Name one of them."
@@ -84,10 +84,12 @@ def find_one(tree: Any, path: Path, *, what: str) -> int:
     return found[0]
 
 
-def check_same(tree: Any, other: Any, *, what: str, than: str) -> None:
+def check_same_structure(
+    tree: Any, other: Any, *, what: str, than: str
+) -> None:
     """Raises ValueError unless both trees hold arrays of the same shapes."""
     mine, theirs = (
-        dict(zip(names(t), jax.tree.leaves(t))) for t in (tree, other)
+        dict(zip(leaf_names(t), jax.tree.leaves(t))) for t in (tree, other)
     )
     for name in [*theirs, *mine]:
         if name not in mine or name not in theirs:
@@ -103,7 +105,7 @@ def check_same(tree: Any, other: Any, *, what: str, than: str) -> None:
             )
 
 
-def channels(leaf: jax.Array, feature_axis: int) -> jax.Array:
+def channel_rows(leaf: jax.Array, feature_axis: int) -> jax.Array:
     """Returns a weight as rows, one an output channel, (C, fan-in)."""
     leaf = jnp.asarray(leaf)
     if not leaf.ndim or not -leaf.ndim <= feature_axis < leaf.ndim:

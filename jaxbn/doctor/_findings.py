@@ -62,12 +62,12 @@ def warnings(
     ]
 
 
-INFERRED = Finding(
+IN_INFERENCE = Finding(
     "runs in inference mode while the model trains, so that its statistics do "
     "not move.",
     "Not examined. Right for a frozen layer; else the mode does not reach it.",
 )
-UNCALLED = Finding(
+NOT_CALLED = Finding(
     "is not called in training, so that its statistics do not move.",
     "Not examined. Right where training takes another branch.",
 )
@@ -78,7 +78,7 @@ UNKNOWN = Finding(
     "takes another branch. If it is batch norm of another class, "
     "jaxbn.convert.to_jaxbn(model, replace=...) says so.",
 )
-EMPTY = Finding(
+NO_VALUES = Finding(
     "receives no value: all are masked out, or it is in a branch that is not "
     "taken.",
     "Not examined. Its statistics do not move.",
@@ -116,7 +116,7 @@ def _of_statistics(layer: Health) -> list[Finding]:
                 "jaxbn.precise.recompute makes them anew.",
             )
         ]
-    mismatch = _mismatch(layer) if layer.off.any() else None
+    mismatch = _mismatch(layer) if layer.mismatched.any() else None
     return [] if mismatch is None else [mismatch]
 
 
@@ -237,7 +237,7 @@ def _mismatch(layer: Health) -> Finding | None:
         )
     if layer.separation > FAR_APART:
         return None  # said of the calls, none of which they belong to
-    w, misfit = layer.left_of_start()
+    w, misfit = layer.initial_weight()
     if 0.01 < w <= 1 and misfit < 0.5:
         momentum = 0.99 if layer.momentum is None else layer.momentum
         steps = math.log(w) / math.log(momentum) if 0 < momentum < 1 else 0

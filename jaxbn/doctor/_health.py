@@ -121,7 +121,7 @@ class Health:
         return np.sqrt(self.var + self.epsilon)
 
     @property
-    def off(self) -> np.ndarray:
+    def mismatched(self) -> np.ndarray:
         """Channels whose running statistics are off by more than noise.
 
         That of an average, and by more than anybody would accept.
@@ -131,7 +131,7 @@ class Health:
         var = np.abs(np.log(ratio)) > 0.1 + 4 * self.var_noise
         return mean | var
 
-    def left_of_start(self) -> tuple[float, float]:
+    def initial_weight(self) -> tuple[float, float]:
         """Returns (w, misfit) of running = (1 - w) data + w (0, 1).
 
         By least squares over the channels, mean and variance in units of the

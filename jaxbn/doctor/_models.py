@@ -13,12 +13,12 @@ from flax import nnx
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn._call import (
-    Caller,
+    ModelCall,
     advance_streams,
-    caller,
+    call_nnx_clone,
     check_nnx_options,
     linen_options,
-    run_nnx,
+    make_model_call,
 )
 from jaxbn._collect import (
     Collected,
@@ -28,10 +28,10 @@ from jaxbn._collect import (
     collected,
     with_empty,
 )
-from jaxbn._exchange import Exchanged, exchanged_nnx
+from jaxbn._collecting import CollectingLinen, collecting_nnx
 from jaxbn._passes import Moments
 from jaxbn._scope import Scope
-from jaxbn.doctor._outputs import squares
+from jaxbn.doctor._outputs import squared_norms
 
 
 class Layers(NamedTuple):
@@ -59,20 +59,20 @@ class Parts(NamedTuple):
     stds: Moments
 
 
-class Linen:
+class LinenModel:
     """A linen model as what `examine` asks of one."""
 
     def __init__(
         self,
         model: nn.Module,
         variables: Any,
-        call: Caller | None,
+        call: ModelCall | None,
         rngs: Any,
         mutable: Collection[str],
     ):
-        run = caller(model, call)
+        run = make_model_call(model, call)
         self._variables = variables
-        self._linen = Exchanged(model)
+        self._linen = CollectingLinen(model)
         self._log = Log()
 
         def read(variables: Any, batch: Any, number: Any) -> Any:
@@ -86,7 +86,7 @@ class Linen:
                 options["mutable"].remove("batch_stats")
             inferred, _ = self._linen.infer(variables, batch, **options)
             parts = {_name(path): _parts(a) for path, a in found.items()}
-            return parts, squares(y, inferred)
+            return parts, squared_norms(y, inferred)
 
         self._read = jax.jit(read)
 
@@ -120,21 +120,21 @@ class Linen:
         return found
 
 
-class Nnx:
+class NnxModel:
     """An nnx model as what `examine` asks of one."""
 
     def __init__(
         self,
         model: nnx.Module,
-        call: Caller | None,
+        call: ModelCall | None,
         rngs: Any,
         mutable: Collection[str],
     ):
-        run = caller(model, call)
+        run = make_model_call(model, call)
         check_nnx_options(rngs, mutable)
         self._model = model
         self._log = Log()
-        self._ours = exchanged_nnx(model)
+        self._ours = collecting_nnx(model)
         graphdef, self._state = nnx.split(self._ours)
 
         def read(state: Any, batch: Any, number: Any) -> Any:
@@ -150,9 +150,9 @@ class Nnx:
             found, self._log = collect_nnx(jaxbn.nnx.batch_norms(copy), train)
             model = nnx.merge(graphdef, state)
             advance_streams(model, number)
-            inferred, _ = run_nnx(model, run, batch, False)
+            inferred, _ = call_nnx_clone(model, run, batch, False)
             parts = {path: _parts(a) for path, a in found.items()}
-            return parts, squares(output, inferred)
+            return parts, squared_norms(output, inferred)
 
         self._read = jax.jit(read)
 

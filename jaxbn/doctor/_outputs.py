@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 
-def squares(trained: Any, inferred: Any) -> tuple[jax.Array, jax.Array] | None:
+def squared_norms(
+    trained: Any, inferred: Any
+) -> tuple[jax.Array, jax.Array] | None:
     """Returns squared norms of the difference and of the output in training.
 
     A model may return more in one mode than in the other, such as (y, aux) and
@@ -25,7 +27,9 @@ def squares(trained: Any, inferred: Any) -> tuple[jax.Array, jax.Array] | None:
       Two scalars, or None where no part of the outputs is comparable. Integers
       and booleans count where nothing is floating.
     """
-    pair = _alike(trained, inferred) or _common(trained, inferred)
+    pair = _matching_part(trained, inferred) or _common_leaves(
+        trained, inferred
+    )
     leaves = [*zip(*map(jax.tree.leaves, pair))]
     floating = [p for p in leaves if jnp.issubdtype(p[0].dtype, jnp.inexact)]
     leaves = floating or [p for p in leaves if _is_number(p[0])]
@@ -37,21 +41,21 @@ def squares(trained: Any, inferred: Any) -> tuple[jax.Array, jax.Array] | None:
     return cast("jax.Array", apart), cast("jax.Array", size)
 
 
-def _alike(trained: Any, inferred: Any) -> tuple[Any, Any] | None:
+def _matching_part(trained: Any, inferred: Any) -> tuple[Any, Any] | None:
     """Returns parts of one structure, the whole if it can be."""
     if _shape(trained) == _shape(inferred):
         pair: tuple[Any, Any] = jax.tree.map(jnp.asarray, (trained, inferred))
         return pair
     for part in _children(trained):
-        if (found := _alike(part, inferred)) is not None:
+        if (found := _matching_part(part, inferred)) is not None:
             return found
     for part in _children(inferred):
-        if (found := _alike(trained, part)) is not None:
+        if (found := _matching_part(trained, part)) is not None:
             return found
     return None
 
 
-def _common(trained: Any, inferred: Any) -> tuple[Any, Any]:
+def _common_leaves(trained: Any, inferred: Any) -> tuple[Any, Any]:
     """Returns the leaves of one path and shape, by path."""
     a, b = (
         {path: jnp.asarray(leaf) for path, leaf in found}

@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxbn._call import Caller
+from jaxbn._call import ModelCall
 from jaxbn.doctor import _findings
 from jaxbn.doctor._health import Health, gap, measure
-from jaxbn.doctor._models import Layers, Linen, Nnx, Parts
+from jaxbn.doctor._models import Layers, LinenModel, NnxModel, Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def examine(
     variables: Any,
     batches: Iterable[Any],
     *,
-    call: Caller | None = None,
+    call: ModelCall | None = None,
     rngs: Any = None,
     mutable: Collection[str] = (),
     devices: int | None = None,
@@ -120,9 +120,11 @@ def examine(
     """
     devices = devices or jax.device_count()
     if isinstance(model, nn.Module):
-        examined: Linen | Nnx = Linen(model, variables, call, rngs, mutable)
+        examined: LinenModel | NnxModel = LinenModel(
+            model, variables, call, rngs, mutable
+        )
     else:
-        examined = Nnx(model, call, rngs, mutable)
+        examined = NnxModel(model, call, rngs, mutable)
     parts: list[dict[str, Parts]] = []
     totals: Any = np.zeros(2)
     layers, size = Layers(), 0
@@ -131,7 +133,7 @@ def examine(
             layers = examined.layers(batch)
             size = next(len(a) for a in jax.tree.leaves(batch) if np.ndim(a))
         found, squares = jax.device_get(examined.read(batch, len(parts)))
-        parts.append({path: _wide(part) for path, part in found.items()})
+        parts.append({path: _to_float64(part) for path, part in found.items()})
         totals = None if squares is None else totals + squares
     if not parts:
         raise ValueError("There was no batch to examine the model with.")
@@ -141,9 +143,11 @@ def examine(
     ]
     examined_layers = [layer for layer in healths if layer.calls]
     others = {
-        _findings.EMPTY: [layer.path for layer in healths if not layer.calls],
-        _findings.INFERRED: layers.inferred,
-        _findings.UNCALLED: layers.uncalled,
+        _findings.NO_VALUES: [
+            layer.path for layer in healths if not layer.calls
+        ],
+        _findings.IN_INFERENCE: layers.inferred,
+        _findings.NOT_CALLED: layers.uncalled,
         _findings.UNKNOWN: layers.unknown,
     }
     report = Report(
@@ -247,7 +251,7 @@ def _row(layer: Health) -> list[str]:
     ]
 
 
-def _wide(part: Parts) -> Parts:
+def _to_float64(part: Parts) -> Parts:
     """In float64, or wider where complex."""
 
     def wide(a: Any) -> np.ndarray:

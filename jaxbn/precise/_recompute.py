@@ -11,15 +11,15 @@ import numpy as np
 from flax import nnx
 
 from jaxbn._call import (
-    Caller,
+    ModelCall,
     advance_streams,
-    caller,
     check_nnx_options,
     linen_options,
+    make_model_call,
 )
 from jaxbn._collect import nested
 from jaxbn._passes import Moments
-from jaxbn.precise._sum import Sum
+from jaxbn.precise._moments_sum import MomentsSum
 
 
 class Precise(NamedTuple):
@@ -44,7 +44,7 @@ def recompute(
     variables: Any,
     batches: Iterable[Any],
     *,
-    call: Caller | None = None,
+    call: ModelCall | None = None,
     rngs: Any = None,
     mutable: Collection[str] = (),
     tolerance: float | None = None,
@@ -97,12 +97,12 @@ def recompute(
     """
     if min_batches < 2:
         raise ValueError(f"min_batches must be at least 2; got {min_batches}.")
-    function, variables = _as_function(model, variables, call, rngs, mutable)
+    function, variables = _as_moments_fn(model, variables, call, rngs, mutable)
     compiled = jax.jit(function)
-    sums: list[Sum] = []
+    sums: list[MomentsSum] = []
     read, error = 0, np.inf
     treedef = None
-    for batch in _shown(batches, progress):
+    for batch in _with_progress_bar(batches, progress):
         parts = jax.device_get(compiled(variables, batch, np.int32(read)))
         found, treedef = jax.tree.flatten(parts, is_leaf=_is_moments)
         if not found or not all(map(_is_moments, found)):
@@ -110,7 +110,7 @@ def recompute(
                 "The function must return a tree of jaxbn.Moments; got "
                 f"{jax.tree.map(type, found)}."
             )
-        sums = sums or [Sum() for _ in found]
+        sums = sums or [MomentsSum() for _ in found]
         for total, part in zip(sums, found):
             if not (
                 np.isfinite(part.mean).all() and np.isfinite(part.m2).all()
@@ -135,10 +135,10 @@ def recompute(
     return Precise(stats, read, float(error), converged)
 
 
-def _as_function(
+def _as_moments_fn(
     model: Any,
     variables: Any,
-    call: Caller | None,
+    call: ModelCall | None,
     rngs: Any,
     mutable: Collection[str],
 ) -> tuple[Callable[[Any, Any, Any], Any], Any]:
@@ -152,11 +152,11 @@ def _as_function(
             )
         return lambda variables, batch, _: model(variables, batch), variables
     import jaxbn.nnx  # which takes with_statistics from here
-    from jaxbn._exchange import Exchanged, exchanged_nnx
+    from jaxbn._collecting import CollectingLinen, collecting_nnx
 
-    run = caller(model, call)
+    run = make_model_call(model, call)
     if isinstance(model, nn.Module):
-        linen = Exchanged(model)
+        linen = CollectingLinen(model)
 
         def of_linen(variables: Any, batch: Any, number: Any) -> Any:
             options = linen_options(variables, rngs, mutable, number=number)
@@ -165,7 +165,7 @@ def _as_function(
 
         return of_linen, variables
     check_nnx_options(rngs, mutable)
-    graphdef, state = nnx.split(exchanged_nnx(model))
+    graphdef, state = nnx.split(collecting_nnx(model))
 
     def of_nnx(state: Any, batch: Any, number: Any) -> Any:
         copy: Any = nnx.merge(graphdef, state)
@@ -180,7 +180,7 @@ def _is_moments(node: Any) -> bool:
     return isinstance(node, Moments)
 
 
-def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+def _with_progress_bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     if not progress:
         return batches
     from rich.progress import track  # comes with flax

@@ -66,7 +66,7 @@ def fast_epoch(mesh: Mesh, norm: str, batch: int) -> Program:
     )
     number = jax.ShapeDtypeStruct((), jnp.int32)
     state = jax.eval_shape(functools.partial(init_state, recipe), split, number)
-    kind = programs.kind(recipe, recipe.bias_epochs)
+    kind = programs.epoch_signature(recipe, recipe.bias_epochs)
     epoch = functools.partial(programs._scanned_epoch, recipe, *kind)
     jitted = programs._jitted(mesh, epoch, 0)
     return Program(jitted, (state, split, number, number))

@@ -61,14 +61,14 @@ class _Steps:
         config = defaults.get_config()
         config.update(fields, norm=norm, dtype=dtype)
         auto = (AxisType.Auto,)
-        place = Topology(
+        topology = Topology(
             jax.make_mesh((jax.device_count(),), ("data",), axis_types=auto)
         )
         recipe = Recipe(
             model=networks.make(
                 config,
                 num_classes=10,
-                norm=norms.norm_of(config, place),
+                norm=norms.norm_of(config, topology),
                 dtype=jnp.dtype(dtype),
             ),
             optimizer=make_optimizer(
@@ -90,9 +90,9 @@ class _Steps:
             np.arange(size, dtype=np.int32),
             np.ones(size, bool),
         )
-        self._batch = place.put(batch, size)
-        self._step = make_train_step(recipe, place.mesh)
-        self._state = init_state(recipe, (32, 32, 3), place.mesh)
+        self._batch = topology.put(batch, size)
+        self._step = make_train_step(recipe, topology.mesh)
+        self._state = init_state(recipe, (32, 32, 3), topology.mesh)
 
     def __call__(self) -> Any:
         self._state, sums = self._step(self._state, self._batch, 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from train import signals
 
 if __name__ == "__main__":
-    signals.end_at_ctrl_c(
+    signals.exit_on_ctrl_c(
         "train.fast"
     )  # before the imports, which take seconds
 
@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs import fast_defaults
-from train import command, output
+from train import cli, output
 from train import flags as command_line
 
 
@@ -45,7 +45,7 @@ def main(config: ConfigDict) -> None:
     """Runs all seeds."""
     command_line.simulate(config.cpu_devices)
     logging.set_verbosity(logging.ERROR)
-    # Once the number of devices is set.
+    # Not before the number of devices is set.
     from train.fast import run
 
     workdir = command_line.workdir()
@@ -54,4 +54,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    command.run("train.fast", lambda _: app.run(main, flags_parser=_parse))
+    cli.run("train.fast", lambda _: app.run(main, flags_parser=_parse))

@@ -74,7 +74,7 @@ def draw(
     return Augmentation(mirrored, offset, corner)
 
 
-def view(
+def flip_and_translate(
     images: jax.Array, index: jax.Array, flip: jax.Array, offset: jax.Array
 ) -> jax.Array:
     """Returns images mirrored, and then moved with the border reflected.
@@ -103,7 +103,7 @@ def _reflected(places: jax.Array, size: int) -> jax.Array:
     return last - jnp.abs(last - jnp.abs(places))
 
 
-def blank(images: jax.Array, corner: jax.Array, side: int) -> jax.Array:
+def cutout(images: jax.Array, corner: jax.Array, side: int) -> jax.Array:
     """Sets a square of each image to zero, which is the mean (cutout).
 
     Args:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 EXAMPLES = 1024
 
 
-def triangle(
+def triangular_schedule(
     steps: int, *, start: float, peak: float, end: float
 ) -> optax.Schedule:
     """Returns a schedule from start to 1 and on to end, both linear.
@@ -33,7 +33,7 @@ def triangle(
     return optax.join_schedules([warmup, falling], [rising])
 
 
-def groups(params: Any) -> Any:
+def param_labels(params: Any) -> Any:
     """Returns the tree of params with a name for each leaf.
 
     These are whitening_bias, head, norm_bias, and kernel for all the others.
@@ -60,7 +60,7 @@ def make_optimizer(
       steps: of the run.
       bias_steps: after which the whitening's bias stays as it is.
     """
-    rate = triangle(
+    rate = triangular_schedule(
         steps,
         start=config.rate_start,
         peak=config.rate_peak,
@@ -86,26 +86,26 @@ def make_optimizer(
             {
                 "kernel": _muon(own, rate),
                 "norm_bias": sgd(own.bias_learning_rate, rate),
-                "whitening_bias": _until(
+                "whitening_bias": _freeze_after(
                     bias_steps, sgd(own.bias_learning_rate, until)
                 ),
                 "head": sgd(own.head_learning_rate, rate),
             },
-            groups,
+            param_labels,
         )
     peak = config.learning_rate / unit
     return optax.partition(
         {
             "kernel": sgd(peak, rate),
             "norm_bias": sgd(peak * config.bias_scale, rate),
-            "whitening_bias": _until(bias_steps, sgd(peak, rate)),
+            "whitening_bias": _freeze_after(bias_steps, sgd(peak, rate)),
             "head": sgd(peak, rate),
         },
-        groups,
+        param_labels,
     )
 
 
-def _until(
+def _freeze_after(
     steps: int, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """Lets nothing move any more after so many steps."""

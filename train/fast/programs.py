@@ -22,10 +22,10 @@ from train.data import Dataset, Split
 from train.fast.recipe import Recipe
 from train.fast.step import (
     Correct,
-    Plan,
+    EpochPlan,
     State,
     init_state,
-    plan,
+    plan_epoch,
     test_step,
     train_step,
 )
@@ -47,8 +47,8 @@ def epochs(recipe: Recipe) -> int:
     return math.ceil(recipe.steps / recipe.steps_per_epoch)
 
 
-def kind(recipe: Recipe, epoch: int) -> tuple[int, bool]:
-    """Returns how many batches an epoch has, and whether the first bias learns.
+def epoch_signature(recipe: Recipe, epoch: int) -> tuple[int, bool]:
+    """Returns how many batches an epoch has, and whether the first bias train_bias.
 
     Epochs of one kind share a program. Both are fixed in it: a loop of known
     length waits for no host, and a bias that stays needs no derivative.
@@ -74,7 +74,9 @@ def compile_programs(
     everywhere = NamedSharding(mesh, P())
     train, test = jax.device_put((dataset.train, dataset.test), everywhere)
     compiled = functools.partial(_compiled, mesh)
-    kinds = {kind(recipe, epoch) for epoch in range(epochs(recipe))}
+    signatures = {
+        epoch_signature(recipe, epoch) for epoch in range(epochs(recipe))
+    }
 
     init, state = compiled(
         functools.partial(init_state, recipe), train, _NUMBER
@@ -86,29 +88,29 @@ def compile_programs(
                 *(state, train, _NUMBER, _NUMBER),
                 donate=0,
             )[0]
-            for each in kinds
+            for each in signatures
         }
         evaluate, _ = compiled(
             functools.partial(_scanned_test, recipe), state, test
         )
         return Programs(
             init=lambda seed: init(train, np.int32(seed)),
-            epoch=lambda state, seed, epoch: scanned[kind(recipe, epoch)](
-                state, train, np.int32(seed), np.int32(epoch)
-            ),
+            epoch=lambda state, seed, epoch: scanned[
+                epoch_signature(recipe, epoch)
+            ](state, train, np.int32(seed), np.int32(epoch)),
             evaluate=lambda state: evaluate(state, test),
         )
 
-    planned, whole = compiled(
-        functools.partial(plan, recipe), train, _NUMBER, _NUMBER
+    plan_program, whole = compiled(
+        functools.partial(plan_epoch, recipe), train, _NUMBER, _NUMBER
     )
     single = {
-        learns: compiled(
-            functools.partial(_planned_step, recipe, learns),
+        train_bias: compiled(
+            functools.partial(_indexed_step, recipe, train_bias),
             *(state, train, whole, _NUMBER),
             donate=0,
         )[0]
-        for learns in {learns for _, learns in kinds}
+        for train_bias in {train_bias for _, train_bias in signatures}
     }
     test_batch, _ = compiled(
         functools.partial(test_step, recipe), state, test, _NUMBER
@@ -117,11 +119,11 @@ def compile_programs(
     def epoch_by_steps(
         state: State, seed: int, epoch: int
     ) -> tuple[State, list[jax.Array]]:
-        steps, learns = kind(recipe, epoch)
-        batches = planned(train, np.int32(seed), np.int32(epoch))
+        steps, train_bias = epoch_signature(recipe, epoch)
+        batches = plan_program(train, np.int32(seed), np.int32(epoch))
         losses = []
         for number in range(steps):
-            state, loss = single[learns](
+            state, loss = single[train_bias](
                 state, train, batches, np.int32(number)
             )
             # Simulated devices that run ahead of the host can block for ever.
@@ -172,30 +174,30 @@ def _jitted(mesh: Mesh, function: Callable[..., Any], donate: Any = ()) -> Any:
 def _scanned_epoch(
     recipe: Recipe,
     steps: int,
-    learns: bool,
+    train_bias: bool,
     state: State,
     train: Split,
     seed: jax.Array,
     epoch: jax.Array,
 ) -> tuple[State, jax.Array]:
-    batches = plan(recipe, train, seed, epoch)
+    batches = plan_epoch(recipe, train, seed, epoch)
 
-    def body(state: State, batch: Plan) -> tuple[State, jax.Array]:
-        return train_step(recipe, state, train, batch, train_bias=learns)
+    def body(state: State, batch: EpochPlan) -> tuple[State, jax.Array]:
+        return train_step(recipe, state, train, batch, train_bias=train_bias)
 
     return jax.lax.scan(body, state, jax.tree.map(lambda a: a[:steps], batches))
 
 
-def _planned_step(
+def _indexed_step(
     recipe: Recipe,
-    learns: bool,
+    train_bias: bool,
     state: State,
     train: Split,
-    batches: Plan,
+    batches: EpochPlan,
     number: jax.Array,
 ) -> tuple[State, jax.Array]:
     batch = jax.tree.map(lambda a: a[number], batches)
-    return train_step(recipe, state, train, batch, train_bias=learns)
+    return train_step(recipe, state, train, batch, train_bias=train_bias)
 
 
 def _scanned_test(recipe: Recipe, state: State, test: Split) -> Correct:

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 from configs import fast_defaults
-from train import UserError, data, ranges
+from train import UserError, config_checks, data
 from train.augment import pixel_counts, pixel_statistics
 from train.fast.augment import FLIPS
 from train.fast.network import FastNet
@@ -25,7 +25,7 @@ from train.norms import norm_of
 from train.recipe import check_seeds, one_of, steps_per_epoch
 from train.topology import Topology
 
-SMALLEST = 16  # pixels, that are left one by three halvings
+MIN_IMAGE_SIZE = 16  # pixels, that are left one by three halvings
 
 
 class Recipe(NamedTuple):
@@ -53,17 +53,17 @@ class Recipe(NamedTuple):
     axis: str | None = None
 
 
-class Prepared(NamedTuple):
+class Experiment(NamedTuple):
     """What a config stands for, before anything is written or compiled."""
 
-    place: Topology
+    topology: Topology
     dataset: data.Dataset
     recipe: Recipe
 
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for values that no run can have."""
-    ranges.check(config, fast_defaults)
+    config_checks.check(config, fast_defaults)
     check_seeds(config)
     one_of("optimizer", config.optimizer, ("sgd", "muon"))
     one_of("flip", config.flip, FLIPS)
@@ -77,16 +77,16 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def prepare(config: ConfigDict) -> Prepared:
+def build_experiment(config: ConfigDict) -> Experiment:
     """Reads the data and makes the recipe.
 
     Raises:
       UserError: the config cannot be run, with what to change.
     """
     check(config)
-    place = _place(config.devices)
+    topology = _make_topology(config.devices)
     # Raises for norm and its options before data is read.
-    norm = norm_of(config, place)
+    norm = norm_of(config, topology)
     if config.norm != "none":
         norm = functools.partial(norm, use_scale=False)
         if config.devices == 1:
@@ -98,7 +98,7 @@ def prepare(config: ConfigDict) -> Prepared:
         test_split=config.test_split,
     )
     dataset = dataset._replace(
-        train=_enlarged(dataset.train), test=_enlarged(dataset.test)
+        train=_upsample(dataset.train), test=_upsample(dataset.test)
     )
     side = min(dataset.train.images.shape[1:3])
     groups = (side - 1).bit_length() - 1  # what so many halvings leave one of
@@ -114,7 +114,7 @@ def prepare(config: ConfigDict) -> Prepared:
                 "an image."
             )
     recipe = make_recipe(config, dataset, norm)
-    return Prepared(place, dataset, recipe)
+    return Experiment(topology, dataset, recipe)
 
 
 def make_recipe(
@@ -163,7 +163,7 @@ def make_recipe(
     )
 
 
-def _place(devices: int) -> Topology:
+def _make_topology(devices: int) -> Topology:
     found = jax.devices()
     if devices > len(found):
         raise UserError(
@@ -184,10 +184,10 @@ def _place(devices: int) -> Topology:
     )
 
 
-def _enlarged(split: data.Split) -> data.Split:
+def _upsample(split: data.Split) -> data.Split:
     """Repeats the pixels of images that three halvings leave nothing of."""
-    times = -(-2 * SMALLEST // min(split.images.shape[1:3]))
-    if min(split.images.shape[1:3]) >= SMALLEST:
+    times = -(-2 * MIN_IMAGE_SIZE // min(split.images.shape[1:3]))
+    if min(split.images.shape[1:3]) >= MIN_IMAGE_SIZE:
         return split
     images = np.repeat(np.repeat(split.images, times, 1), times, 2)
     return split._replace(images=images)

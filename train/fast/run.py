@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from train import UserError
 from train.fast.programs import Programs, compile_programs, epochs
-from train.fast.recipe import Prepared, Recipe, prepare
-from train.files import write_json, writing
+from train.fast.recipe import Experiment, Recipe, build_experiment
+from train.files import as_user_error, write_json
 from train.output import say
-from train.told import versions
+from train.summary import versions
 from train.workdir import open_workdir, read_summary
 
 NO_TIMES = (
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
     seed: int
     accuracy: float  # from the test images as they are
-    augmented: float  # from the mean over their views
+    tta_accuracy: float  # from the mean over their views
     loss: float  # nats, mean over the last epoch's steps
     seconds: float  # as in summary.json's "timed"
 
@@ -58,7 +58,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: the config cannot be run, or workdir holds another run.
     """
-    prepared = prepare(config)
+    experiment = build_experiment(config)
     open_workdir(workdir, config)
     before = read_summary(workdir)
     if before.get("seeds") == [*_seeds(config)]:
@@ -71,27 +71,27 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         return before
     on_cpu = jax.default_backend() == "cpu"
     scan = not on_cpu if config.scan is None else config.scan
-    say(_headline(config, prepared))
+    say(_headline(config, experiment))
     if on_cpu:
         say(NO_TIMES)
 
     started = time.perf_counter()
-    recipe = prepared.recipe
+    recipe = experiment.recipe
     programs = compile_programs(
-        recipe, prepared.dataset, prepared.place.mesh, scan=scan
+        recipe, experiment.dataset, experiment.topology.mesh, scan=scan
     )
     if not on_cpu:
         # What is set up at the first call of a program is no part of it.
-        run(programs, prepared, config.seed - 1)
+        run(programs, experiment, config.seed - 1)
     compile_seconds = time.perf_counter() - started
     say(f"compiled in {compile_seconds:.1f} s")
 
     runs = []
     for seed in _seeds(config):
-        runs.append(run(programs, prepared, seed))
+        runs.append(run(programs, experiment, seed))
         say(_line(runs[-1], recipe))
-    summary = summarize(runs, config, prepared, compile_seconds)
-    with writing(workdir):
+    summary = summarize(runs, config, experiment, compile_seconds)
+    with as_user_error(workdir):
         write_json(workdir / "summary.json", summary)
     say(table(summary))
     return summary
@@ -101,9 +101,9 @@ def _seeds(config: ConfigDict) -> range:
     return range(config.seed, config.seed + config.seeds)
 
 
-def run(programs: Programs, prepared: Prepared, seed: int) -> Run:
+def run(programs: Programs, experiment: Experiment, seed: int) -> Run:
     """Trains and evaluates with one seed, and times it."""
-    recipe = prepared.recipe
+    recipe = experiment.recipe
     tell = jax.default_backend() == "cpu"  # where no time is measured
     started = time.perf_counter()
     state = programs.init(seed)
@@ -116,11 +116,11 @@ def run(programs: Programs, prepared: Prepared, seed: int) -> Run:
             say(f"  epoch {epoch + 1}/{total}  train loss {loss:.4f}")
     correct = jax.block_until_ready(programs.evaluate(state))
     seconds = time.perf_counter() - started
-    images = len(prepared.dataset.test.labels)
+    images = len(experiment.dataset.test.labels)
     return Run(
         seed=seed,
-        accuracy=int(correct.plain) / images,
-        augmented=int(correct.views) / images,
+        accuracy=int(correct.single_view) / images,
+        tta_accuracy=int(correct.multi_view) / images,
         loss=float(np.mean(jax.device_get(losses))),
         seconds=seconds,
     )
@@ -129,16 +129,16 @@ def run(programs: Programs, prepared: Prepared, seed: int) -> Run:
 def summarize(
     runs: Sequence[Run],
     config: ConfigDict,
-    prepared: Prepared,
+    experiment: Experiment,
     compile_seconds: float,
 ) -> dict[str, Any]:
     """Returns what stands in summary.json; deviations are with n - 1."""
-    recipe, mesh = prepared.recipe, prepared.place.mesh
+    recipe, mesh = experiment.recipe, experiment.topology.mesh
     device = mesh.devices.flat[0]
     summary: dict[str, Any] = {"seeds": [each.seed for each in runs]}
     for name, field in (
         ("test_accuracy", "accuracy"),
-        ("test_accuracy_augmented", "augmented"),
+        ("test_accuracy_augmented", "tta_accuracy"),
         ("train_loss", "loss"),
         ("seconds", "seconds"),
     ):
@@ -194,9 +194,9 @@ def table(summary: dict[str, Any]) -> str:
     )
 
 
-def _headline(config: ConfigDict, prepared: Prepared) -> str:
-    recipe, dataset = prepared.recipe, prepared.dataset
-    mesh = prepared.place.mesh
+def _headline(config: ConfigDict, experiment: Experiment) -> str:
+    recipe, dataset = experiment.recipe, experiment.dataset
+    mesh = experiment.topology.mesh
     widths = "/".join(map(str, config.widths))
     return (
         f"FastNet {widths}, {config.layers} layers a group, {config.dtype}, on "
@@ -211,6 +211,6 @@ def _line(each: Run, recipe: Recipe) -> str:
     speed = recipe.steps * recipe.batch_size / each.seconds
     return (
         f"seed {each.seed}  test accuracy {each.accuracy:.2%}, augmented "
-        f"{each.augmented:.2%}  train loss {each.loss:.4f}  "
+        f"{each.tta_accuracy:.2%}  train loss {each.loss:.4f}  "
         f"{each.seconds:.3f} s  {speed:,.0f} images/s"
     )

@@ -36,7 +36,7 @@ class State(NamedTuple):
     frozen: Any  # the first layer's filters, which stay
 
 
-class Plan(NamedTuple):
+class EpochPlan(NamedTuple):
     """An epoch: what is in its batches and what happens to it.
 
     Fields are (steps, B, ...), or (B, ...) for one batch.
@@ -49,8 +49,8 @@ class Plan(NamedTuple):
 class Correct(NamedTuple):
     """How many images were classified rightly."""
 
-    plain: jax.Array  # () from the image as it is
-    views: jax.Array  # () from the mean over its views
+    single_view: jax.Array  # () from the image as it is
+    multi_view: jax.Array  # () from the mean over its views
 
 
 def init_state(recipe: Recipe, train: Split, seed: jax.Array) -> State:
@@ -76,7 +76,9 @@ def init_state(recipe: Recipe, train: Split, seed: jax.Array) -> State:
     )
 
 
-def plan(recipe: Recipe, train: Split, seed: jax.Array, epoch: Any) -> Plan:
+def plan_epoch(
+    recipe: Recipe, train: Split, seed: jax.Array, epoch: Any
+) -> EpochPlan:
     """Returns all full batches of an epoch, a function of seed and epoch."""
     key = jax.random.fold_in(jax.random.key(seed), 1)
     for_order, for_augmentation = jax.random.split(key)
@@ -95,20 +97,27 @@ def plan(recipe: Recipe, train: Split, seed: jax.Array, epoch: Any) -> Plan:
         translate=recipe.translate,
         last_corner=(height - recipe.cutout, width - recipe.cutout),
     )
-    whole = Plan(index, augmentation)
+    whole = EpochPlan(index, augmentation)
     return jax.tree.map(lambda a: a.reshape(steps, size, *a.shape[1:]), whole)
 
 
-def shown(recipe: Recipe, train: Split, batch: Plan) -> jax.Array:
+def augmented_images(
+    recipe: Recipe, train: Split, batch: EpochPlan
+) -> jax.Array:
     """Returns the images (B, H, W, C) that the network sees in training."""
     flip, offset, corner = batch.augmentation
-    images = augment.view(train.images, batch.index, flip, offset)
+    images = augment.flip_and_translate(train.images, batch.index, flip, offset)
     images = to_float(images, recipe.pixel_mean, recipe.pixel_std)
-    return augment.blank(images, corner, recipe.cutout)
+    return augment.cutout(images, corner, recipe.cutout)
 
 
 def train_step(
-    recipe: Recipe, state: State, train: Split, batch: Plan, *, train_bias: bool
+    recipe: Recipe,
+    state: State,
+    train: Split,
+    batch: EpochPlan,
+    *,
+    train_bias: bool,
 ) -> tuple[State, jax.Array]:
     """Takes a step; returns the new state and the mean loss in nats.
 
@@ -120,21 +129,21 @@ def train_step(
       train_bias: whether the whitening's bias learns still. False saves the
         derivative by the first group's input.
     """
-    batch = jax.tree.map(functools.partial(_share, recipe), batch)
+    batch = jax.tree.map(functools.partial(_local_shard, recipe), batch)
     labels = jax.nn.one_hot(train.labels[batch.index], recipe.model.num_classes)
     targets = optax.smooth_labels(labels, recipe.label_smoothing)
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
         logits, updates = recipe.model.apply(
             _variables(state._replace(params=params)),
-            shown(recipe, train, batch),
+            augmented_images(recipe, train, batch),
             train=True,
             train_bias=train_bias,
             mutable=["batch_stats"],
         )
         # The sum: a mean over the batch would be small for float16.
         total = optax.softmax_cross_entropy(logits, targets).sum()
-        return _over_devices(recipe, total), updates.get("batch_stats", {})
+        return _sum_over_devices(recipe, total), updates.get("batch_stats", {})
 
     (total, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(
         state.params
@@ -164,7 +173,7 @@ def test_step(
     """
     devices = 1 if recipe.axis is None else jax.lax.axis_size(recipe.axis)
     size = padded(recipe.test_batch_size, devices)
-    place = _share(recipe, jnp.arange(size))
+    place = _local_shard(recipe, jnp.arange(size))
     index = start + place
     counts = (place < recipe.test_batch_size) & (index < len(test.labels))
     index = jnp.minimum(index, len(test.labels) - 1)
@@ -173,7 +182,7 @@ def test_step(
 
     def right(logits: jax.Array) -> jax.Array:
         hit = (logits.argmax(-1) == labels) & counts
-        return _over_devices(recipe, hit.sum(dtype=jnp.int32))
+        return _sum_over_devices(recipe, hit.sum(dtype=jnp.int32))
 
     flips = logits.shape[1]
     weights = jnp.array([weight for _, weight in VIEWS]) / flips
@@ -195,7 +204,7 @@ def view_logits(
     flips = (False,) if recipe.flip == "none" else (False, True)
     size = len(index)
     views = [
-        augment.view(
+        augment.flip_and_translate(
             images,
             index,
             jnp.full(size, flip),
@@ -224,7 +233,7 @@ def _variables(state: State) -> dict[str, Any]:
     }
 
 
-def _share(recipe: Recipe, rows: jax.Array) -> jax.Array:
+def _local_shard(recipe: Recipe, rows: jax.Array) -> jax.Array:
     """Returns this device's part of axis 0."""
     if recipe.axis is None:
         return rows
@@ -233,6 +242,6 @@ def _share(recipe: Recipe, rows: jax.Array) -> jax.Array:
     return parts[jax.lax.axis_index(recipe.axis)]
 
 
-def _over_devices(recipe: Recipe, part: jax.Array) -> jax.Array:
+def _sum_over_devices(recipe: Recipe, part: jax.Array) -> jax.Array:
     """Returns the sum of what each device has."""
     return part if recipe.axis is None else jax.lax.psum(part, recipe.axis)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxbn._passes import Moments
 
 
-class Sum:
+class MomentsSum:
     """Moments in float64, and how far the batches lie apart."""
 
     def __init__(self) -> None:

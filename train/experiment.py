@@ -8,7 +8,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from train import data, processes, topology
+from train import data, processes
 from train.recipe import (
     check,
     make_recipe,
@@ -16,20 +16,22 @@ from train.recipe import (
     steps_per_epoch,
 )
 from train.step import Recipe
-from train.topology import Topology
+from train.topology import Topology, make_topology
 
 
-class Prepared(NamedTuple):
+class Experiment(NamedTuple):
     """What a config stands for, before anything is written."""
 
-    place: Topology
+    topology: Topology
     dataset: data.Dataset
     steps: int  # of an epoch
     schedule: optax.Schedule
     recipe: Recipe
 
 
-def prepare(config: ConfigDict, *, download: bool = True) -> Prepared:
+def build_experiment(
+    config: ConfigDict, *, download: bool = True
+) -> Experiment:
     """Reads the data and makes the recipe.
 
     Args:
@@ -40,7 +42,9 @@ def prepare(config: ConfigDict, *, download: bool = True) -> Prepared:
       UserError: the config cannot be run, with what to change.
     """
     check(config)
-    place = topology.make(config.mesh, config.batch_size, config.microbatches)
+    topology = make_topology(
+        config.mesh, config.batch_size, config.microbatches
+    )
     with processes.together():  # each host has data of its own
         dataset = data.load(
             config.dataset,
@@ -52,5 +56,5 @@ def prepare(config: ConfigDict, *, download: bool = True) -> Prepared:
         )
     steps = steps_per_epoch(config, dataset)
     schedule = make_schedule(config, steps)
-    recipe = make_recipe(config, dataset, schedule, place)
-    return Prepared(place, dataset, steps, schedule, recipe)
+    recipe = make_recipe(config, dataset, schedule, topology)
+    return Experiment(topology, dataset, steps, schedule, recipe)

@@ -14,13 +14,13 @@ from ml_collections import ConfigDict
 import jaxbn.linen
 from jaxbn import precise
 from train import data
-from train.prepared import Prepared
-from train.step import Recipe, TrainState, augmented
+from train.experiment import Experiment
+from train.step import Recipe, TrainState, augmented_images
 
 
 def evaluate_average(
     config: ConfigDict,
-    prepared: Prepared,
+    experiment: Experiment,
     state: TrainState,
     test: Callable[[Any, Any], tuple[float, float]],
 ) -> dict[str, float]:
@@ -31,7 +31,7 @@ def evaluate_average(
     """
     batch_stats = precise_statistics(
         config,
-        prepared,
+        experiment,
         state.average,
         state.batch_stats,
         batches=config.precise_batches,
@@ -42,7 +42,7 @@ def evaluate_average(
 
 def precise_statistics(
     config: ConfigDict,
-    prepared: Prepared,
+    experiment: Experiment,
     params: Any,
     batch_stats: Any,
     *,
@@ -52,17 +52,17 @@ def precise_statistics(
 
     Args:
       config: of a run whose norm hands out moments: not flax or none.
-      prepared: of the run.
+      experiment: of the run.
       params: to take statistics for.
       batch_stats: of the run, for what is not taken anew.
       batches: to read, at most an epoch's.
     """
-    place, dataset, _, _, recipe = prepared
+    topology, dataset, _, _, recipe = experiment
     size, epoch = config.batch_size, config.epochs - 1
     read = jax.shard_map(
         functools.partial(_moments, recipe),
-        mesh=place.mesh,
-        in_specs=(P(), (P(place.axes), P())),
+        mesh=topology.mesh,
+        in_specs=(P(), (P(topology.axes), P())),
         out_specs=P(),
     )
     read_from = data.train_batches(
@@ -70,13 +70,13 @@ def precise_statistics(
         size,
         seed=config.seed,
         epoch=epoch,
-        rows=place.rows(size),
+        rows=topology.rows(size),
     )
     found = precise.recompute(
         read,
         {"params": params, "batch_stats": batch_stats},
         (
-            (place.put(rows, size), epoch)
+            (topology.put(rows, size), epoch)
             for rows in itertools.islice(read_from, batches)
         ),
     )
@@ -88,5 +88,8 @@ def _moments(
 ) -> Any:
     batch, epoch = given
     return jaxbn.linen.batch_moments(
-        recipe.model, variables, augmented(recipe, batch, epoch), train=True
+        recipe.model,
+        variables,
+        augmented_images(recipe, batch, epoch),
+        train=True,
     )

@@ -1,4 +1,4 @@
-"""Damaged checkpoints, put aside beside the folder of the others."""
+"""CorruptCheckpoint checkpoints, put aside beside the folder of the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.workdir import read_records, read_summary
 _NAME = "damaged-checkpoint-"
 
 
-def put_aside(
+def move_damaged(
     folder: pathlib.Path, damaged: dict[int, str], step: int, read_only: bool
 ) -> None:
     """Moves damaged checkpoints out of the way of new ones, with a warning.
@@ -60,7 +60,7 @@ def _move(folder: pathlib.Path, step: int) -> pathlib.Path:
     return aside
 
 
-def refuse_to_begin_again(folder: pathlib.Path) -> None:
+def refuse_fresh_start(folder: pathlib.Path) -> None:
     """Makes sure that a run without a checkpoint has never had one.
 
     Raises:

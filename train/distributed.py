@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from train import UserError
-from train.processes import MEET
+from train.processes import STARTUP_TIMEOUT
 
 # A process that is gone is noticed after this many seconds; JAX waits 100.
 HEARTBEAT = 15
@@ -23,12 +23,12 @@ _TIMEOUTS = {
 }
 
 
-def start(
+def initialize(
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
     *,
-    prepare: Callable[[int], Any] = lambda _: None,
+    before_connecting: Callable[[int], Any] = lambda _: None,
 ) -> None:
     """Joins the processes of a run, before the first use of a device.
 
@@ -39,7 +39,8 @@ def start(
       coordinator: HOST:PORT where process 0 is to be met.
       num_processes: of the run.
       process_id: of this one.
-      prepare: is called with process_id before several processes meet.
+      before_connecting: called with process_id before several processes
+        connect.
 
     Raises:
       UserError: some of the arguments are given and others not, or the
@@ -58,7 +59,7 @@ def start(
         )
     options: dict[str, Any] = {}
     if missing:
-        found = _detected()
+        found = _detect_cluster()
         if found is None:
             return
         coordinator, num_processes, process_id, devices = found
@@ -70,15 +71,15 @@ def start(
             f"--process_id={process_id} must be from 0 to num_processes - 1, "
             f"which is {num_processes - 1}."
         )
-    host, port = _address(coordinator)
-    limit = time.monotonic() + MEET
+    host, port = _parse_address(coordinator)
+    limit = time.monotonic() + STARTUP_TIMEOUT
     if process_id == 0:
-        address = _probe(host, port, everywhere=bool(missing))
+        address = _bind_address(host, port, everywhere=bool(missing))
         if not missing:
             options["coordinator_bind_address"] = address
     else:
-        _reach(host, port, limit)
-    prepare(process_id)
+        _wait_for_coordinator(host, port, limit)
+    before_connecting(process_id)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -95,17 +96,17 @@ def start(
         ) from error
 
 
-def _detected() -> tuple[str, int, int, Any] | None:
+def _detect_cluster() -> tuple[str, int, int, Any] | None:
     """What JAX finds out about the processes from the environment."""
     from jax._src import clusters  # no public way leads to the address
 
     found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, None, MEET
+        None, None, None, None, None, STARTUP_TIMEOUT
     )
     return None if None in found[:3] else found
 
 
-def _address(coordinator: str) -> tuple[str, int]:
+def _parse_address(coordinator: str) -> tuple[str, int]:
     found = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:\s]+):(\d{1,5})", coordinator)
     if not found or not 0 < int(found[2]) < 2**16:
         raise UserError(
@@ -115,7 +116,7 @@ def _address(coordinator: str) -> tuple[str, int]:
     return found[1].strip("[]"), int(found[2])
 
 
-def _probe(host: str, port: int, *, everywhere: bool) -> str:
+def _bind_address(host: str, port: int, *, everywhere: bool) -> str:
     """Returns the address to listen at; JAX crashes where it cannot.
 
     Args:
@@ -145,7 +146,7 @@ def _probe(host: str, port: int, *, everywhere: bool) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def _reach(host: str, port: int, limit: float) -> None:
+def _wait_for_coordinator(host: str, port: int, limit: float) -> None:
     """Returns once process 0 listens."""
     while True:
         try:
@@ -155,7 +156,7 @@ def _reach(host: str, port: int, limit: float) -> None:
                 time.sleep(0.2)
                 continue
             raise UserError(
-                f"Nobody listens at --coordinator={host}:{port} after {MEET} s "
+                f"Nobody listens at --coordinator={host}:{port} after {STARTUP_TIMEOUT} s "
                 f"({getattr(error, 'strerror', None) or error}). Start process 0 there within "
                 "that time, or correct the address."
             ) from error

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from train import UserError, processes
-from train.checksums import Damaged, verify
+from train.checksums import CorruptCheckpoint, verify
 from train.step import TrainState
 
-SHOWN = 3  # differences
+MAX_LISTED = 3  # differences
 
 
-def examine(folder: pathlib.Path, like: TrainState) -> str:
+def find_damage(folder: pathlib.Path, like: TrainState) -> str:
     """Returns how a checkpoint is damaged; all processes agree.
 
     Args:
@@ -29,8 +29,8 @@ def examine(folder: pathlib.Path, like: TrainState) -> str:
     with processes.together():
         try:
             verify(folder)
-            found = read_record(folder)["arrays"]
-        except Damaged as error:
+            found = read_metadata(folder)["arrays"]
+        except CorruptCheckpoint as error:
             wrong = str(error)
         except OSError as error:
             raise UserError(
@@ -39,7 +39,7 @@ def examine(folder: pathlib.Path, like: TrainState) -> str:
                 "command goes on once it can."
             ) from error
         else:
-            differ = _differences(arrays(like._asdict()), found)
+            differ = _differences(array_specs(like._asdict()), found)
             if differ:
                 raise UserError(
                     f"The checkpoint of step {step} in {where} is not for this "
@@ -49,21 +49,21 @@ def examine(folder: pathlib.Path, like: TrainState) -> str:
     return next(filter(None, processes.exchange(wrong)), "")
 
 
-def read_record(folder: pathlib.Path) -> dict[str, Any]:
+def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
     """Returns what a checkpoint has beside the state."""
     return json.loads((folder / "progress" / "metadata").read_text())
 
 
-def tested(folder: pathlib.Path) -> float | None:
+def read_test_accuracy(folder: pathlib.Path) -> float | None:
     """Returns the test accuracy; None without one, or if it is damaged."""
     try:
         verify(folder, "progress/")
-        return read_record(folder)["test_accuracy"]
-    except (Damaged, OSError, ValueError, KeyError):
+        return read_metadata(folder)["test_accuracy"]
+    except (CorruptCheckpoint, OSError, ValueError, KeyError):
         return None
 
 
-def arrays(tree: Any) -> dict[str, list[Any]]:
+def array_specs(tree: Any) -> dict[str, list[Any]]:
     """Returns names, shapes and dtypes of a state, as JSON has them."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
@@ -84,5 +84,7 @@ def _differences(
         for name in wanted
         if name in found and found[name] != wanted[name]
     ]
-    more = f", and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
-    return ", ".join(said[:SHOWN]) + more
+    more = (
+        f", and {len(said) - MAX_LISTED} more" if len(said) > MAX_LISTED else ""
+    )
+    return ", ".join(said[:MAX_LISTED]) + more

@@ -9,20 +9,20 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from configs import defaults
-from train import UserError, ranges
+from train import UserError, config_checks
 from train.checkpoint import Checkpoints, Progress
+from train.experiment import Experiment, build_experiment
 from train.files import exists, read_json
 from train.flags import simulate
-from train.prepared import Prepared, prepare
 from train.step import TrainState, abstract_state
-from train.workdir import advice, check_name
+from train.workdir import check_name, with_advice
 
 
-class Saved(NamedTuple):
+class TrainedRun(NamedTuple):
     """What `load` returns."""
 
     config: ConfigDict
-    prepared: Prepared  # for the devices here, whoever trained it
+    experiment: Experiment  # for the devices here, whoever trained it
     state: TrainState  # of the checkpoint
     progress: Progress  # at that state
 
@@ -39,7 +39,7 @@ def read_config(run: pathlib.Path) -> ConfigDict:
             f"{run} holds no run: there is no {path}. Give the --workdir of a "
             "run."
         )
-    with advice("Put it back from a copy."):
+    with with_advice("Put it back from a copy."):
         then = read_json(path)
     config = defaults.get_config()
     unknown = sorted({*then} - {*config})
@@ -48,10 +48,10 @@ def read_config(run: pathlib.Path) -> ConfigDict:
             f"{path} has a field {unknown[0]!r} that no run of python -m train "
             "has: it is of another program, or of another version of this one."
         )
-    with advice("Put it back from a copy."):
+    with with_advice("Put it back from a copy."):
         try:
             config.update(then)
-            ranges.check(config, defaults)
+            config_checks.check(config, defaults)
         except UserError as error:
             raise UserError(f"{path} is damaged: {error}") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -74,7 +74,7 @@ def use_devices(run: pathlib.Path) -> None:
 
 def load(
     run: pathlib.Path, *, best: bool = False, data_dir: str | None = None
-) -> Saved:
+) -> TrainedRun:
     """Returns the newest checkpoint of a run, with its data and network.
 
     The folder stays as it is: the run may go on meanwhile.
@@ -92,9 +92,9 @@ def load(
     config.mesh = "data"
     foreign = config.data_dir is not None and data_dir is None
     config.data_dir = data_dir or config.data_dir
-    prepared = prepare(config, download=not foreign)
-    shape = prepared.dataset.train.images.shape[1:]
-    like = abstract_state(prepared.recipe, shape, prepared.place.mesh)
+    experiment = build_experiment(config, download=not foreign)
+    shape = experiment.dataset.train.images.shape[1:]
+    like = abstract_state(experiment.recipe, shape, experiment.topology.mesh)
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         found = checkpoints.restore(like, best=best)
     if found is None:
@@ -103,4 +103,4 @@ def load(
             "first is written after the first epoch."
         )
     state, progress = found
-    return Saved(config, prepared, state, progress)
+    return TrainedRun(config, experiment, state, progress)

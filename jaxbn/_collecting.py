@@ -25,7 +25,7 @@ from jaxbn.convert._rule import Rule
 _GROUPS = ("axis_index_groups", "sharing")
 
 
-class Exchanged:
+class CollectingLinen:
     """A linen model whose layers hand out moments.
 
     Attributes:
@@ -91,7 +91,7 @@ class Exchanged:
         return running.clone(**groups)
 
 
-def exchanged_nnx(model: Any) -> Any:
+def collecting_nnx(model: Any) -> Any:
     """Returns a copy of an nnx model whose layers hand out moments."""
     rule = Rule(jaxbn.linen.BatchNorm, one_device=True)
     left = _nnx.exchange(nnx.clone(model, graph=True), rule)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def to_words(leaf: jax.Array) -> jax.Array:
+def to_uint32(leaf: jax.Array) -> jax.Array:
     """Returns the bits of a leaf as uint32 (n, k), rows padded with 0."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
@@ -26,11 +26,11 @@ def to_words(leaf: jax.Array) -> jax.Array:
     return words.reshape(leaf.shape[0], -1)
 
 
-def from_words(words: jax.Array, like: jax.Array) -> jax.Array:
-    """Undoes `to_words`."""
+def from_uint32(words: jax.Array, like: jax.Array) -> jax.Array:
+    """Undoes `to_uint32`."""
     n, dtype = like.shape[0], like.dtype
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        data = from_words(words, jax.random.key_data(like))
+        data = from_uint32(words, jax.random.key_data(like))
         keys: jax.Array = jax.random.wrap_key_data(
             data, impl=jax.random.key_impl(like)
         )

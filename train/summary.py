@@ -13,13 +13,13 @@ from ml_collections import ConfigDict
 
 from train import networks
 from train.checkpoint import Progress
-from train.norms import examples_together
-from train.prepared import Prepared
+from train.experiment import Experiment
+from train.norms import describe_statistics
 from train.report import Report
-from train.timeline import Timeline
+from train.timing import Timer
 
 
-class Forecast:
+class RemainingTime:
     """Says once when the run will be over."""
 
     BEGIN, END = 3, 13  # of the steps it measures; the first ones compile
@@ -44,7 +44,7 @@ class Forecast:
 
 def headline(
     config: ConfigDict,
-    prepared: Prepared,
+    experiment: Experiment,
     params: Any,
     progress: Progress,
 ) -> str:
@@ -52,13 +52,13 @@ def headline(
 
     Args:
       config: of the run.
-      prepared: of the run.
+      experiment: of the run.
       params: of the network.
       progress: where it goes on.
     """
-    place, dataset = prepared.place, prepared.dataset
-    device = place.mesh.devices.flat[0]
-    shape = " x ".join(f"{k}={v}" for k, v in place.mesh.shape.items())
+    topology, dataset = experiment.topology, experiment.dataset
+    device = topology.mesh.devices.flat[0]
+    shape = " x ".join(f"{k}={v}" for k, v in topology.mesh.shape.items())
     processes = jax.process_count()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     goes_on = ""
@@ -70,9 +70,9 @@ def headline(
         f"{networks.title(config)} ({parameters:,} parameters) on "
         f"{config.dataset}: {len(dataset.train.labels)} training and "
         f"{len(dataset.test.labels)} test images, batch {config.batch_size} "
-        f"over {place.mesh.size} {device.device_kind} devices ({shape}"
+        f"over {topology.mesh.size} {device.device_kind} devices ({shape}"
         f"{f', {processes} processes' if processes > 1 else ''}), "
-        f"norm {config.norm}, {examples_together(config, place)}{goes_on}"
+        f"norm {config.norm}, {describe_statistics(config, topology)}{goes_on}"
     )
 
 
@@ -85,20 +85,20 @@ def versions() -> dict[str, str]:
 
 def summarize(
     records: list[dict[str, float]],
-    prepared: Prepared,
+    experiment: Experiment,
     started: float,
-    timeline: Timeline,
+    timer: Timer,
 ) -> dict[str, Any]:
     """Returns what stands in summary.json.
 
     Args:
       records: of all epochs.
-      prepared: of the run.
+      experiment: of the run.
       started: when, by time.monotonic().
-      timeline: of the run.
+      timer: of the run.
     """
     last = records[-1]
-    mesh = prepared.place.mesh
+    mesh = experiment.topology.mesh
     # The first epoch holds the compilation.
     speeds = [record["images_per_second"] for record in records]
     return {
@@ -112,5 +112,5 @@ def summarize(
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
         "images_per_second": statistics.median(speeds[1:] or speeds),
-        "time": {k: round(v, 4) for k, v in timeline.shares().items()},
+        "time": {k: round(v, 4) for k, v in timer.shares().items()},
     }
