@@ -99,8 +99,8 @@ DAMAGED = {
     "[" * 100_000: "is damaged: maximum recursion depth",
     '{"epochs": ' + "9" * 5000 + "}": "is damaged: Exceeds the limit",
     b"\xff\xfe{": "is damaged: it holds no text",
-    directory: "cannot be read: it is no regular file",
-    os.mkfifo: "cannot be read: it is no regular file",
+    directory: "cannot be read: it is not a regular file",
+    os.mkfifo: "cannot be read: it is not a regular file",
     loop_of_links: "cannot be read: Too many levels of symbolic links",
 }
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, and holds what the code asks for."""
+"""Checks that a checkpoint is intact and matches the code."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MAX_LISTED = 3  # differences
 
 
 def find_damage(folder: pathlib.Path, like: TrainState) -> str:
-    """Returns how a checkpoint is damaged; all processes agree.
+    """Returns how a checkpoint is damaged, or "", the same on all processes.
 
     Args:
-      folder: of the checkpoint, named by its step.
-      like: what is to be restored.
+      folder: the checkpoint, named by its step.
+      like: the state to restore.
 
     Raises:
-      UserError: it cannot be read, or is not for this code.
+      UserError: it cannot be read, or does not match the code.
     """
     step, where, wrong = folder.name, folder.parent, ""
     with processes.together():
@@ -35,27 +35,27 @@ def find_damage(folder: pathlib.Path, like: TrainState) -> str:
         except OSError as error:
             raise UserError(
                 f"The checkpoint of step {step} in {where} cannot be read: "
-                f"{error.strerror or error}. Nothing was moved; the same "
-                "command goes on once it can."
+                f"{error.strerror or error}. Nothing was moved; once it can "
+                "be read, rerun the same command to resume."
             ) from error
         else:
             differ = _differences(array_specs(like._asdict()), found)
             if differ:
                 raise UserError(
-                    f"The checkpoint of step {step} in {where} is not for this "
-                    f"code: {differ}. Nothing was moved; go on with the code "
-                    "that wrote it, or take another --workdir."
+                    f"The checkpoint of step {step} in {where} does not match "
+                    f"this code: {differ}. Nothing was moved; use the code "
+                    "that wrote it, or another --workdir."
                 )
     return next(filter(None, processes.exchange(wrong)), "")
 
 
 def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns what a checkpoint has beside the state."""
+    """Returns the metadata saved with the state."""
     return json.loads((folder / "progress" / "metadata").read_text())
 
 
 def read_test_accuracy(folder: pathlib.Path) -> float | None:
-    """Returns the test accuracy; None without one, or if it is damaged."""
+    """Returns the test accuracy; None if missing or damaged."""
     try:
         verify(folder, "progress/")
         return read_metadata(folder)["test_accuracy"]
@@ -64,7 +64,7 @@ def read_test_accuracy(folder: pathlib.Path) -> float | None:
 
 
 def array_specs(tree: Any) -> dict[str, list[Any]]:
-    """Returns names, shapes and dtypes of a state, as JSON has them."""
+    """Returns names, shapes and dtypes of a state, JSON-serializable."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
@@ -75,16 +75,18 @@ def array_specs(tree: Any) -> dict[str, list[Any]]:
 def _differences(
     wanted: dict[str, list[Any]], found: dict[str, list[Any]]
 ) -> str:
-    """Says how the arrays of a checkpoint are not those of the code."""
-    said = [f"it has no {name}" for name in wanted if name not in found]
-    said += [f"it has {name}" for name in found if name not in wanted]
-    said += [
+    """Describes how the arrays of a checkpoint differ from the code's."""
+    differences = [f"it has no {name}" for name in wanted if name not in found]
+    differences += [f"it has {name}" for name in found if name not in wanted]
+    differences += [
         f"{name} is {found[name][1]}{found[name][0]} and not "
         f"{wanted[name][1]}{wanted[name][0]}"
         for name in wanted
         if name in found and found[name] != wanted[name]
     ]
     more = (
-        f", and {len(said) - MAX_LISTED} more" if len(said) > MAX_LISTED else ""
+        f", and {len(differences) - MAX_LISTED} more"
+        if len(differences) > MAX_LISTED
+        else ""
     )
-    return ", ".join(said[:MAX_LISTED]) + more
+    return ", ".join(differences[:MAX_LISTED]) + more

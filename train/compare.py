@@ -1,10 +1,10 @@
 # ruff: noqa: E402
 """Compares finished and unfinished runs: python -m train.compare RUN RUN ...
 
-Prints a table with the fields of the configs that differ and the results, and
-draws the curves over each other. Runs that differ in nothing but seed are one
-line, mean ± standard deviation; the folder of a run of several seeds stands for
-all of them. Reads config.json, metrics.jsonl and summary.json alone.
+Prints a table of the config fields that differ and the results, and plots the
+learning curves. Runs that differ only in seed are averaged, mean ± standard
+deviation; the directory of a multi-seed run stands for all its seeds. Reads
+only config.json, metrics.jsonl and summary.json.
 """
 
 from __future__ import annotations
@@ -33,44 +33,44 @@ from train.workdir import missing_epochs, read_records, read_summary
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Fields that change no result.
+# Fields that do not affect the result.
 IGNORED_FIELDS = ("seed", "seeds", "data_dir", "checkpoint_every", "profile")
 
 
 class Run(NamedTuple):
-    """What a workdir says."""
+    """The contents of a workdir."""
 
     path: pathlib.Path
-    config: dict[str, Any]  # by name, those within a field with a dot
-    records: list[dict[str, float]]  # of its epochs
-    summary: dict[str, Any]  # empty until the run is finished
+    config: dict[str, Any]  # flattened, with dotted names
+    records: list[dict[str, float]]  # one per epoch
+    summary: dict[str, Any]  # empty until the run finishes
 
 
 class Group(NamedTuple):
-    """Runs that differ in nothing but seed, of the same number of epochs."""
+    """Runs that differ only in seed, with equally many epochs."""
 
     runs: list[Run]
-    label: str  # what is special about its config, or its folder
+    label: str  # the differing config fields, or the directory name
 
 
 def read(path: pathlib.Path) -> Run:
     """Reads one run.
 
     Raises:
-      UserError: path is no workdir, no epoch is recorded, or a file is damaged.
+      UserError: path is not a workdir, has no records, or a file is damaged.
     """
     config = _flat(json.loads(read_config(path).to_json()))
     records, summary = read_records(path), read_summary(path)
     if not records and not summary:
         raise UserError(
-            f"{path} has no records yet; the first comes after the first epoch."
+            f"{path} has no records yet; they are written after each epoch."
         )
     last = max([int(one["epoch"]) for one in records], default=0)
     missing = missing_epochs(records, config["epochs"] if summary else last)
     if missing:
         raise UserError(
-            f"{path / 'metrics.jsonl'} lacks {missing}. Put it back from a "
-            "copy, or leave this run away."
+            f"{path / 'metrics.jsonl'} lacks {missing}. Restore it from a "
+            "backup, or leave this run out."
         )
     return Run(path, config, records, summary)
 
@@ -86,9 +86,12 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def grouped(runs: list[Run]) -> tuple[list[Group], list[str]]:
-    """Returns the groups, in the order of their first run, and what differs.
+    """Groups runs by config, in order of first appearance.
 
-    An unfinished run stands with those that have come as far.
+    Unfinished runs are grouped with those of equally many epochs.
+
+    Returns:
+      The groups, and the names of the config fields that differ.
     """
     every = {name for run in runs for name in run.config}
     differ = [
@@ -117,7 +120,7 @@ def _label(runs: list[Run], differ: list[str]) -> str:
 
 
 def table(groups: list[Group], differ: list[str]) -> str:
-    """Returns the groups as lines of text, in columns."""
+    """Formats the groups as a text table."""
     averaged = any("average_test_accuracy" in _last(g.runs[0]) for g in groups)
     head = ["run", *differ, "seeds", "epochs", "accuracy %", "loss"]
     head += ["average's %"] if averaged else []
@@ -144,8 +147,8 @@ def table(groups: list[Group], differ: list[str]) -> str:
 
 
 def _last(run: Run) -> dict[str, Any]:
-    """The results of a run, of the last epoch that it has."""
-    # The first epoch holds the compilation.
+    """Returns the results of a run after its last epoch."""
+    # The first epoch includes compilation.
     speeds = [record["images_per_second"] for record in run.records]
     speed = statistics.median(speeds[1:] or speeds)
     return {**run.summary, **run.records[-1], "images_per_second": speed}
@@ -158,7 +161,7 @@ def _devices(run: Run) -> str:
 
 
 def _spread(runs: list[Run], key: str, form: str, unit: float = 1.0) -> str:
-    """Words the mean, and the deviation where there are several."""
+    """Formats the mean, with the standard deviation of several runs."""
     last = [_last(run) for run in runs]
     if any(key not in one for one in last):
         return "-"

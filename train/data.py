@@ -1,7 +1,7 @@
 """Image data sets as uint8 arrays in memory, and batches of them.
 
-CIFAR is read, and if need be prepared, by tensorflow-datasets (TFDS) without
-TensorFlow, which its own archive extraction and CIFAR reader would import.
+CIFAR is read, and prepared if necessary, by tensorflow-datasets (TFDS). Its own
+archive extraction and CIFAR reader are replaced: they would import TensorFlow.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _CHUNK = 1000  # examples decoded at a time
 
 
 class Split(NamedTuple):
-    """Examples, as arrays or as columns that are read when asked for."""
+    """Examples as arrays, or as lazy arrays that are read on access."""
 
     images: np.ndarray  # (N, H, W, C) uint8
     labels: np.ndarray  # (N,) int32
@@ -35,7 +35,7 @@ class Dataset(NamedTuple):
 class Batch(NamedTuple):
     images: np.ndarray  # (B, H, W, C) uint8
     labels: np.ndarray  # (B,) int32
-    index: np.ndarray  # (B,) int32, the example's place in its Split
+    index: np.ndarray  # (B,) int32, index into the Split
     where: np.ndarray  # (B,) bool, False for padding
 
 
@@ -66,13 +66,13 @@ def load(
         in place of a download.
       train_split, test_split: TFDS split expressions. A validation set is
         train_split="train[:45000]", test_split="train[45000:]".
-      lazy: Reads and decodes an example when it is first asked for, and then
-        keeps it: where several processes each want a share.
-      download: False writes nothing: CIFAR has to be prepared already.
+      lazy: Reads and decodes each example on first access and caches it, for
+        processes that each need only a part.
+      download: False never writes: CIFAR must have been prepared before.
 
     Raises:
       UserError: name, data_dir or a split does not exist, a split is empty, or
-        CIFAR is neither prepared nor can be.
+        CIFAR is not prepared and cannot be.
     """
     if name not in NAMES:
         near = difflib.get_close_matches(name.lower(), NAMES, n=1)
@@ -93,7 +93,7 @@ def load(
 
 
 def order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of range(num_examples): a function of (seed, epoch) alone."""
+    """Permutation of range(num_examples), a function of (seed, epoch) only."""
     return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
 
@@ -106,14 +106,14 @@ def train_batches(
     start: int = 0,
     rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Full batches in `order`; the rest of the epoch is left out.
+    """Yields full batches in the order of `order`, dropping the remainder.
 
     Args:
-      split: what to read from.
-      batch_size: of all processes together.
-      seed, epoch: decide the order.
-      start: batches to leave out at the beginning, without reading them.
-      rows: indices in each batch to read; None reads all.
+      split: the examples.
+      batch_size: global batch size, over all processes.
+      seed, epoch: determine the order.
+      start: number of batches to skip without reading them.
+      rows: indices within each batch to read; None reads all.
 
     Raises:
       UserError: batch_size is not in 1..N.
@@ -121,8 +121,8 @@ def train_batches(
     num_examples = len(split.labels)
     if not 1 <= batch_size <= num_examples:
         raise UserError(
-            f"Batch size {batch_size} does not fit {num_examples} training "
-            f"examples. Choose one from 1 to {num_examples}."
+            f"Batch size {batch_size} must be from 1 to {num_examples}, the "
+            "number of training examples."
         )
     indices = order(num_examples, seed=seed, epoch=epoch)
     full = num_examples - num_examples % batch_size
@@ -133,9 +133,9 @@ def train_batches(
 def stack_batches(
     batches: Iterable[Batch], count: int
 ) -> Iterator[tuple[int, Batch]]:
-    """Yields (how many, batches on a new first axis); what is left, singly.
+    """Yields (count, count batches stacked on a new first axis).
 
-    A batch that comes alone has no such axis.
+    The remaining batches are yielded one by one, without the axis.
     """
     waiting: list[Batch] = []
     for batch in batches:
@@ -154,12 +154,12 @@ def _stack(batches: Sequence[Batch]) -> Batch:
 def test_batches(
     split: Split, batch_size: int, *, rows: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """Every example once, in place; zeros fill the last batch.
+    """Yields every example once, in order; the last batch is zero-padded.
 
     Args:
-      split: what to read from.
-      batch_size: of all processes together.
-      rows: indices in each batch to read; None reads all.
+      split: the examples.
+      batch_size: global batch size, over all processes.
+      rows: indices within each batch to read; None reads all.
 
     Raises:
       UserError: batch_size is not positive.
@@ -188,11 +188,11 @@ def _batches(
 
 
 def _select(source: _Source, expression: str, lazy: bool) -> Split:
-    """Finds the examples of a TFDS split expression, in its order."""
+    """Selects the examples of a TFDS split expression, in order."""
     import tensorflow_datasets as tfds
 
     parts = []
-    # TFDS's errors for what is malformed, unknown or out of range.
+    # TFDS raises various errors for malformed or unknown expressions.
     with contextlib.suppress(Exception):
         instruction = tfds.core.ReadInstruction.from_spec(expression)
         for part in instruction.to_absolute(source.splits):

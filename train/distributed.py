@@ -1,4 +1,4 @@
-"""How the processes of a run meet."""
+"""Initializes jax.distributed, with errors that users can act on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import jax
 from train import UserError
 from train.processes import STARTUP_TIMEOUT
 
-# A process that is gone is noticed after this many seconds; JAX waits 100.
+# Seconds until a lost process is noticed; the default of JAX is 100.
 HEARTBEAT = 15
-# So long a process that has finished, or failed, waits for the others.
+# Seconds that a finished or failed process waits for the others.
 SHUTDOWN = 10
 _TIMEOUTS = {
     "heartbeat_timeout_seconds": HEARTBEAT,
@@ -30,21 +30,21 @@ def initialize(
     *,
     before_connecting: Callable[[int], Any] = lambda _: None,
 ) -> None:
-    """Joins the processes of a run, before the first use of a device.
+    """Connects the processes of a run; call before the first use of a device.
 
-    Without arguments JAX looks for what SLURM, Open MPI, Kubernetes or a Cloud
-    TPU say; where there is none of them the run has one process.
+    Without arguments JAX detects SLURM, Open MPI, Kubernetes or Cloud TPU;
+    without any of them the run has a single process.
 
     Args:
-      coordinator: HOST:PORT where process 0 is to be met.
-      num_processes: of the run.
-      process_id: of this one.
+      coordinator: HOST:PORT of process 0.
+      num_processes: number of processes.
+      process_id: index of this process.
       before_connecting: called with process_id before several processes
         connect.
 
     Raises:
-      UserError: some of the arguments are given and others not, or the
-        processes do not find each other.
+      UserError: only some of the arguments are given, or the processes cannot
+        connect.
     """
     given = {
         "coordinator": coordinator,
@@ -54,7 +54,8 @@ def initialize(
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise UserError(
-            "--coordinator, --num_processes and --process_id go together; "
+            "--coordinator, --num_processes and --process_id must be set "
+            "together; "
             f"{' and '.join('--' + name for name in missing)} is missing."
         )
     options: dict[str, Any] = {}
@@ -68,8 +69,8 @@ def initialize(
         raise UserError(f"--num_processes={num_processes} must be at least 1.")
     if not 0 <= process_id < num_processes:
         raise UserError(
-            f"--process_id={process_id} must be from 0 to num_processes - 1, "
-            f"which is {num_processes - 1}."
+            f"--process_id={process_id} must be from 0 to "
+            f"{num_processes - 1}, num_processes - 1."
         )
     host, port = _parse_address(coordinator)
     limit = time.monotonic() + STARTUP_TIMEOUT
@@ -91,14 +92,14 @@ def initialize(
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"Process {process_id} of {num_processes} did not meet the others "
-            f"at {coordinator}: {' '.join(str(error).split())[:300]}"
+            f"Process {process_id} of {num_processes} could not connect to "
+            f"the others at {coordinator}: {' '.join(str(error).split())[:300]}"
         ) from error
 
 
 def _detect_cluster() -> tuple[str, int, int, Any] | None:
-    """What JAX finds out about the processes from the environment."""
-    from jax._src import clusters  # no public way leads to the address
+    """Returns the cluster that JAX detects from the environment."""
+    from jax._src import clusters  # there is no public API for the address
 
     found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
         None, None, None, None, None, STARTUP_TIMEOUT
@@ -117,37 +118,39 @@ def _parse_address(coordinator: str) -> tuple[str, int]:
 
 
 def _bind_address(host: str, port: int, *, everywhere: bool) -> str:
-    """Returns the address to listen at; JAX crashes where it cannot.
+    """Returns the address to bind; JAX crashes if it cannot be bound.
 
     Args:
-      host: of the coordinator.
-      port: of the coordinator.
-      everywhere: at all addresses of this host, as JAX listens where the
-        environment names the coordinator: there a name of this host may stand
-        for its loopback, and for another address elsewhere.
+      host: host of the coordinator.
+      port: port of the coordinator.
+      everywhere: tries all addresses of this host, as JAX does if the
+        environment names the coordinator: its name may resolve to the loopback
+        here, and to another address elsewhere.
 
     Raises:
-      UserError: no process can listen there.
+      UserError: the address cannot be bound.
     """
     try:
         family, *_, (address, *_) = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM
         )[0]
         with socket.socket(family, socket.SOCK_STREAM) as one:
-            # Connections of a run before may still be closing.
+            # Connections of an earlier run may still be closing.
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind(("" if everywhere else address, port))
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no name of a host"
+        reason = (
+            getattr(error, "strerror", None) or "it is not a valid host name"
+        )
         raise UserError(
-            f"Process 0 cannot listen at --coordinator={host}:{port}: "
-            f"{reason}. Give an address of its own host and a free port."
+            f"Process 0 cannot listen on --coordinator={host}:{port}: "
+            f"{reason}. Use an address of its host and a free port."
         ) from error
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _wait_for_coordinator(host: str, port: int, limit: float) -> None:
-    """Returns once process 0 listens."""
+    """Blocks until process 0 listens."""
     while True:
         try:
             socket.create_connection((host, port), timeout=5).close()
@@ -156,8 +159,9 @@ def _wait_for_coordinator(host: str, port: int, limit: float) -> None:
                 time.sleep(0.2)
                 continue
             raise UserError(
-                f"Nobody listens at --coordinator={host}:{port} after {STARTUP_TIMEOUT} s "
-                f"({getattr(error, 'strerror', None) or error}). Start process 0 there within "
-                "that time, or correct the address."
+                f"Nothing listens on --coordinator={host}:{port} after "
+                f"{STARTUP_TIMEOUT} s ({getattr(error, 'strerror', None) or error}). "
+                "Start process 0 there within that time, or correct the "
+                "address."
             ) from error
         return

@@ -1,10 +1,10 @@
 # ruff: noqa: E402
 """Evaluates a run on every example of a split: python -m train.evaluate RUN.
 
-Prints loss and accuracy, and a table of the classes; writes them, with the
-confusion matrix, into RUN/evaluation.json. --best takes the checkpoint with the
-best test accuracy in place of the newest; --precise N adds the result with
-running statistics taken anew over N training batches.
+Prints loss, accuracy and a per-class table; writes them, with the confusion
+matrix, to RUN/evaluation.json. --best uses the checkpoint with the best test
+accuracy instead of the newest; --precise N also evaluates with running
+statistics recomputed over N training batches.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from train.step import Recipe
 from train.trained_run import TrainedRun, load, use_devices
 from train.weight_average import precise_statistics
 
-_BATCH = 1000  # examples at a time
+_BATCH = 1000  # examples per step
 
 
 class Counts(NamedTuple):
     """Sums over examples; K classes."""
 
     loss: Any  # (K,) in nats, summed over the examples of a class
-    confusion: Any  # (K, K) examples: row the label, column the answer
+    confusion: Any  # (K, K) examples: rows are labels, columns predictions
 
 
 def evaluate(
@@ -52,28 +52,29 @@ def evaluate(
     split: str | None = None,
     precise: int = 0,
 ) -> dict[str, Any]:
-    """Returns what it writes into evaluation.json, and prints it.
+    """Evaluates a run, prints the result and writes evaluation.json.
 
     Args:
-      run: the workdir of a run.
-      saved: what `load` returns for it.
-      split: of the data set, as TFDS writes it; None is the run's test split.
-      precise: training batches to take the running statistics anew over; 0
-        takes none.
+      run: the workdir.
+      saved: result of `load` for it.
+      split: TFDS split expression; None is the test split of the run.
+      precise: number of training batches to recompute the running statistics
+        over; 0 skips this.
 
     Returns:
-      step, epoch, split, images, loss, accuracy, classes and confusion; and
-      under precise the batches, and loss to confusion once more.
+      The contents of evaluation.json: step, epoch, split, images, loss,
+      accuracy, classes and confusion; under "precise" the number of batches,
+      and loss to confusion with the recomputed statistics.
 
     Raises:
-      UserError: there is no such split, the run's norm has no statistics to
-        take anew, or evaluation.json cannot be written.
+      UserError: there is no such split, the norm of the run does not support
+        recomputation, or evaluation.json cannot be written.
     """
     config = saved.config
     if precise and config.norm in ("flax", "none"):
         raise UserError(
-            f"--precise {precise} needs statistics that can be taken anew, "
-            f"which norm={config.norm!r} does not hand out; leave it away."
+            f"--precise {precise} recomputes running statistics, which "
+            f"norm={config.norm!r} does not support; leave it out."
         )
     state = saved.state
     split = split or config.test_split
@@ -113,15 +114,15 @@ def _examples(saved: TrainedRun, split: str) -> data.Split:
         data_dir=config.data_dir,
         train_split=split,
         test_split=split,
-        lazy=True,  # or it would be read twice
-        download=False,  # it is there: `load` has read it
+        lazy=True,  # both splits are the same: read it once
+        download=False,  # `load` has read it already
     ).test
 
 
 def make_counter(
     experiment: Experiment, split: data.Split
 ) -> Callable[[Any, Any], Counts]:
-    """Returns (params, batch_stats) -> Counts of all examples, each once."""
+    """Returns (params, batch_stats) -> Counts over all examples, each once."""
     topology, classes = experiment.topology, experiment.dataset.num_classes
     step = jax.jit(
         jax.shard_map(
@@ -192,7 +193,7 @@ def _result(counts: Counts) -> dict[str, Any]:
 
 
 def format_result(found: dict[str, Any], dataset: str) -> str:
-    """Returns the result as lines of text."""
+    """Formats the result as text."""
     again = found.get("precise")
     lines = [
         f"{dataset} {found['split']}, {found['images']:,} images, at step "
@@ -202,10 +203,10 @@ def format_result(found: dict[str, Any], dataset: str) -> str:
     if again:
         lines.append(
             f"accuracy {again['accuracy']:.2%}  loss {again['loss']:.4f}  with "
-            f"statistics taken anew over {again['batches']} training batches"
+            f"statistics recomputed over {again['batches']} training batches"
         )
     head = f"{'class':>5} {'images':>7} {'accuracy':>9} {'loss':>8}"
-    lines.append(head + ("      anew" if again else "") + "  taken for")
+    lines.append(head + ("   precise" if again else "") + "  mistaken for")
     for k, one in enumerate(found["classes"]):
         if not one["images"]:
             continue
@@ -217,11 +218,11 @@ def format_result(found: dict[str, Any], dataset: str) -> str:
     return "\n".join(lines)
 
 
-def _mistakes(row: list[int], own: int, shown: int = 3) -> str:
-    """Says which classes the examples of one were most often taken for."""
+def _mistakes(row: list[int], own: int, most: int = 3) -> str:
+    """Lists the classes that a class is most often mistaken for."""
     wrong = [(n, k) for k, n in enumerate(row) if n and k != own]
     wrong.sort(key=lambda pair: (-pair[0], pair[1]))
-    return ", ".join(f"{k} ({n})" for n, k in wrong[:shown])
+    return ", ".join(f"{k} ({n})" for n, k in wrong[:most])
 
 
 def main(arguments: list[str]) -> None:
@@ -230,22 +231,24 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("run", type=cli.folder, help="the --workdir of a run")
     parser.add_argument(
-        "--split", help="such as test, train or train[45000:]; the run's test"
+        "--split",
+        help="such as test, train or train[45000:]; default: the test split",
     )
     parser.add_argument(
         "--best",
         action="store_true",
-        help="the checkpoint with the best test accuracy; else the newest",
+        help="use the checkpoint with the best test accuracy, not the newest",
     )
     parser.add_argument(
         "--precise",
         type=int,
         default=0,
         metavar="N",
-        help="also with statistics taken anew over N training batches",
+        help="also evaluate with statistics recomputed over N batches",
     )
     parser.add_argument(
-        "--data_dir", help="of TFDS; the run's, if the data is there already"
+        "--data_dir",
+        help="TFDS data directory; default: that of the run, if prepared",
     )
     given = parser.parse_args(arguments)
     if given.precise < 0:
@@ -257,7 +260,7 @@ def main(arguments: list[str]) -> None:
         split=given.split,
         precise=given.precise,
     )
-    print(f"All of it is in {given.run / 'evaluation.json'}.")
+    print(f"Wrote {given.run / 'evaluation.json'}.")
 
 
 if __name__ == "__main__":

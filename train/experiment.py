@@ -1,4 +1,4 @@
-"""What a config stands for: devices, data, network and schedule."""
+"""Builds devices, data, model and schedule from a config."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from train.topology import Topology, make_topology
 
 
 class Experiment(NamedTuple):
-    """What a config stands for, before anything is written."""
+    """The components of a run that a config describes."""
 
     topology: Topology
     dataset: data.Dataset
-    steps: int  # of an epoch
+    steps: int  # per epoch
     schedule: optax.Schedule
     recipe: Recipe
 
@@ -32,20 +32,20 @@ class Experiment(NamedTuple):
 def build_experiment(
     config: ConfigDict, *, download: bool = True
 ) -> Experiment:
-    """Reads the data and makes the recipe.
+    """Builds the components of a run; writes nothing to the workdir.
 
     Args:
-      config: of the run.
-      download: False takes only data that is there already.
+      config: config of the run.
+      download: False only uses data that is already prepared.
 
     Raises:
-      UserError: the config cannot be run, with what to change.
+      UserError: the config is invalid, with what to change.
     """
     check(config)
     topology = make_topology(
         config.mesh, config.batch_size, config.microbatches
     )
-    with processes.together():  # each host has data of its own
+    with processes.together():  # each host reads its own data
         dataset = data.load(
             config.dataset,
             data_dir=config.data_dir,

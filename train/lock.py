@@ -1,4 +1,4 @@
-"""A workdir belongs to one run at a time, which all its processes see."""
+"""Locks a workdir for one run, and checks that all processes share it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from train import UserError, processes
 
 NAME = "lock"
-# An NFS client may show an old folder for some seconds.
+# NFS clients may show stale directories for some seconds.
 VISIBILITY_TIMEOUT = 15.0
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Creates the folder and holds it while this is a context.
+    """Context manager that creates and locks the workdir.
 
-    The system lets go of the lock when the process ends, however it does.
+    The system releases the lock when the process exits in any way.
 
     Raises:
-      UserError: another run holds it, it cannot be written, or a process does
-        not see what the main one has written there.
+      UserError: another run holds the lock, the workdir cannot be written, or
+        a process does not see the same workdir as the main one.
     """
     token = secrets.token_hex(8) if processes.is_main() else ""
     lock = None
@@ -61,11 +61,11 @@ def _acquire(workdir: pathlib.Path, token: str) -> int:
         owner = owner.partition("\n")[2].strip()
         os.close(lock)
         raise UserError(
-            f"Another run{f' ({owner})' if owner else ''} is at work in "
-            f"{workdir}: wait for its end, stop it, or take another --workdir."
+            f"Another run{f' ({owner})' if owner else ''} is using {workdir}: "
+            "wait until it ends, stop it, or use another --workdir."
         ) from error
     except OSError:
-        pass  # a file system without locks
+        pass  # the file system does not support locks
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     text = f"{token}\nprocess {os.getpid()} on {socket.gethostname()}, "
     try:
@@ -87,8 +87,8 @@ def _check_visible(workdir: pathlib.Path, token: str) -> None:
                 return
         if time.monotonic() > limit:
             raise UserError(
-                f"--workdir={workdir} is not the same folder in all processes: "
-                f"{socket.gethostname()} does not see what process 0 has "
-                "written there. Give one that all hosts share."
+                f"--workdir={workdir} is not the same directory on all hosts: "
+                f"{socket.gethostname()} does not see the file that process 0 "
+                "wrote there. Use a shared directory."
             )
         time.sleep(0.2)

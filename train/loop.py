@@ -1,4 +1,4 @@
-"""A whole run: config in, trained model and records in the workdir out."""
+"""Trains a model from a config, with results in a workdir."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from train.workdir import check_name, open_workdir, read_summary
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains as config says and returns what stands in summary.json.
+    """Trains a model and returns the contents of summary.json.
 
-    A workdir with the same config is gone on with after its last checkpoint.
+    A workdir with the same config is resumed from its last checkpoint.
 
     Raises:
-      UserError: the config cannot be run, with what to change.
-      Stopped: a signal asked for it; the state is saved.
+      UserError: the config is invalid, with what to change.
+      Stopped: a signal was received; the state is saved.
     """
     started = time.monotonic()
     check_name(workdir)
@@ -66,7 +66,7 @@ def _train(
     checkpoints: Checkpoints,
     started: float,
 ) -> dict[str, Any]:
-    """Goes on with the run in a workdir that is ours."""
+    """Trains in a workdir that is locked."""
     topology, dataset, steps, _, recipe = experiment
     shape = dataset.train.images.shape[1:]
     progress = Progress()
@@ -99,7 +99,7 @@ def _train(
         for epoch in range(progress.epoch, config.epochs):
             state, record = loop.epoch(state, progress)
             with timer.measure("save"):
-                # At most one record is ahead of the checkpoints.
+                # At most one record may be ahead of the checkpoints.
                 checkpoints.wait()
             try:
                 report.add(record)
@@ -122,7 +122,7 @@ def _train(
         report.say(f"time: {timer}")
 
     def summary() -> dict[str, Any]:
-        """Of the main process, which alone has the records."""
+        """Runs in the main process, which has the records."""
         found = summarize(report.records, experiment, started, timer) | extra
         try:
             write_json(workdir / "summary.json", found)
@@ -137,7 +137,7 @@ def _train(
 
 
 class _Loop:
-    """The compiled steps and the data they run on."""
+    """Runs epochs of training and testing."""
 
     def __init__(
         self,
@@ -157,9 +157,11 @@ class _Loop:
         self._interrupt = interrupt
         self._trace = trace
         topology = experiment.topology
-        self._train_steps: dict[int, Any] = {}  # by batches of a dispatch
+        self._train_steps: dict[
+            int, Any
+        ] = {}  # by number of batches per dispatch
         self._test_step = make_test_step(experiment.recipe, topology.mesh)
-        # The last batch is padded anyway, so any whole share will do.
+        # The last batch is padded anyway; round up to the devices.
         size = min(config.test_batch_size, len(experiment.dataset.test.labels))
         self._test_batch_size = topology.padded(size)
         self._remaining_time = RemainingTime(
@@ -169,10 +171,10 @@ class _Loop:
     def epoch(
         self, state: TrainState, progress: Progress
     ) -> tuple[TrainState, dict[str, float]]:
-        """Trains the rest of an epoch, then measures; state and record.
+        """Finishes an epoch and tests; returns the state and a record.
 
         Raises:
-          Stopped: a signal asked for it; the state is saved.
+          Stopped: a signal was received; the state is saved.
           UserError: the loss or a gradient is not finite.
         """
         config, (topology, dataset, *_) = self._config, self._experiment
@@ -226,7 +228,7 @@ class _Loop:
     def _dispatch(
         self, state: TrainState, count: int, rows: Any, epoch: int, meter: Meter
     ) -> TrainState:
-        """Starts the steps on some batches, stacked if they are several."""
+        """Dispatches training steps on one batch or on stacked batches."""
         topology, size = self._experiment.topology, self._config.batch_size
         first = count not in self._train_steps
         if first:
@@ -243,7 +245,7 @@ class _Loop:
         return state
 
     def test(self, params: Any, batch_stats: Any) -> tuple[float, float]:
-        """Mean loss and accuracy on the test split, each example once."""
+        """Returns mean loss and accuracy on the test split."""
         meter = Meter()
         topology, size = self._experiment.topology, self._test_batch_size
         for rows in data.test_batches(
@@ -262,15 +264,15 @@ class _Loop:
         done: int,
         count: int,
     ) -> None:
-        """Saves where the config asks for it, or a signal does."""
+        """Saves a checkpoint if one is due or a signal was received."""
         every = self._config.checkpoint_every
         due = every and done // every > (done - count) // every
-        # All processes ask each time, and all get the same answer.
+        # A collective decision: every process must call it every time.
         stop = self._checkpoints.preempted() or self._interrupt.requested
         if not stop and not due:
             return
         if progress.batch == self._experiment.steps and not stop:
-            return  # the end of the epoch is saved with its test
+            return  # saved after testing
         with self._timer.measure("steps"):
             sums = meter.sums()
         self._check(meter, state, progress.epoch)
@@ -280,13 +282,13 @@ class _Loop:
                 self._checkpoints.wait()
         if stop:
             raise Stopped(
-                f"Stopped and saved at step {done}; the same command goes on "
-                "from there.",
+                f"Stopped and saved at step {done}; rerun the same command to "
+                "resume.",
                 self._interrupt.code,
             )
 
     def _check(self, meter: Meter, state: TrainState, epoch: int) -> None:
-        """Ends the run if a landed step was not finite and that is to stop."""
+        """Raises if a completed step was not finite and the config says stop."""
         config = self._config
         if not meter.nonfinite or config.on_nonfinite != "stop":
             return

@@ -1,4 +1,4 @@
-"""Which layers a loss that is not finite comes from."""
+"""Finds the layers that make a loss nonfinite."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MAX_LISTED = 5
 def describe_nonfinite(
     config: ConfigDict, experiment: Experiment, state: TrainState, epoch: int
 ) -> str:
-    """Says at which step, and what the layers' statistics were there.
+    """Describes the step, and the layers' batch statistics in it.
 
     Args:
-      config: of the run.
-      experiment: of the run.
-      state: as it was before the batch; no later one has moved it.
-      epoch: that the batch is of, from 0.
+      config: config of the run.
+      experiment: components of the run.
+      state: state before the nonfinite batch.
+      epoch: epoch of the batch, from 0.
     """
     topology, dataset, steps, _, recipe = experiment
     step = int(state.step)

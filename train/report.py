@@ -1,4 +1,4 @@
-"""What a run leaves in its workdir, and what it shows while it goes on."""
+"""Reports progress: console, metrics.jsonl, TensorBoard and a plot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 
 
 class NullReport:
-    """The report of a process that leaves the telling to another."""
+    """Report of a process that does not write."""
 
     def __init__(self, *_: Any, done: int, **__: Any):
         self.records: list[dict[str, float]] = [{}] * done
@@ -46,17 +46,17 @@ class NullReport:
 
 
 class Report:
-    """Epoch records as JSON lines, TensorBoard events, picture and text.
+    """Writes epoch records as JSON lines, TensorBoard events, plot and text.
 
     Args:
-      workdir: of the run.
-      epochs: that the run will have.
-      images_per_epoch: that training reads.
-      done: epochs finished before; later records are left from a crash and
-        are dropped.
+      workdir: directory of the run.
+      epochs: total number of epochs.
+      images_per_epoch: number of training images per epoch.
+      done: number of completed epochs; later records, left by a crash, are
+        dropped.
 
     Raises:
-      UserError: the records of before are damaged, or lack the result of a
+      UserError: the existing records are damaged, lack the result of a
         finished run, or the workdir cannot be written.
     """
 
@@ -79,14 +79,14 @@ class Report:
             and missing_epochs(self.records[-1:], done)
         ):
             raise UserError(
-                f"{workdir} is trained to its end, but {self._path.name} lacks "
-                f"{missing}, and with it the result: python -m train.evaluate "
-                f"{workdir} measures it again."
+                f"{workdir} is fully trained, but {self._path.name} lacks "
+                f"{missing}, and so the result: run python -m train.evaluate "
+                f"{workdir}."
             )
         if len(self.records) < len(found) or not self._path.exists():
             with as_user_error(workdir):
                 self._write_records()
-        self._events: EventsWriter | None = None  # no epoch, no file
+        self._events: EventsWriter | None = None  # created with the first epoch
         self._epochs = epochs
         self._live = sys.stdout.isatty()
         self._bar = tqdm.tqdm(
@@ -98,7 +98,7 @@ class Report:
             disable=not self._live,
         )
         if missing:
-            self.say(f"{self._path} lacks {missing}; going on without")
+            self.say(f"{self._path} lacks {missing}; continuing without")
 
     def __enter__(self) -> Self:
         return self
@@ -109,15 +109,15 @@ class Report:
             if self._events is not None:
                 self._events.close()
         except OSError as error:
-            # Each epoch was flushed. What fails here fails again, and what
-            # went wrong before is the one to be reported.
+            # Each epoch has been flushed already. If there was an earlier
+            # error, report that one.
             if kind is None:
                 raise UserError(
                     f"Cannot write to {self._workdir}: {error.strerror}."
                 ) from error
 
     def say(self, line: str) -> None:
-        """Prints a line, above the progress bar where there is one."""
+        """Prints a line, above the progress bar if there is one."""
         if self._live:
             self._to_terminal(self._bar.write, line, file=sys.stdout)
         else:
@@ -134,7 +134,7 @@ class Report:
             output.lost(error)
 
     def add(self, record: dict[str, float]) -> None:
-        """Takes the record of an epoch."""
+        """Records the metrics of an epoch."""
         self.records.append(record)
         self._write_records()
         step = int(record["step"])
@@ -154,13 +154,13 @@ class Report:
         write_text(self._path, lines)
 
     def _write_events(self, record: dict[str, float], step: int) -> None:
-        """Appends to the TensorBoard file, in this thread.
+        """Appends to the TensorBoard file in this thread.
 
-        tensorboardX's SummaryWriter has one of its own, which reports a full
-        disk in a traceback and not to its caller.
+        tensorboardX's SummaryWriter writes in its own thread, where a full disk
+        raises an exception that its caller never sees.
         """
         if self._events is None:
-            # A name that nobody can have laid a link at.
+            # An unpredictable name, so that it cannot be a symbolic link.
             self._events = EventsWriter(
                 str(self._workdir.absolute() / "events"),
                 filename_suffix=f".{secrets.token_hex(4)}",
@@ -178,7 +178,7 @@ class Report:
 
 
 def draw(records: list[dict[str, float]], path: pathlib.Path) -> None:
-    """Draws loss and accuracy over the epochs into a PNG."""
+    """Plots loss and accuracy over epochs to a PNG."""
     epochs = [record["epoch"] for record in records]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 3.5), layout="constrained"

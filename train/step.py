@@ -1,4 +1,4 @@
-"""One training step and one evaluation step, sharded over the mesh."""
+"""Training and test steps, sharded over the mesh."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from train.topology import MICROBATCH_AXIS
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step, the same on every device."""
+    """State of training, replicated on every device."""
 
-    step: jax.Array  # () batches taken
-    skipped: jax.Array  # () of them with a loss or gradient not finite
+    step: jax.Array  # () number of batches so far
+    skipped: jax.Array  # () batches with a nonfinite loss or gradient
     params: Any
     batch_stats: Any
     opt_state: Any
-    average: Any  # of params, where the recipe asks for it; else None
+    average: Any  # average of params, or None
 
 
 class Sums(NamedTuple):
-    """Sums over examples; they add up over batches."""
+    """Sums over examples; additive over batches."""
 
-    loss: jax.Array  # () in nats
+    loss: jax.Array  # () nats
     correct: jax.Array  # ()
     count: jax.Array  # ()
-    nonfinite: jax.Array  # () batches whose update was left out
+    nonfinite: jax.Array  # () batches whose update was skipped
 
 
 class Recipe(NamedTuple):
-    """What the steps do with a batch, fixed while tracing."""
+    """What a step computes; static while tracing."""
 
     model: nn.Module  # called with (images, train=...)
     optimizer: optax.GradientTransformation
-    pixel_mean: tuple[float, ...]  # (C,) in 0..255
+    pixel_mean: tuple[float, ...]  # (C,) in units of 0..255
     pixel_std: tuple[float, ...]
-    padding: int  # of the random crop; 0 for none
+    padding: int  # of the random crop; 0 disables it
     flip: bool
     seed: int
     label_smoothing: float = 0.0
-    average_decay: float | None = None  # of the average of params
-    stop_if_nonfinite: bool = True  # False: leave the batch out and go on
-    microbatches: int = 1  # that a device takes one after the other
-    # The same network, synchronized over microbatches too, if there are some.
+    average_decay: float | None = None  # decay of the average of params
+    stop_if_nonfinite: bool = True  # False: skip the batch
+    microbatches: int = 1  # per device, processed in turn
+    # The same network, also synchronized over microbatches; None without.
     microbatch_model: nn.Module | None = None
 
 
@@ -63,7 +63,7 @@ def make_optimizer(
     nesterov: bool,
     weight_decay: float,
 ) -> optax.GradientTransformation:
-    """SGD with momentum; weight decay is added to the gradient of kernels.
+    """Returns SGD with momentum and L2 weight decay on kernels.
 
     Scale and bias are not decayed. Source: He et al. (2015), section 4.2.
     """
@@ -74,7 +74,7 @@ def make_optimizer(
 
 
 def is_kernel(params: Any) -> Any:
-    """Returns the tree of params with True at kernels."""
+    """Returns a mask of params that is True for kernels."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "kernel", params
     )
@@ -85,8 +85,8 @@ def init_state(
 ) -> TrainState:
     """Returns the state at step 0 on every device of the mesh.
 
-    A function of recipe.seed alone. Compiled as one program: operation by
-    operation it takes longer than the first epoch on digits.
+    Depends only on recipe.seed. Compiled as one program: op by op it takes
+    longer than the first epoch on digits.
     """
 
     def init() -> TrainState:
@@ -110,7 +110,7 @@ def init_state(
 def abstract_state(
     recipe: Recipe, image_shape: tuple[int, ...], mesh: Mesh
 ) -> TrainState:
-    """Returns shapes, dtypes and shardings of `init_state`, compiling nothing."""
+    """Returns shapes, dtypes and shardings of `init_state`, uncompiled."""
     shapes = jax.eval_shape(lambda: init_state(recipe, image_shape, mesh))
     everywhere = NamedSharding(mesh, P())
     return jax.tree.map(
@@ -120,16 +120,16 @@ def abstract_state(
 
 
 def make_train_step(recipe: Recipe, mesh: Mesh, *, steps: int = 1) -> Any:
-    """Returns jit of (state, batch, epoch) -> (state, Sums).
+    """Returns a jitted function (state, batch, epoch) -> (state, Sums).
 
-    The batch is split over all axes of the mesh; loss, gradient and running
-    statistics are those of the whole batch. The state is donated.
+    The batch is sharded over all axes of the mesh; loss, gradient and running
+    statistics are those of the global batch. The state is donated.
 
     Args:
-      recipe: what a step does.
-      mesh: that the batch lies on.
-      steps: above 1 the batch has another axis in front, of so many batches
-        that are taken in turn by one program, and Sums are over all of them.
+      recipe: what a step computes.
+      mesh: mesh of the batch.
+      steps: above 1, the batch has a leading axis of that many batches, which
+        one program scans over; Sums are over all of them.
     """
     axes = tuple(mesh.axis_names)
     one = functools.partial(_train_step, recipe, axes)
@@ -144,7 +144,7 @@ def make_train_step(recipe: Recipe, mesh: Mesh, *, steps: int = 1) -> Any:
 
 
 def make_test_step(recipe: Recipe, mesh: Mesh) -> Any:
-    """Returns jit of (params, batch_stats, batch) -> Sums, masked by where."""
+    """Returns a jitted function (params, batch_stats, batch) -> Sums."""
     axes = tuple(mesh.axis_names)
     sharded = jax.shard_map(
         functools.partial(_test_step, recipe, axes),
@@ -159,9 +159,9 @@ def make_test_step(recipe: Recipe, mesh: Mesh) -> Any:
 def augmented_images(
     recipe: Recipe, batch: Batch, epoch: jax.Array
 ) -> jax.Array:
-    """Returns the images (B, H, W, C) that the network sees in training.
+    """Returns the augmented and normalized images (B, H, W, C).
 
-    A function of recipe.seed, epoch and batch.index alone.
+    Depends only on recipe.seed, epoch and batch.index.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), epoch)
     return crop_and_flip(
@@ -233,12 +233,11 @@ def _train_step(
 def _skip_if_nonfinite(
     recipe: Recipe, old: TrainState, new: TrainState, sums: Sums, grads: Any
 ) -> tuple[TrainState, Sums]:
-    """Takes the new state, or where something is not finite the old one.
+    """Returns the new state, or the old one if loss or gradient is nonfinite.
 
-    The host looks at the sums some steps later. If the run is to stop, the
-    state waits for it where it was: no later batch moves it. If it goes on, the
-    batch counts as a step like any other, also for the schedule: it ends where
-    it was planned, however many batches were left out.
+    The host checks the sums some steps later. If the run is to stop, the state
+    is frozen until then. Otherwise the skipped batch still counts as a step,
+    also in the schedule, so that the run ends as planned.
     """
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(optax.tree.norm(grads))
     halted = recipe.stop_if_nonfinite & (old.skipped > 0)
@@ -259,7 +258,7 @@ def _skip_if_nonfinite(
 
 
 def _set_schedule_count(opt_state: Any, step: jax.Array) -> Any:
-    """Sets the count that a schedule of the optimizer reads."""
+    """Sets the step count of the optimizer's schedules."""
 
     def counts(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
@@ -289,7 +288,7 @@ def _test_step(
 def _sums(
     logits: jax.Array, batch: Batch, axes: tuple[str, ...], smoothing: float
 ) -> Sums:
-    """Sums over the whole batch on all devices; padding counts nothing."""
+    """Returns sums over the global batch, excluding padding."""
     labels = jax.nn.one_hot(batch.labels, logits.shape[-1])
     loss = optax.softmax_cross_entropy(
         logits, optax.smooth_labels(labels, smoothing)

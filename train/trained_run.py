@@ -1,4 +1,4 @@
-"""A run that was trained before, read back from its workdir."""
+"""Loads a trained run from its workdir."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from train.workdir import check_name, with_advice
 
 
 class TrainedRun(NamedTuple):
-    """What `load` returns."""
+    """Result of `load`."""
 
     config: ConfigDict
-    experiment: Experiment  # for the devices here, whoever trained it
-    state: TrainState  # of the checkpoint
-    progress: Progress  # at that state
+    experiment: Experiment  # on the devices of this program
+    state: TrainState  # restored from the checkpoint
+    progress: Progress  # position of that state
 
 
 def read_config(run: pathlib.Path) -> ConfigDict:
-    """Returns the config of a run; fields that it lacks take their defaults.
+    """Returns the config of a run; missing fields take their defaults.
 
     Raises:
-      UserError: run is no workdir, or its config.json is damaged.
+      UserError: run is not a workdir, or its config.json is damaged.
     """
     path = check_name(run) / "config.json"
     if not exists(path):
         raise UserError(
-            f"{run} holds no run: there is no {path}. Give the --workdir of a "
+            f"{run} is not a run: there is no {path}. Use the --workdir of a "
             "run."
         )
-    with with_advice("Put it back from a copy."):
+    with with_advice("Restore it from a backup."):
         then = read_json(path)
     config = defaults.get_config()
     unknown = sorted({*then} - {*config})
     if unknown:
         raise UserError(
-            f"{path} has a field {unknown[0]!r} that no run of python -m train "
-            "has: it is of another program, or of another version of this one."
+            f"{path} has a field {unknown[0]!r} that python -m train does not "
+            "know: it is from another program or another version."
         )
-    with with_advice("Put it back from a copy."):
+    with with_advice("Restore it from a backup."):
         try:
             config.update(then)
             config_checks.check(config, defaults)
@@ -61,12 +61,12 @@ def read_config(run: pathlib.Path) -> ConfigDict:
 
 
 def use_devices(run: pathlib.Path) -> None:
-    """Simulates as many devices as the run had, before any is used.
+    """Simulates as many CPU devices as the run; call before using devices.
 
-    For a program of its own: it also silences what orbax says while it reads.
+    Also silences orbax's log messages, so only for standalone programs.
 
     Raises:
-      UserError: run is no workdir.
+      UserError: run is not a workdir.
     """
     simulate(read_config(run).cpu_devices)
     logging.set_verbosity(logging.ERROR)
@@ -75,18 +75,18 @@ def use_devices(run: pathlib.Path) -> None:
 def load(
     run: pathlib.Path, *, best: bool = False, data_dir: str | None = None
 ) -> TrainedRun:
-    """Returns the newest checkpoint of a run, with its data and network.
+    """Loads the newest checkpoint of a run, with its data and model.
 
-    The folder stays as it is: the run may go on meanwhile.
+    The workdir is not modified, so the run may continue meanwhile.
 
     Args:
-      run: its workdir.
-      best: takes the checkpoint with the best test accuracy instead.
-      data_dir: of TFDS. None is that of the run, where nothing is written or
-        downloaded to: its config may be a stranger's.
+      run: the workdir.
+      best: loads the checkpoint with the best test accuracy instead.
+      data_dir: TFDS data directory. None uses that of the run, read-only: its
+        config may not be trusted.
 
     Raises:
-      UserError: run is no workdir, or has no such checkpoint yet.
+      UserError: run is not a workdir, or has no such checkpoint yet.
     """
     config = read_config(run)
     config.mesh = "data"

@@ -1,4 +1,4 @@
-"""The average of the weights, with statistics of its own."""
+"""Evaluates averaged weights, with batch statistics recomputed for them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def evaluate_average(
 ) -> dict[str, float]:
     """Returns loss and accuracy of the averaged weights.
 
-    The running statistics belong to the weights of each step; those of the
-    average are taken anew, over config.precise_batches training batches.
+    The running statistics belong to the weights of each step. For the average
+    they are recomputed over config.precise_batches training batches.
     """
     batch_stats = precise_statistics(
         config,
@@ -48,14 +48,14 @@ def precise_statistics(
     *,
     batches: int,
 ) -> Any:
-    """Returns batch_stats taken anew for params, over training batches.
+    """Returns batch_stats recomputed for params over training batches.
 
     Args:
-      config: of a run whose norm hands out moments: not flax or none.
-      experiment: of the run.
-      params: to take statistics for.
-      batch_stats: of the run, for what is not taken anew.
-      batches: to read, at most an epoch's.
+      config: config of the run; its norm must not be "flax" or "none".
+      experiment: data and model of the run.
+      params: parameters to compute the statistics for.
+      batch_stats: running statistics; entries not recomputed are kept.
+      batches: number of batches to read, at most one epoch.
     """
     topology, dataset, _, _, recipe = experiment
     size, epoch = config.batch_size, config.epochs - 1
