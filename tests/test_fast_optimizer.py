@@ -25,7 +25,7 @@ def test_triangle():
 
 
 PARAMS = {
-    "Group_0": {"BatchNorm_0": {"bias": 3}, "Conv_0": {"kernel": (3, 3, 4, 5)}},
+    "Block_0": {"BatchNorm_0": {"bias": 3}, "Conv_0": {"kernel": (3, 3, 4, 5)}},
     "head": {"kernel": (5, 2)},
     "whitening": {"bias": 4},
 }
@@ -77,8 +77,8 @@ def by_hand(leaf, rates, momentum, decay):
 
 
 LEAVES = {
-    "kernel": lambda tree: tree["Group_0"]["Conv_0"]["kernel"],
-    "norm_bias": lambda tree: tree["Group_0"]["BatchNorm_0"]["bias"],
+    "kernel": lambda tree: tree["Block_0"]["Conv_0"]["kernel"],
+    "norm_bias": lambda tree: tree["Block_0"]["BatchNorm_0"]["bias"],
     "head": lambda tree: tree["head"]["kernel"],
     "whitening_bias": lambda tree: tree["whitening"]["bias"],
 }

@@ -89,7 +89,7 @@ def _describe_layers(tree: Any) -> str:
             else ""
         )
         return (
-            f"Not finite are the inputs of {', '.join(bad[:MAX_LISTED])}{more}."
+            f"Layers with nonfinite input: {', '.join(bad[:MAX_LISTED])}{more}."
         )
     size = {name: float(np.sqrt(m.var.max())) for name, m in layers.items()}
     largest = sorted(size, key=size.get, reverse=True)[:MAX_LISTED]

@@ -1,8 +1,8 @@
 # ruff: noqa: E402
 """Trains in seconds on one GPU: python -m train.fast [--config FILE].
 
-Any field of the config can be set: --config.seeds=3. Every seed is timed from
-its initialization to the end of its evaluation, after everything is compiled.
+Override any field of the config with --config.seeds=3. Each seed is timed from
+initialization to the end of evaluation, excluding compilation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _define() -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        "Where summary.json is written. Default: runs/CONFIG-TIME.",
+        "Directory of summary.json. Default: runs/CONFIG-TIME.",
     )
 
 
@@ -50,7 +50,7 @@ def main(config: ConfigDict) -> None:
 
     workdir = command_line.workdir()
     run.train(config, workdir)
-    output.say(f"The results are in {workdir}.")
+    output.say(f"Results are in {workdir}.")
 
 
 if __name__ == "__main__":

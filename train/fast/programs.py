@@ -1,8 +1,8 @@
-"""Compiled programs of a fast run: an epoch is one of them, or many.
+"""Compiles the programs of a fast run.
 
-On an accelerator an epoch is one program, `lax.scan` over its batches, and the
-host only starts it. On CPUs convolutions inside a loop of XLA are many times
-slower, so there every batch is a call of its own. Both compute the same.
+On accelerators an epoch is one program, a `lax.scan` over its batches, which
+the host only launches. On CPUs, XLA runs convolutions inside loops many times
+slower, so each step is a separate call. Both compute the same.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from train.fast.step import (
     train_step,
 )
 
-_NUMBER = np.int32(0)  # stands for a seed or an epoch while compiling
+_NUMBER = np.int32(0)  # placeholder of a seed or an epoch
 
 
 class Programs(NamedTuple):
-    """Compiled functions, with the data. A state that is passed is used up."""
+    """Compiled functions with the data bound. States are donated."""
 
-    init: Callable[[int], State]  # of the seed
-    # (state, seed, epoch) -> state, losses in nats, () or of all steps
+    init: Callable[[int], State]  # seed -> state
+    # (state, seed, epoch) -> state, losses in nats, (steps,) or a list
     epoch: Callable[[State, int, int], tuple[State, Sequence[jax.Array]]]
     evaluate: Callable[[State], Correct]
 
 
 def epochs(recipe: Recipe) -> int:
-    """Returns how many there are, counting the last part of one."""
+    """Returns the number of epochs, rounded up."""
     return math.ceil(recipe.steps / recipe.steps_per_epoch)
 
 
 def epoch_signature(recipe: Recipe, epoch: int) -> tuple[int, bool]:
-    """Returns how many batches an epoch has, and whether the first bias train_bias.
+    """Returns the number of steps, and whether the whitening bias is trained.
 
-    Epochs of one kind share a program. Both are fixed in it: a loop of known
-    length waits for no host, and a bias that stays needs no derivative.
+    Epochs with equal signatures share a program. Both values are static: a
+    loop of known length needs no host, a frozen bias no gradient.
     """
     left = recipe.steps - epoch * recipe.steps_per_epoch
     return min(left, recipe.steps_per_epoch), epoch < recipe.bias_epochs
@@ -60,16 +60,16 @@ def epoch_signature(recipe: Recipe, epoch: int) -> tuple[int, bool]:
 def compile_programs(
     recipe: Recipe, dataset: Dataset, mesh: Mesh, *, scan: bool
 ) -> Programs:
-    """Compiles everything, ahead of the first call.
+    """Compiles all programs ahead of time.
 
-    What is returned never compiles: it would raise instead.
+    The returned functions never recompile: they would raise instead.
 
     Args:
-      recipe: of the run; seeds share its programs.
-      dataset: is put on all devices, whole.
-      mesh: with the axis of the recipe; of one device where it has none.
-      scan: one program for an epoch and one for the evaluation; False: one for
-        a batch, which is called for each.
+      recipe: recipe of the run; seeds share programs.
+      dataset: replicated on all devices.
+      mesh: has the axis of the recipe, or a single device without one.
+      scan: compiles an epoch and the evaluation as one program each; False
+        compiles one program per step.
     """
     everywhere = NamedSharding(mesh, P())
     train, test = jax.device_put((dataset.train, dataset.test), everywhere)
@@ -126,7 +126,7 @@ def compile_programs(
             state, loss = single[train_bias](
                 state, train, batches, np.int32(number)
             )
-            # Simulated devices that run ahead of the host can block for ever.
+            # Simulated devices that run ahead of the host can deadlock.
             losses.append(jax.block_until_ready(loss))
         return state, losses
 
@@ -147,16 +147,16 @@ def compile_programs(
 def _compiled(
     mesh: Mesh, function: Callable[..., Any], *arguments: Any, donate: Any = ()
 ) -> tuple[Any, Any]:
-    """Returns the program and the shape of its result."""
+    """Returns the compiled function and the shapes of its results."""
     jitted = _jitted(mesh, function, donate)
     lowered = jitted.lower(*arguments)
     return lowered.compile(), jax.eval_shape(jitted, *arguments)
 
 
 def _jitted(mesh: Mesh, function: Callable[..., Any], donate: Any = ()) -> Any:
-    """Returns the function on all devices of the mesh.
+    """Returns the jitted function on all devices of the mesh.
 
-    Arguments and results are the same on every device.
+    Arguments and results are replicated.
     """
     everywhere = NamedSharding(mesh, P())
     if mesh.size > 1:
