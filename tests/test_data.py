@@ -162,7 +162,7 @@ def test_train_batches_leave_out_others_each_epoch(digits):
 
 @pytest.mark.parametrize("batch_size", [1438, 0, -1])
 def test_train_batch_size_that_does_not_fit(digits, batch_size):
-    with pytest.raises(UserError, match=f"{batch_size} does not fit 1437 "):
+    with pytest.raises(UserError, match=f"{batch_size} must be from 1 to 1437"):
         data.train_batches(digits.train, batch_size, seed=0, epoch=0)
 
 

@@ -99,9 +99,12 @@ def test_learns_and_reports(tmp_path, capsys):
         ({"translate": -1}, r"translate must be in \[0, 1000\]; got -1"),
         ({"layers": 4}, r"layers must be in \[2, 3\]; got 4"),
         ({"widths": (8, 0, 8)}, "every entry of widths must be in"),
-        ({"devices": 3}, "batch_size=16 does not split over devices=3"),
-        ({"devices": 16}, "devices=16, but there are 8 here. Simulate more"),
-        ({"batch_size": 2000}, "more than the 1437 examples of digits"),
+        ({"devices": 3}, "batch_size=16 must be divisible by devices=3"),
+        (
+            {"devices": 16},
+            "devices=16, but only 8 are available. Simulate more",
+        ),
+        ({"batch_size": 2000}, "exceeds the 1437 examples of digits"),
         ({"cutout": 32}, "cutout=32 must be less than the 32 pixels"),
     ],
     ids=str,
@@ -132,7 +135,7 @@ def test_digits_are_enlarged():
         ([f"--config={digits.__file__}"], "The config has no bias_scale: it"),
         (
             [f"--config={cifar10_94.__file__}:adam"],
-            "configs/cifar10_94.py has no 'adam'; take one of sgd, muon",
+            "configs/cifar10_94.py has no 'adam'; use one of sgd, muon",
         ),
     ],
 )

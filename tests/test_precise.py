@@ -235,7 +235,7 @@ def test_layers_inside_remat_and_scan():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(batches=[]), "There was no batch"),
+        (dict(batches=[]), "batches is empty"),
         (dict(min_batches=1), "min_batches must be at least 2; got 1"),
         (
             dict(model=lambda _, x: x.mean(0)),

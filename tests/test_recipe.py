@@ -68,7 +68,7 @@ def test_pixel_statistics_are_exact():
 
 def test_network_errors():
     model = ResNet(depth=21, num_classes=10)
-    with pytest.raises(UserError, match=re.escape("depth=21 is not 6n + 2")):
+    with pytest.raises(UserError, match=re.escape("depth=21 must be 6n + 2")):
         jax.eval_shape(
             functools.partial(model.init, train=False),
             jax.random.key(0),

@@ -85,7 +85,7 @@ def test_every_number_is_kept_in_its_range(module):
         ("flip", 1, "flip must be of type bool; got 1."),
         ("boundaries", 5, "boundaries must be a tuple; got 5."),
         ("boundaries", (1.5,), "every entry of boundaries must be of type int"),
-        ("norm_options", 5, "norm_options holds fields of its own; got 5."),
+        ("norm_options", 5, "norm_options must be a ConfigDict; got 5."),
     ],
 )
 def test_other_fields(name, value, message):
@@ -124,7 +124,7 @@ FILES = {
     "from ml_collections import ConfigDict, config_dict\n"
     "def get_config():\n"
     "    return ConfigDict({'a': config_dict.required_placeholder(int)})\n": (
-        r"required_placeholder has no value; give it one there"
+        r"required_placeholder field has no value; set it in the file"
     ),
     "class Odd(Exception):\n"
     "    def __str__(self): return 1 / 0\n"
@@ -186,7 +186,7 @@ def test_config_files_that_are_none(tmp_path):
     refused(
         "There is no file nowhere.py; configs/ holds digits.py", "nowhere.py"
     )
-    refused("is no file; configs/ holds", str(tmp_path))
+    refused("is not a file; configs/ holds", str(tmp_path))
     refused("get_config() takes nothing behind the colon; got 'x'", here(":x"))
     refused("The config has no average_decay: it is for", cifar10_94.__file__)
 
@@ -261,17 +261,17 @@ def test_home_is_expanded(parse, monkeypatch):
         (["--config.=1"], "There is no config.; --help lists all."),
         (["--config...=1"], "There is no config...; --help lists all."),
         (["--config.norm_options.zzz=1"], "There is no config.zzz"),
-        (["--config="], "--config= is no file; configs/ holds"),
+        (["--config="], "--config= is not a file; configs/ holds"),
         (["--config"], "Missing value for flag --config"),
         (["--config=nowhere.py"], "There is no file nowhere.py"),
         (["--flagfile=/nowhere"], "/nowhere"),
-        (["--workdir="], "--workdir= names no folder"),
+        (["--workdir="], "--workdir= is empty"),
         (["--workdir=a[1]"], "'[' in "),
         (["--workdir=a*"], "'*' in "),
-        (["--workdir=a\\b"], "Take another --workdir, without any of"),
-        (["--workdir=gs://bucket/run"], "is an address. Mount the storage"),
-        (["--workdir=a\nb"], "cannot be printed"),
-        (["--workdir=a\udcff"], "cannot be printed"),
+        (["--workdir=a\\b"], "Use another --workdir, without any of"),
+        (["--workdir=gs://bucket/run"], "is a URL. Mount the storage"),
+        (["--workdir=a\nb"], "contains unprintable characters"),
+        (["--workdir=a\udcff"], "contains unprintable characters"),
         (["--workdir=~nobody-here/x"], "home directory"),
     ],
     ids=str,
@@ -289,10 +289,16 @@ def test_command_lines(arguments, message, parse, tmp_path, monkeypatch):
     [
         (
             {"warmup_epochs": 99.0},
-            "warmup_epochs=99.0 is more than the epochs=20",
+            "warmup_epochs=99.0 must not exceed epochs=20",
         ),
-        ({"boundaries": (5, 2)}, "boundaries=(5, 2) must rise"),
-        ({"boundaries": (5, 5)}, "boundaries=(5, 5) must rise"),
+        (
+            {"boundaries": (5, 2)},
+            "boundaries=(5, 2) must be strictly increasing",
+        ),
+        (
+            {"boundaries": (5, 5)},
+            "boundaries=(5, 5) must be strictly increasing",
+        ),
         (
             {"seed": 2147483647, "seeds": 2},
             "seed=2147483647 with seeds=2 ends at 2147483648",
@@ -312,8 +318,12 @@ def test_what_fields_ask_of_each_other(changes, message):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("zzz", 1, "norm_options.zzz is no option of jaxbn.linen.BatchNorm."),
-        ("axis_name", "x", "norm_options.axis_name is set by the run"),
+        (
+            "zzz",
+            1,
+            "norm_options.zzz is not an option of jaxbn.linen.BatchNorm.",
+        ),
+        ("axis_name", "x", "norm_options.axis_name must not be set"),
         ("normalize_over", "x", "norm='jaxbn': "),
     ],
 )

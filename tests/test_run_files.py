@@ -94,11 +94,11 @@ def loop_of_links(path):
 DAMAGED = {
     "": "is damaged: Expecting value",
     '{"epochs": 3': "is damaged: Expecting",
-    "null": "is damaged: it holds 'null' where {...} belongs",
-    "[1]": "is damaged: it holds '[1]' where",
+    "null": "is damaged: expected a JSON object; got 'null'",
+    "[1]": "is damaged: expected a JSON object; got '[1]'",
     "[" * 100_000: "is damaged: maximum recursion depth",
     '{"epochs": ' + "9" * 5000 + "}": "is damaged: Exceeds the limit",
-    b"\xff\xfe{": "is damaged: it holds no text",
+    b"\xff\xfe{": "is damaged: it is not UTF-8 text",
     directory: "cannot be read: it is not a regular file",
     os.mkfifo: "cannot be read: it is not a regular file",
     loop_of_links: "cannot be read: Too many levels of symbolic links",
@@ -145,7 +145,7 @@ def test_json_of_any_kind(name, how, tmp_path):
         ({"seed": True}, "seed must be of type int; got True"),
         (
             {"widths": [1]},
-            "has a field 'widths' that no run of python -m train",
+            "has a field 'widths' that python -m train does not know",
         ),
     ],
     ids=str,
@@ -160,7 +160,7 @@ def test_configs_of_strangers(changes, message, tmp_path):
 
 RECORDS = {
     "{}": "line 1, is damaged: epoch must be a number; got None",
-    "[1]": "line 1, is damaged: it holds '[1]'",
+    "[1]": "line 1, is damaged: expected a JSON object; got '[1]'",
     "garbage": "line 1, is damaged: Expecting value",
 }
 
@@ -186,7 +186,8 @@ def test_epochs_without_a_record_are_named(tmp_path, capsys):
     with open_report(run, done=4) as made:
         assert [record["epoch"] for record in made.records] == [1, 4]
     assert (
-        "metrics.jsonl lacks epochs 2 to 3; going on" in capsys.readouterr().out
+        "metrics.jsonl lacks epochs 2 to 3; continuing"
+        in capsys.readouterr().out
     )
     refused("metrics.jsonl lacks epochs 2 to 3. Put it back", compare.read, run)
     refused(
@@ -214,7 +215,7 @@ def test_a_workdir_without_training_takes_another_config(tmp_path):
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     config.momentum = 0.7
     refused(
-        "there momentum is 0.5, here", workdir.open_workdir, tmp_path, config
+        "with momentum=0.5 instead of", workdir.open_workdir, tmp_path, config
     )
     (tmp_path / "config.json").unlink()
     refused(
@@ -226,7 +227,7 @@ def test_a_workdir_without_training_takes_another_config(tmp_path):
 
 @pytest.mark.parametrize("name", ["a[1]", "a]", "a*", "a?", "a\\b"])
 def test_names_that_orbax_takes_for_patterns(name, tmp_path):
-    message = "would be taken for a pattern of names"
+    message = "would be treated as a glob pattern"
     config = digits.get_config()
     refused(message, workdir.open_workdir, tmp_path / name / "run", config)
     refused(message, trained_run.read_config, tmp_path / name / "run")
@@ -285,9 +286,9 @@ def test_output_that_takes_nothing(where, tmp_path):
     assert done.returncode == 0
     # Not even what comes first gets the number of standard output.
     assert (tmp_path / "first").read_text() == ""
-    said = "train: the output cannot be written (No space left on device)"
+    said = "train: cannot write to standard output (No space left on device)"
     lines = done.stderr.splitlines()
-    assert lines == ([] if closed else [said + "; going on without it."])
+    assert lines == ([] if closed else [said + "; continuing without it."])
 
 
 def test_threads_of_libraries_show_no_traceback():

@@ -108,7 +108,9 @@ def test_before_the_first_step_it_leaves_at_once(patch, number, tmp_path):
     code, _, error = end(process)
     assert time.monotonic() - since < 8
     assert code == CODES[number]
-    assert one_line(error).startswith("Stopped with nothing to save; give the ")
+    assert one_line(error).startswith(
+        "Stopped with nothing to save; rerun the "
+    )
 
 
 @pytest.mark.parametrize("program", ["evaluate", "doctor", "compare", "fast"])
@@ -157,7 +159,7 @@ def test_a_second_one_leaves_at_once(tmp_path):
     code, _, error = end(process)
     assert time.monotonic() - since < 5
     assert code == 130
-    assert one_line(error).startswith("Left at once, without saving; ")
+    assert one_line(error).startswith("Exited immediately, without saving; ")
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def test_evaluation_is_that_of_the_equations(made, monkeypatch, capsys):
     assert again["loss"] != pytest.approx(found["loss"], rel=0.01)
     out = capsys.readouterr().out
     assert "digits test[:100], 100 images, at step 10 (epoch 2):" in out
-    for one, more in ((found, ""), (again, "  with statistics taken anew")):
+    for one, more in ((found, ""), (again, "  with statistics recomputed")):
         line = f"accuracy {one['accuracy']:.2%}  loss {one['loss']:.4f}{more}"
         assert line in out
     for k, (one, other) in enumerate(zip(found["classes"], again["classes"])):
@@ -202,7 +202,7 @@ def test_no_more_batches_than_an_epoch_has(made, monkeypatch):
 
 def test_what_cannot_be_evaluated(made, tmp_path):
     run = made.workdir, made.saved
-    with pytest.raises(UserError, match="holds no run.*Give the --workdir"):
+    with pytest.raises(UserError, match="is not a run.*Use the --workdir"):
         evaluate.main([str(tmp_path)])
     with pytest.raises(UserError, match="--precise must be at least 1; got -1"):
         evaluate.main([str(made.workdir), "--precise=-1"])
@@ -210,7 +210,7 @@ def test_what_cannot_be_evaluated(made, tmp_path):
         evaluate.evaluate(*run, split="validation")
     config = small_config(norm="flax")
     other = made.saved._replace(config=config)
-    with pytest.raises(UserError, match="norm='flax' does not hand out"):
+    with pytest.raises(UserError, match="norm='flax' does not support"):
         evaluate.evaluate(made.workdir, other, precise=3)
     open_workdir(tmp_path, made.saved.config)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -341,7 +341,7 @@ def test_what_cannot_be_compared(tmp_path):
         with pytest.raises(UserError, match=re.escape(message)):
             compare.compare(paths, out)
 
-    refused(f"{tmp_path} holds no run", run, tmp_path)
+    refused(f"{tmp_path} is not a run", run, tmp_path)
     refused("/b/../a is given twice", run, tmp_path / "b" / ".." / "a")
     refused("Cannot write to --out=", run, out=tmp_path / "no" / "out.png")
     refused("Cannot draw --out=", run, out=tmp_path / "out.doc")

@@ -157,7 +157,7 @@ def test_seeds_are_runs_of_their_own(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "summary.json").read_text()) == got
     seeds.train(small_config(seed=3, seeds=3), tmp_path)
     assert ran[2:] == [(5, 1)], "what is finished is not run again"
-    with pytest.raises(UserError, match="there momentum is 0.9, here 0.5"):
+    with pytest.raises(UserError, match="with momentum=0.9 instead of 0.5"):
         seeds.train(small_config(seed=3, seeds=3, momentum=0.5), tmp_path)
 
 
@@ -216,7 +216,7 @@ def test_interrupted_run_goes_on_as_if_nothing_had_been(
 def test_workdir_of_another_run_is_refused(finished):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text()
-    message = "there momentum is 0.9, here 0.5"
+    message = "with momentum=0.9 instead of 0.5"
     with pytest.raises(UserError, match=message):
         loop.train(small_config(momentum=0.5), workdir)
     assert (workdir / "metrics.jsonl").read_text() == before

@@ -13,18 +13,18 @@ from train.topology import make_topology
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"batch_size": 60}, "nearest that does is 56 or 64"),
-        ({"batch_size": 4}, "nearest that does is 8."),
-        ({"batch_size": 512}, "batch_size=512 is more than the 256 examples"),
+        ({"batch_size": 60}, "devices, such as 56 or 64"),
+        ({"batch_size": 4}, "devices, such as 8."),
+        ({"batch_size": 512}, "batch_size=512 exceeds the 256 examples"),
         ({"epochs": 0}, "epochs must be in (0, 1e6]; got 0."),
         ({"schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"dtype": "float16"}, "dtype='float16' is unknown"),
-        ({"norm": "group"}, "norm='group' is unknown; take one of debiased, "),
+        ({"norm": "group"}, "norm='group' is unknown; choose from debiased, "),
         ({"mesh": "rows"}, "write the axes replica and data once each"),
-        ({"mesh": "replica=3,data=2"}, "does not fit 8 devices"),
-        ({"mesh": "replica=3,data"}, "does not fit 8 devices"),
+        ({"mesh": "replica=3,data=2"}, "does not match 8 devices"),
+        ({"mesh": "replica=3,data"}, "does not match 8 devices"),
         ({"norm_axes": "replica"}, "must be one of all, none, data"),
-        ({"norm": "flax", "norm_axes": "none"}, "it must be 'all'"),
+        ({"norm": "flax", "norm_axes": "none"}, "requires 'all'"),
         (
             {"norm_options": {"normalize_over": 7}},
             "norm='jaxbn': normalize_over=7 neither divides the 8 examples of "

@@ -78,7 +78,7 @@ def refuse_fresh_start(folder: pathlib.Path) -> None:
     if left:
         names = " and ".join(left)
         raise UserError(
-            f"{folder} has no checkpoint, but {names} shows that there was a "
-            "run, which would restart from step 0. Restore a checkpoint, use "
-            f"another --workdir, or delete {names} to restart."
+            f"{folder} has no checkpoint, but an earlier run left {names}, and "
+            "would restart from step 0. Restore a checkpoint, use another "
+            f"--workdir, or delete {names} to restart."
         )

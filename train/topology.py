@@ -116,8 +116,8 @@ def make_topology(
         below = batch_size // devices * devices
         nearest = " or ".join(str(n) for n in (below, below + devices) if n)
         raise UserError(
-            f"batch_size={batch_size} must be divisible by {devices} devices; "
-            f"the nearest that is: {nearest}."
+            f"batch_size={batch_size} must be divisible by {devices} devices, "
+            f"such as {nearest}."
         )
     if batch_size // devices % microbatches:
         raise UserError(

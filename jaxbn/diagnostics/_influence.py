@@ -1,4 +1,4 @@
-"""Which example of a batch reaches the logits of which."""
+"""How much each example of a batch influences the logits of the others."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ def influence(
     train: bool = True,
     chunk_size: int = 1,
 ) -> jax.Array:
-    """Returns the norm of every example's derivative by every example.
+    """Returns the Jacobian norms of logits with respect to examples.
 
     I_ij = ||d logits_i / d x_j||_F, exact, from B * C backward passes. In
-    inference it is diagonal, to the last bit. Where devices normalize alone it
-    is zero, to the last bit, between examples of different devices; where
-    statistics are synchronized it is nonzero everywhere. So it shows how a
-    model's axis_name, groups and scopes are wired, whatever the model is. It is
-    also how a network may read labels off the composition of a batch.
+    inference it is exactly diagonal. If devices are not synchronized, it is
+    exactly zero between examples of different devices; if they are, it is
+    nonzero everywhere. So it verifies the axis_name, groups and scopes of any
+    model. It also measures the path by which a network can infer labels from
+    the composition of a batch.
 
     Args:
-      apply: (params, batch_stats, x, train=...) -> logits (B, C), on the whole
-        batch; a model of several devices has its `jax.shard_map` inside.
-      params, batch_stats: passed on.
+      apply: (params, batch_stats, x, train=...) -> logits (B, C), on the global
+        batch; use `jax.shard_map` inside for several devices.
+      params, batch_stats: passed to apply.
       x: (B, ...) floating.
-      train: whether the batch's statistics normalize, or the running ones.
-      chunk_size: how many of the B * C backward passes run side by side.
+      train: whether to normalize with batch statistics or running statistics.
+      chunk_size: number of backward passes to vectorize.
 
     Returns:
-      (B, B) in float32 or wider; row i is of the logits of example i.
+      (B, B) in float32 or wider; row i is for the logits of example i.
 
     Raises:
       ValueError: x is not floating, chunk_size is not positive, or apply returns
         something else.
 
-    Source: Wu and Johnson (2021), Rethinking "Batch" in BatchNorm, table 6, for
-    what a leak does to a detector; the matrix is its derivative.
+    Source: Wu and Johnson (2021), Rethinking "Batch" in BatchNorm, table 6, on
+    information leakage within a batch.
     """
     x = check_input(x)
     if chunk_size < 1:
@@ -59,7 +59,7 @@ def influence(
     rows, classes = z.shape
 
     def squares(entry: jax.Array) -> jax.Array:
-        """Squared derivative of one logit by each example, (B,)."""
+        """Squared gradient norm of one logit, by example, (B,)."""
         cotangent = (jnp.arange(z.size) == entry).reshape(z.shape)
         (slope,) = backward(cotangent.astype(z.dtype))
         return jnp.square(jnp.abs(widen(slope))).reshape(len(x), -1).sum(1)

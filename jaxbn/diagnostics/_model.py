@@ -1,4 +1,4 @@
-"""The loss and the model under measurement, behind one check each."""
+"""Calls to loss and model, with checks of what they return."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Apply = Callable[..., jax.Array]
 def scalar_loss(
     loss: Loss, batch_stats: Any, batch: Any
 ) -> Callable[[Any], jax.Array]:
-    """Returns params -> the scalar; the new running statistics are dropped."""
+    """Returns params -> scalar loss; new running statistics are discarded."""
 
     def scalar(params: Any) -> jax.Array:
         found = loss(params, batch_stats, batch)
@@ -46,10 +46,10 @@ def checked_logits(
 
 
 def map_rows(fn: Callable[..., Any], xs: Any, *, unroll: bool) -> Any:
-    """Returns fn of each row of xs, stacked: a loop, or that many copies.
+    """Maps fn over the leading axis of xs, in a loop or unrolled.
 
-    A loop compiles its body once. XLA runs convolutions inside of a loop many
-    times slower on CPU than outside of one.
+    A loop compiles fn once, but on CPU, XLA runs convolutions inside a loop
+    many times slower.
     """
     if not unroll:
         return jax.lax.map(fn, xs)
@@ -59,20 +59,17 @@ def map_rows(fn: Callable[..., Any], xs: Any, *, unroll: bool) -> Any:
 
 
 def check_steps(steps: Any) -> jax.Array:
-    """Returns steps as an array (K,); raises unless they are positive."""
+    """Returns steps as an array (K,); raises ValueError unless positive."""
     steps = jnp.asarray(steps)
     if not jnp.issubdtype(steps.dtype, jnp.floating):
         steps = steps.astype(jnp.float32)
     if steps.ndim != 1 or not steps.size:
         raise ValueError(
-            "steps must be one axis of multiples of the gradient, (K,); got "
-            f"{describe(steps)}."
+            f"steps must have shape (K,), K >= 1; got {describe(steps)}."
         )
-    # Values of a traced array are not known.
+    # The values of a tracer are unknown.
     if not isinstance(steps, jax.core.Tracer) and not (steps > 0).all():
-        raise ValueError(
-            f"steps must be positive, as learning rates are; got {steps}."
-        )
+        raise ValueError(f"steps must be positive; got {steps}.")
     found: jax.Array = steps
     return found
 

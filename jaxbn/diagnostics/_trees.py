@@ -1,4 +1,4 @@
-"""Parameters as one vector, and parts of them by name."""
+"""Vector operations on pytrees, and lookup of leaves by path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Path = str | Sequence[str]
 
 def dot(a: Any, b: Any) -> jax.Array:
     """Returns the inner product of two trees, in float32 or wider."""
-    # Not a vdot, which accelerators round to half precision.
+    # Not jnp.vdot, which accelerators compute in lower precision.
     parts = jax.tree.map(lambda x, y: (widen(x) * widen(y)).sum(), a, b)
     return cast("jax.Array", sum(jax.tree.leaves(parts)))
 
@@ -52,7 +52,7 @@ def find_leaves(tree: Any, path: Path, *, what: str) -> list[int]:
     """Returns the indices of the leaves at and below path.
 
     Raises:
-      ValueError: there is none; names those there are.
+      ValueError: there is none; lists the existing paths.
     """
     path = path if isinstance(path, str) else "/".join(map(str, path))
     known = leaf_names(tree)
@@ -69,7 +69,7 @@ def find_leaves(tree: Any, path: Path, *, what: str) -> list[int]:
 
 
 def find_leaf(tree: Any, path: Path, *, what: str) -> int:
-    """Returns the index of the one leaf at or below path.
+    """Returns the index of the only leaf at or below path.
 
     Raises:
       ValueError: there is none, or more than one.
@@ -78,8 +78,8 @@ def find_leaf(tree: Any, path: Path, *, what: str) -> int:
     if len(found) > 1:
         known = leaf_names(tree)
         raise ValueError(
-            f"{path!r} is {len(found)} arrays of {what}: "
-            f"{', '.join(known[i] for i in found)}. Name one of them."
+            f"{path!r} matches {len(found)} arrays of {what}: "
+            f"{', '.join(known[i] for i in found)}. Select one of them."
         )
     return found[0]
 
@@ -94,7 +94,7 @@ def check_same_structure(
     for name in [*theirs, *mine]:
         if name not in mine or name not in theirs:
             raise ValueError(
-                f"{what} must be a tree as {than}, which has "
+                f"{what} must have the structure of {than}, with "
                 f"{', '.join(theirs)}; got {', '.join(mine)}."
             )
         if jnp.shape(mine[name]) != jnp.shape(theirs[name]):
@@ -106,7 +106,7 @@ def check_same_structure(
 
 
 def channel_rows(leaf: jax.Array, feature_axis: int) -> jax.Array:
-    """Returns a weight as rows, one an output channel, (C, fan-in)."""
+    """Reshapes a weight to one row per output channel, (C, fan-in)."""
     leaf = jnp.asarray(leaf)
     if not leaf.ndim or not -leaf.ndim <= feature_axis < leaf.ndim:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Models of flax.linen and flax.nnx, as what their examination asks of one."""
+"""A common interface to flax.linen and flax.nnx models."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ from jaxbn.doctor._outputs import squared_norms
 
 
 class Layers(NamedTuple):
-    """What a model has of batch norm, each by path in the order of the calls.
+    """The batch norm layers of a model, in the order of the calls.
 
     Attributes:
-      trained: options and variables of layers that normalize with the batch.
-      inferred: paths of layers in inference mode, although the model trains.
+      trained: options and variables of layers that normalize with the batch,
+        by path.
+      inferred: paths of layers in inference mode while the model trains.
       uncalled: paths of layers that were not called.
-      unknown: paths of a mean and var in batch_stats where no batch norm layer
-        was called; it may be none.
+      unknown: paths in batch_stats with mean and var where no batch norm layer
+        was called.
     """
 
     trained: dict[str, dict[str, Any]] = {}
@@ -52,7 +53,7 @@ class Layers(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Moments of one layer over the calls of one batch; see `Collected`."""
+    """Moments of a layer over the calls of one batch; see `Collected`."""
 
     values: Moments
     means: Moments
@@ -60,7 +61,7 @@ class Parts(NamedTuple):
 
 
 class LinenModel:
-    """A linen model as what `examine` asks of one."""
+    """A linen model to examine."""
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class LinenModel:
             y, found, self._log = self._linen.collect(
                 variables, batch, **options
             )
-            # What training creates, such as a cache, inference may do as well.
+            # Inference may also create what training does, such as a cache.
             if "batch_stats" not in mutable:
                 options["mutable"].remove("batch_stats")
             inferred, _ = self._linen.infer(variables, batch, **options)
@@ -91,8 +92,8 @@ class LinenModel:
         self._read = jax.jit(read)
 
     def layers(self, batch: Any) -> Layers:
-        """Returns the layers of the model, from a call that is not run."""
-        # Which fills the log; it is traced once.
+        """Returns the layers of the model, by tracing a call."""
+        # Tracing fills the log; it happens only once.
         jax.eval_shape(self._read, self._variables, batch, np.int32(0))
         stats = nn.unbox(self._variables["batch_stats"])
         params = self._variables.get("params", {})
@@ -121,7 +122,7 @@ class LinenModel:
 
 
 class NnxModel:
-    """An nnx model as what `examine` asks of one."""
+    """An nnx model to examine."""
 
     def __init__(
         self,
@@ -157,13 +158,13 @@ class NnxModel:
         self._read = jax.jit(read)
 
     def layers(self, batch: Any) -> Layers:
-        """Returns the layers of the model, from a call that is not run."""
-        # As its code has them; a copy of flax's layer as what it runs as.
+        """Returns the layers of the model, by tracing a call."""
+        # The layers of model itself take precedence over the copies.
         layers = {
             **jaxbn.nnx.batch_norms(self._ours),
             **jaxbn.nnx.batch_norms(self._model),
         }
-        # Which fills the log; it is traced once.
+        # Tracing fills the log; it happens only once.
         jax.eval_shape(self._read, self._state, batch, np.int32(0))
         trained = {}
         for (path,) in self._log.trained:
