@@ -1,4 +1,4 @@
-"""How the tools for whole models call a model, of flax.linen or flax.nnx."""
+"""Calls flax.linen and flax.nnx models in training or inference mode."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from flax import errors, nnx
 # (model, batch, train) -> output. A linen model is bound.
 ModelCall = Callable[[Any, Any, bool], Any]
 
-# What a model calls the argument or the field that says its mode.
+# Names of the argument or field that sets the mode of a model.
 _TRAINING = ("train", "training", "is_training")
 _INFERENCE = ("use_running_average", "deterministic", "eval", "inference")
 
 
 def make_model_call(model: Any, call: ModelCall | None) -> ModelCall:
-    """Returns call, or for None one that finds the mode by its name.
+    """Returns call, or a default that sets the mode by its name.
 
     Args:
       model: a linen or nnx module.
       call: (model, batch, train) -> output, or None.
 
     Returns:
-      A function for a linen model as `method` of apply, for an nnx model to
-      call itself.
+      A function (model, batch, train) -> output; for linen, to pass as `method`
+      to apply.
 
     Raises:
-      ValueError: model is neither; or call is None, and the batch alone does
-        not fit the arguments of the model or a linen model has no mode.
+      ValueError: model is not a flax module; or call is None, and the model
+        takes other arguments than the batch, or, for linen, has no mode.
     """
     if not isinstance(model, (nn.Module, nnx.Module)):
         raise ValueError(
@@ -71,13 +71,13 @@ def make_model_call(model: Any, call: ModelCall | None) -> ModelCall:
         if argument is not None:
             name, sign = argument
             mode = train == sign
-            # nn.vmap and nn.scan leave out what is given by name.
+            # nn.vmap and nn.scan do not support keyword arguments.
             if by_position:
                 return model(batch, mode)
             return model(batch, **{name: mode})
         if field is not None:
             name, sign = field
-            # In the scope of the bound model, so that variables are its own.
+            # In the scope of the bound model, to use its variables.
             model = model.clone(**{name: train == sign}, parent=model.scope)
         return model(batch)
 
@@ -85,7 +85,7 @@ def make_model_call(model: Any, call: ModelCall | None) -> ModelCall:
 
 
 def _with_option_hints(call: ModelCall) -> ModelCall:
-    """Makes what flax says of a collection or a stream name the option."""
+    """Extends flax's errors about collections and streams by a remedy."""
 
     @functools.wraps(call)
     def explained(model: Any, batch: Any, train: bool) -> Any:
@@ -97,18 +97,18 @@ def _with_option_hints(call: ModelCall) -> ModelCall:
         ) as error:
             if not train and '"batch_stats"' in str(error):
                 raise ValueError(
-                    f"{_sentence(error)} That is in inference, train=False: "
-                    "the call does not reach what says the mode. If it is "
-                    'meant to write there, give mutable=["batch_stats"].'
+                    f"{_sentence(error)} This happened in inference, with "
+                    "train=False: the model does not receive the mode. If it "
+                    'should update batch_stats, pass mutable=["batch_stats"].'
                 ) from error
             raise ValueError(
-                f"{_sentence(error)} If the call creates that collection, name "
-                'it: mutable=["..."].'
+                f"{_sentence(error)} If the call creates that collection, pass "
+                'its name: mutable=["..."].'
             ) from error
         except errors.InvalidRngError as error:
             raise ValueError(
-                f"{_sentence(error)} Give a key for that stream in rngs, or "
-                "leave rngs out."
+                f"{_sentence(error)} Pass a key for that stream in rngs, or "
+                "omit rngs."
             ) from error
 
     return explained
@@ -131,15 +131,15 @@ def _call_help(model: Any, known: list[str]) -> str:
     names = ", ".join((*_TRAINING, *_INFERENCE))
     linen = isinstance(model, nn.Module)
     text = (
-        f"How is {type(model).__name__} called? Without call=, it gets the "
-        "batch alone, and its mode by an argument"
-        f"{' or a field' if linen else ''} of one of the names {names}; it "
-        f"takes ({', '.join(known)}). Write it, such as "
+        f"Cannot call {type(model).__name__} without call=: by default it is "
+        "called with the batch, and its mode is set by an argument"
+        f"{' or a field' if linen else ''} with one of the names {names}; it "
+        f"takes ({', '.join(known)}). Pass for example "
         'call=lambda model, batch, train: model(batch["x"], mode=train)'
     )
     if linen:
         text += (
-            ", or with a field of another name call=lambda model, batch, "
+            ", or for a field call=lambda model, batch, "
             "train: model.clone(mode=train, parent=model.scope)(batch)"
         )
     return text + "."
@@ -152,14 +152,15 @@ def linen_options(
     *,
     number: Any = None,
 ) -> dict[str, Any]:
-    """Returns mutable and rngs for the apply of a linen model in training.
+    """Returns mutable and rngs to apply a linen model in training.
 
     Args:
-      variables: of the model; all their collections but params are written.
-      rngs: a key or a dict of them; None makes one for every stream, because
-        flax takes "params" for a stream that is not there.
-      mutable: names of more collections.
-      number: of the batch, so that each has keys of its own; None keeps them.
+      variables: variables of the model; all collections except params are
+        mutable.
+      rngs: a key or a dict of keys. None creates a key for every stream, since
+        flax falls back to the stream "params".
+      mutable: names of additional collections.
+      number: batch number to fold into the keys; None does not.
 
     Returns:
       dict of the keyword arguments.
@@ -175,13 +176,13 @@ def linen_options(
 
 
 def single_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Returns the one argument that goes to call; raises for any other."""
+    """Returns the only argument; raises ValueError for any others."""
     if len(args) != 1 or kwargs:
         names = [*map(str, range(len(args))), *kwargs]
         raise ValueError(
-            "With call=, the batch is the one argument, and call hands its "
-            f"parts to the model; got arguments {', '.join(names) or 'none'}. "
-            "Put them into a tuple or a dict."
+            "With call=, pass the batch as the only argument, and call passes "
+            f"its parts to the model; got arguments "
+            f"{', '.join(names) or 'none'}. Put them into a tuple or a dict."
         )
     return args[0]
 
@@ -192,12 +193,12 @@ def uses_running_average(
     use_running_average: bool | None = None,
     **_: Any,
 ) -> bool:
-    """Whether a call of a batch norm layer takes the running statistics.
+    """Whether a call of a batch norm layer uses the running statistics.
 
     Args:
-      layer: of flax or jaxbn.
+      layer: a layer of flax or jaxbn.
       x: its input.
-      use_running_average: as it is given to the call.
+      use_running_average: argument of the call.
     """
     if use_running_average is None:
         use_running_average = layer.use_running_average
@@ -205,26 +206,26 @@ def uses_running_average(
 
 
 def check_nnx_options(rngs: Any, mutable: Collection[str]) -> None:
-    """Raises ValueError where an option of linen is given for an nnx model."""
+    """Raises ValueError if options for linen are given for an nnx model."""
     if rngs is not None or mutable:
         name = "rngs" if rngs is not None else "mutable"
         raise ValueError(
-            f"{name}= is for flax.linen. A model of flax.nnx holds its random "
-            "streams and all its state; set them there, or in call."
+            f"{name}= is for flax.linen. A flax.nnx model holds its random "
+            "streams and all its state; set them in the model, or in call."
         )
 
 
 def advance_streams(model: Any, number: Any) -> None:
-    """Gives the random streams of an nnx model values of a batch's own.
+    """Advances the random streams of an nnx model, for each batch differently.
 
     Args:
-      model: a copy that belongs to the caller.
-      number: of the batch.
+      model: changed in place.
+      number: batch number.
     """
     for _, count in nnx.iter_graph(model):
         if isinstance(count, nnx.RngCount):
             value = count.get_value()
-            # Further than the calls of one batch go.
+            # More than the calls of one batch advance it.
             count.set_value(value + (number * 2**16).astype(value.dtype))
 
 
@@ -245,20 +246,19 @@ def pure(
     rngs: Any = None,
     mutable: Collection[str] = (),
 ) -> tuple[Callable[..., tuple[Any, Any]], Any]:
-    """Returns a model as a pure function, and the variables it takes.
+    """Returns a model as a pure function, and its variables.
 
     Args:
       model: a linen or nnx module.
-      variables: of a linen model; None for nnx.
+      variables: variables of a linen model; None for nnx.
       call: see `make_model_call`.
       rngs: see `linen_options`.
       mutable: see `linen_options`.
 
     Returns:
       (apply, variables): apply(variables, batch, train=True) -> (output, new
-      variables). Of a linen model variables and new ones are collections; of
-      an nnx model both are its nnx.State, but for random streams, which start
-      anew in each call.
+      variables). For linen, variables are collections; for nnx, the nnx.State
+      without random streams, which restart in each call.
 
     Raises:
       ValueError: see `make_model_call`; rngs or mutable are given for an nnx model.

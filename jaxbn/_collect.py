@@ -1,8 +1,8 @@
-"""Moments that the layers of a model hand out, wherever they lie in it.
+"""Collects the batch moments of all layers of a model.
 
-A `Collected` is put beside the running statistics of a layer, in the same
-collection. It goes with them through scan, vmap, remat and what else lifts
-the collection, and a layer that finds one adds the moments of its calls.
+A `Collected` is stored next to the running statistics of each layer, in the
+same collection, so that scan, vmap, remat and other lifted transforms treat it
+alike. A layer that finds one adds the moments of its calls.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from jaxbn._state import no_moments, record
 
 Path = tuple[str, ...]
 
-# Of the variable in batch_stats. A layer of nnx inside of linen has none of
-# the name, and takes no notice.
+# Name of the variable in batch_stats. An nnx layer inside linen does not have
+# it, and ignores it.
 NAME = "collected"
 
 
 class Log:
-    """Which layers ran, noted while they are traced, in order.
+    """The layers that ran, in order, recorded while tracing.
 
     Attributes:
       trained: paths of layers that normalized with their batch.
@@ -37,7 +37,7 @@ class Log:
     """
 
     def __init__(self) -> None:
-        # Dictionaries, because they keep the order. A body may be traced twice.
+        # Dicts as ordered sets, since a function may be traced twice.
         self.trained: dict[Path, None] = {}
         self.inferred: dict[Path, None] = {}
 
@@ -46,14 +46,14 @@ class Log:
 class Collected:
     """Moments of one layer over its calls.
 
-    The log is a part of the type, and each collection has its own: what JAX
-    has traced for another one is then not reused, and the log is complete.
+    The log is part of the treedef, and unique for each collection, so that JAX
+    does not reuse cached traces and the log is complete.
 
     Attributes:
       values: Moments of the values; counts have the shape of mean.
-      means: Moments of the calls' means, each of them one value.
-      stds: Moments of the calls' sqrt(var + epsilon), which weigh
-        var / (var + epsilon) each: the mean square of the call's output.
+      means: Moments of the means of the calls, with weight 1.
+      stds: Moments of sqrt(var + epsilon) of the calls, with weight
+        var / (var + epsilon), the mean square of the call's output.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Collected:
         return cls(*children, *aux)
 
     def add(self, batch: Moments, *, epsilon: float) -> Collected:
-        """Adds a call that normalized with its batch."""
+        """Adds a call that normalized with batch statistics."""
         self._log.trained[self._path] = None
         count = jnp.broadcast_to(batch.count, batch.mean.shape)
         var = batch.m2 / jnp.maximum(count, 1)
@@ -93,19 +93,19 @@ class Collected:
         )
 
     def note_inference(self) -> None:
-        """Notes a call that normalized with the running statistics."""
+        """Records a call that normalized with running statistics."""
         self._log.inferred[self._path] = None
 
 
 def empty(running: RunningStats, log: Log, path: Path) -> Collected:
-    """Returns the Collected of no call, an entry for each statistic."""
+    """Returns an empty Collected for running statistics."""
     nothing = no_moments(running)
     real = nothing._replace(mean=nothing.m2)
     return Collected(nothing, nothing, real, log, path)
 
 
 def with_empty(batch_stats: Any, log: Log, path: Path = ()) -> Any:
-    """Returns batch_stats with an empty Collected beside each mean and var."""
+    """Returns batch_stats with an empty Collected next to each mean and var."""
     tree = {
         name: with_empty(below, log, (*path, name))
         for name, below in batch_stats.items()
@@ -118,13 +118,13 @@ def with_empty(batch_stats: Any, log: Log, path: Path = ()) -> Any:
 
 
 def collected_variable(layer: nn.Module) -> nn.Variable[Collected] | None:
-    """Returns the variable that a linen layer hands out moments in.
+    """Returns the variable that a linen layer collects moments in.
 
     Args:
       layer: a bound batch norm layer.
 
     Returns:
-      The variable; None where nobody collects.
+      The variable, or None if moments are not collected.
     """
     if not layer.has_variable("batch_stats", NAME):
         return None
@@ -132,11 +132,11 @@ def collected_variable(layer: nn.Module) -> nn.Variable[Collected] | None:
 
 
 def has_statistics(node: Any) -> bool:
-    """Whether a node has a mean and a var that may be a batch norm layer's."""
+    """Whether a node has mean and var like a batch norm layer."""
     if not isinstance(node, Mapping) or not {"mean", "var"} <= set(node):
         return False
     both = node["mean"], node["var"]
-    # A submodule may have the name, and a box may hold the array.
+    # They may also be submodules, or boxed arrays.
     if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in both):
         return False
     floating = all(jnp.issubdtype(a.dtype, jnp.inexact) for a in both)
@@ -144,7 +144,7 @@ def has_statistics(node: Any) -> bool:
 
 
 def collected(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Collected]]:
-    """Yields what the layers of a tree of with_empty have returned."""
+    """Yields the path and Collected of each layer."""
     for name, below in tree.items():
         if isinstance(below, Collected):
             yield path, below
@@ -153,7 +153,7 @@ def collected(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Collected]]:
 
 
 def nested(found: Mapping[Path, Any]) -> Any:
-    """Returns a tree of dicts; of a layer alone, what it has."""
+    """Returns a nested dict; for the path (), the value itself."""
     if () in found:
         return found[()]
     tree: dict[str, Any] = {}
@@ -168,16 +168,16 @@ def nested(found: Mapping[Path, Any]) -> Any:
 def collect_linen(
     model: nn.Module, variables: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, dict[Path, Collected], Log]:
-    """Returns the output of a model, and what the trained layers hand out.
+    """Returns the output of a model and the moments of its trained layers.
 
     Args:
       model: see `jaxbn.linen.batch_moments`.
-      variables: of the model.
-      *args, **kwargs: of apply, with the collections that are mutable.
+      variables: variables of the model.
+      *args, **kwargs: arguments of apply, including mutable.
 
     Returns:
-      The output; a dict from the path of a layer to `Collected`, in the order
-      of the calls; and the `Log` of the calls.
+      The output; a dict from layer path to `Collected`, in the order of the
+      calls; and the `Log` of the calls.
 
     Raises:
       ValueError: see `jaxbn.linen.batch_moments`.
@@ -207,18 +207,18 @@ def collect_linen(
 def collect_nnx(
     layers: Mapping[str, nnx.BatchNorm], run: Callable[[], None]
 ) -> tuple[dict[str, Collected], Log]:
-    """Returns what those of the layers that run trains hand out.
+    """Returns the moments of the layers that run trains.
 
     Args:
-      layers: of a copy of a model that belongs to the caller, by path.
-      run: calls the copy.
+      layers: batch norm layers of a model by path; changed in place.
+      run: calls the model.
 
     Returns:
-      dict from the path of a layer to `Collected`, in the order of the calls;
-      and the `Log` of the calls.
+      dict from layer path to `Collected`, in the order of the calls, and the
+      `Log` of the calls.
 
     Raises:
-      ValueError: a layer is not jaxbn's, or none was trained.
+      ValueError: a layer is not of jaxbn, or none was trained.
     """
     log = Log()
     ours: dict[str, Any] = {
@@ -243,41 +243,41 @@ def collect_nnx(
 
 
 class _CollectedStat(nnx.BatchStat[Collected]):
-    """Goes where mean and var of its layer go, in nnx.vmap and nnx.scan."""
+    """A BatchStat, so that nnx.vmap and nnx.scan treat it like mean and var."""
 
 
 def no_moments_message(
     silent: dict[Path, str], log: Log, batch_stats: Any
 ) -> str:
-    """Returns why there are no moments, and what to do.
+    """Returns an error message that explains why there are no moments.
 
     Args:
-      silent: layers of flax that were trained, with the package of each.
-      log: of the call.
-      batch_stats: that the model was called with.
+      silent: flax layers that were trained, with the package of each.
+      log: log of the call.
+      batch_stats: batch_stats that the model was called with.
     """
     if silent:
         kinds = {package: None for package in silent.values()}
         return (
-            f"{_listed(silent)}: {' and '.join(kinds)}.BatchNorm hands out no "
-            "moments. jaxbn.convert.to_jaxbn(model) makes it jaxbn's."
+            f"{_listed(silent)}: {' and '.join(kinds)}.BatchNorm does not "
+            "return moments. Convert it with jaxbn.convert.to_jaxbn(model)."
         )
     how = (
-        "Put it into training mode, such as train=True, or "
+        "Set training mode, for example by train=True, or by "
         "call=lambda model, batch, train: model(batch, mode=train)."
     )
     if log.inferred:
         return (
-            "No layer returned moments: in this call the model is in "
-            f"inference mode, in {_listed(log.inferred)}. {how}"
+            "No layer returned moments: the model is in inference mode in this "
+            f"call, in {_listed(log.inferred)}. {how}"
         )
     known = [path for path, _ in collected(batch_stats)]
     if known:
         return (
             "No layer returned moments: no batch norm layer of jaxbn was "
-            f"called, although batch_stats has a mean and a var of "
-            f"{_listed(known)}. If that is a class of your own, derive it from "
-            f"jaxbn's BatchNorm; if the call does not reach it: {how}"
+            "called, although batch_stats has a mean and var of "
+            f"{_listed(known)}. If that is your own class, derive it from "
+            f"jaxbn's BatchNorm; if it is not called in training: {how}"
         )
     return (
         "No layer returned moments: there is no batch norm layer of flax or "

@@ -1,4 +1,4 @@
-"""What a layer does with its variables, whichever framework owns them."""
+"""The batch norm layer, independent of the module framework."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Call(NamedTuple):
     ids: jax.Array | None
     timestep: int | jax.Array | None
     dtype: Any  # of the result
-    return_moments: bool  # moments also where normalization does not need them
-    initializing: bool = False  # on as little as one value
+    return_moments: bool  # even if normalization does not need them
+    initializing: bool = False  # allows statistics of a single value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +97,15 @@ class Layer:
             )
         if self.per_id != "statistics" and self.num_ids is None:
             raise ValueError(
-                f"per_id={self.per_id!r} gives scale and bias a row for each "
-                "id and needs sharing.num_ids; got num_ids=None."
+                f"per_id={self.per_id!r} needs sharing.num_ids, the rows of scale "
+                "and bias; got num_ids=None."
             )
-        shared = self.shared_by  # raises ValueError where it is wrong
+        shared = self.shared_by  # raises ValueError if invalid
         timesteps = self.running.num_timesteps
         if timesteps is not None and shared.num_ids is not None:
             raise ValueError(
-                f"num_timesteps={timesteps} and num_ids={self.num_ids} each "
-                "give the running statistics rows; give one of them, or "
+                f"num_timesteps={timesteps} and num_ids={self.num_ids} both add "
+                "rows to the running statistics; set only one of them, or "
                 "per_id='affine'."
             )
 
@@ -118,7 +118,7 @@ class Layer:
         )
 
     def alone(self) -> Layer:
-        """Returns the layer for a batch that lies on this device."""
+        """Returns the layer for a batch on a single device."""
         return dataclasses.replace(
             self,
             axis_name=None,
@@ -140,8 +140,8 @@ class Layer:
             return scope
         if scope.axis_index_groups is not None:
             raise ValueError(
-                "axis_index_groups is given twice, to the layer and in sharing; "
-                "give it once."
+                "axis_index_groups is set twice, on the layer and in sharing; set "
+                "it once."
             )
         return dataclasses.replace(
             scope, axis_index_groups=self.axis_index_groups
@@ -158,19 +158,19 @@ class Layer:
         return split_axes(x, self.axis, name="axis")
 
     def affine_shape(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of scale and bias, for features of size."""
+        """Returns the shape of scale and bias, for features of shape size."""
         if self.num_ids is None or self.per_id == "statistics":
             return size
         return (self.num_ids, *size)
 
     @property
     def counts_steps(self) -> bool:
-        """Whether the running statistics come with a count of batches."""
+        """Whether running statistics include the number of batches."""
         scheduled = callable(self.renorm)
         return self.momentum is None or self.running.debias or scheduled
 
     def init(self, size: tuple[int, ...], dtype: Any) -> State:
-        """Returns the state before the first batch, for features of size."""
+        """Returns the initial state, for features of shape size."""
         rows = self.shared_by.num_ids or self.running.num_timesteps
         shape = size if rows is None else (rows, *size)
         running = init_running(
@@ -187,18 +187,18 @@ class Layer:
         state: State,
         call: Call,
     ) -> tuple[jax.Array, State, Moments | None]:
-        """Returns y, the next state, and in training the batch's moments."""
+        """Returns y, the new state, and in training the batch moments."""
         self.split_axes(x)
         mask = check_where(call.mask, x, name="mask")
         if (call.ids is None) != (self.num_ids is None):
             ids = None if call.ids is None else describe(jnp.asarray(call.ids))
             raise ValueError(
-                "sharing.num_ids of the layer and ids of the call go together; got "
-                f"num_ids={self.num_ids} and ids={ids}."
+                "sharing.num_ids of the layer and ids of the call must be given "
+                f"together; got num_ids={self.num_ids} and ids={ids}."
             )
         if not self.train_affine:
             scale, bias = jax.lax.stop_gradient((scale, bias))
-        # Without scale and bias nothing is left to choose per id.
+        # Without rows of statistics, scale or bias, ids have no effect.
         chooses = (
             self.shared_by.num_ids or scale is not None or bias is not None
         )
@@ -228,14 +228,14 @@ class Layer:
                 x,
                 scale,
                 bias,
-                # Whoever asks for moments is told of one value by its count.
+                # Callers that ask for moments can check the count.
                 allow_single_value=call.initializing or call.return_moments,
                 **options,
             )
         else:
             limits = self.renorm
             if callable(limits):
-                # counts_steps has seen to it that there are some.
+                # Not None, by counts_steps.
                 steps = cast("jax.Array", state.running.steps)
                 limits = limits(jnp.max(steps))
             options.update(r_max=limits[0], d_max=limits[1])
@@ -290,7 +290,7 @@ class Layer:
                 **options,
             )
         batch = self._moments(x, where, options["ids"])
-        # The prior counts examples, the moments their values.
+        # The prior is in examples, the count of moments in values.
         _, axes = self.split_axes(x)
         values = 1
         for axis in axes[1:]:
@@ -319,12 +319,12 @@ class Layer:
         return batch
 
     def _row(self, timestep: int | jax.Array | None) -> jax.Array | None:
-        """Index of the running statistics of a timestep; the last one stays."""
+        """Returns the row of a timestep; later ones use the last row."""
         length = self.running.num_timesteps
         if (timestep is None) != (length is None):
             raise ValueError(
                 "running.num_timesteps of the layer and timestep of the call "
-                f"go together; got num_timesteps={length} and "
+                f"must be given together; got num_timesteps={length} and "
                 f"timestep={timestep}."
             )
         if timestep is None or length is None:
@@ -332,7 +332,7 @@ class Layer:
         timestep = jnp.asarray(timestep)
         if timestep.ndim or not jnp.issubdtype(timestep.dtype, jnp.integer):
             raise ValueError(
-                "timestep must be one integer for the whole batch; got "
+                "timestep must be a scalar integer, for the whole batch; got "
                 f"{describe(timestep)}."
             )
         return jnp.clip(timestep, 0, length - 1)

@@ -1,4 +1,4 @@
-"""The moments of all examples, from those of the groups that share some."""
+"""Merges the moments of groups into those of all examples."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def merge_groups(
     )
     copies = spec.devices.size
     if spec.devices.groups is None:
-        # Along the axes that were summed over, the moments are the same.
+        # The moments are equal along axes that were reduced already.
         all_devices, copies = all_devices.without(spec.devices.names), 1
     total = merge_parts(parts, start, devices=all_devices).moments
     count = total.count
     if num_ids is None and count.size == 1:
         count = count.reshape(())
-    # The members of a group have the same moments, each counted as often.
+    # All members of a group have counted the same moments.
     return Moments(count / copies, total.mean, total.m2 / copies)

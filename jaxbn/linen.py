@@ -1,4 +1,4 @@
-"""`BatchNorm` for flax.linen: variables only, the arithmetic is the core's."""
+"""`BatchNorm` for flax.linen."""
 
 from __future__ import annotations
 
@@ -28,56 +28,55 @@ __all__ = ["BatchNorm", "batch_moments"]
 
 
 class BatchNorm(nn.Module):
-    """Drop-in for `flax.linen.BatchNorm` with exact statistics.
+    """Drop-in replacement for `flax.linen.BatchNorm` with exact statistics.
 
     y = (x - mean) / sqrt(var + epsilon) * scale + bias, with the statistics of
     the batch in training (see `jaxbn.batch_norm`) and the running ones in
-    inference. Same fields, call arguments, variables and dtype of the result
-    as flax, so checkpoints move both ways. What differs: every kept value
-    counts equally whatever device it lies on, the variance does not cancel,
-    an empty batch leaves the running statistics alone, and an `axis_name`
-    that is not bound means that the array is already global.
+    inference. Fields, call arguments, variables and result dtype are those of
+    flax, so checkpoints are compatible in both directions. Differences: all
+    values count equally, whatever device they are on; the variance does not
+    cancel; an empty batch does not change the running statistics; and if
+    `axis_name` is not bound, the array is global.
 
-    With momentum=None all batches weigh the same. That, running.debias and a
-    renorm that is a function add the variable `steps` to batch_stats, int32 of the
-    shape of mean. Where `mutable` names the collection `batch_moments`, the
-    layer leaves the Moments of the batch there, not where True or a DenyList
-    takes the collection in; see `batch_moments`.
+    With momentum=None all batches have equal weight. In that case, with
+    running.debias or with a function for renorm, batch_stats has the variable
+    `steps`, int32 with the shape of mean. If `mutable` contains the name
+    `batch_moments`, and is not True or a DenyList, the layer stores the Moments
+    of the batch in that collection; see `batch_moments`.
 
     Attributes:
       use_running_average: True normalizes with the running statistics.
-      axis: the feature axis, or axes, of the input.
-      momentum: weight of the old running value (the core's decay).
+      axis: the feature axis or axes of the input.
+      momentum: decay of the running statistics.
       epsilon: added to the variance, unit of the input squared.
-      dtype: of the result; None infers it from input and parameters.
-      param_dtype: of scale and bias.
+      dtype: dtype of the result; None infers it from input and parameters.
+      param_dtype: dtype of scale and bias.
       use_bias: adds bias, (C,).
       use_scale: multiplies by scale, (C,).
-      bias_init: initializer of bias; of each of its rows, (C,), where it has
-        one an id. Partition names are those of a row.
-      scale_init: likewise of scale.
-      axis_name: named axis, or axes, to take statistics over.
+      bias_init: initializer of bias; with a row per id, of each row, (C,).
+        Partition names are those of a row.
+      scale_init: initializer of scale, likewise.
+      axis_name: named axis or axes to compute statistics over.
       axis_index_groups: see `Scope`.
-      use_fast_variance: has no effect; the variance is always taken from
+      use_fast_variance: has no effect; the variance is always computed from
         squared deviations.
-      force_float32_reductions: has no effect; reductions and the running
-        statistics that the layer makes are always float32 or wider.
-      sharing: which examples share statistics: groups of devices, so many
-        examples on any topology, ids; see `Scope`.
-      per_id: what ids choose a row of, where sharing.num_ids is K: "statistics",
-        (K, C); "affine", scale and bias, (K, C), while all examples share
-        statistics (class-conditional batch norm); or "both".
-      running: how running statistics are kept, and whether they are frozen;
-        see `Running`.
-      renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function of the
-        number of batches so far that returns them, such as
+      force_float32_reductions: has no effect; reductions and running
+        statistics are always float32 or wider.
+      sharing: which examples share statistics: groups of devices, a number of
+        examples, ids; see `Scope`.
+      per_id: what has a row per id, with sharing.num_ids = K: "statistics", (K, C);
+        "affine", scale and bias, (K, C), with statistics shared by all examples
+        (class-conditional batch norm); or "both".
+      running: how running statistics are updated; see `Running`.
+      renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function
+        that returns them for a number of batches, such as
         `jaxbn.renorm_limits`. None is batch norm.
-      inference: a `Prior` or an `ExampleWeight`, which blend the batch into
-        the running statistics in inference; None leaves it out.
+      inference: a `Prior` or `ExampleWeight`, to blend the batch into the
+        running statistics in inference; None only uses running statistics.
       train_affine: False stops the gradient of scale and bias.
 
     Raises:
-      ValueError: an option is out of its range, or two exclude each other.
+      ValueError: an option is out of range, or two options are incompatible.
     """
 
     use_running_average: bool | None = None
@@ -204,8 +203,8 @@ class BatchNorm(nn.Module):
 
     @nn.nowrap
     def _returns_moments(self) -> bool:
-        # Not where True or a DenyList takes them in: nobody asked for them
-        # there, and variables that are passed back in would keep accumulating.
+        # Not for True or a DenyList: the moments were not asked for by name,
+        # and if passed back in with the variables they would accumulate.
         by_name = isinstance(applied_mutable(self), Collection)
         return by_name and self.is_mutable_collection("batch_moments")
 
@@ -213,7 +212,7 @@ class BatchNorm(nn.Module):
 def _rows_of(
     init: nn.initializers.Initializer,
 ) -> nn.initializers.Initializer:
-    """An initializer of (K, C), whose rows are independent."""
+    """Returns an initializer of (K, C) with independent rows."""
 
     def init_rows(
         key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
@@ -236,33 +235,31 @@ def batch_moments(
 ) -> Any:
     """Returns the Moments of the batch of every layer, in training mode.
 
-    A pure function, which changes no running statistic. A layer that is called
-    several times has the moments of all its calls together. Layers inside of
-    nn.scan or nn.vmap have theirs on the axis of their running statistics.
+    A pure function that does not update running statistics. If a layer is
+    called several times, its moments are merged. Layers in nn.scan or nn.vmap
+    have moments with the axis of their running statistics.
 
     Args:
-      model: whose batch norm layers are jaxbn's; `jaxbn.convert.to_jaxbn`
-        makes them so.
-      variables: of the model.
-      *args: of the call; with `call` the batch alone.
-      call: (model, batch, train) -> output, where model is bound, as it is for
-        `method` of flax, and train is True. None calls the model with the
-        arguments given.
-      rngs: a key, or a dict of them. None makes one for every stream.
-      mutable: names of collections that the call creates. Those of variables
-        may be written already, but for params.
-      **kwargs: of the call, with what puts it into training mode, such as
-        train=True.
+      model: a model with jaxbn's batch norm layers; see
+        `jaxbn.convert.to_jaxbn`.
+      variables: variables of the model.
+      *args: arguments of the call; with `call` only the batch.
+      call: (model, batch, train) -> output, with a bound model, as for `method`
+        in flax, and train=True. None calls the model with the arguments.
+      rngs: a key or a dict of keys. None creates a key for every stream.
+      mutable: names of collections that the call creates. Collections in
+        variables are mutable already, except for params.
+      **kwargs: keyword arguments of the call, including those that set training
+        mode, such as train=True.
 
     Returns:
-      The tree of batch_stats with `jaxbn.Moments` in place of the dict of a
-      layer; counts have the shape of mean. A layer that the call does not
-      train is not in it: one in inference mode, one in a branch not taken. In
-      a branch of nn.cond its counts are zero. Nor is anything else that lies in
-      batch_stats.
+      The tree of batch_stats with `jaxbn.Moments` for each layer; counts have
+      the shape of mean. Layers that the call does not train are omitted, such
+      as those in inference mode or in a branch not taken; in a branch of
+      nn.cond, counts are zero. Other entries of batch_stats are omitted.
 
     Raises:
-      ValueError: no layer returned any, or a layer of flax was trained.
+      ValueError: no layer returned moments, or a flax layer was trained.
     """
     if call is not None:
         batch = single_argument(args, kwargs)

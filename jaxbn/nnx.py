@@ -1,4 +1,4 @@
-"""`BatchNorm` for flax.nnx: variables only, the arithmetic is the core's."""
+"""`BatchNorm` for flax.nnx."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _SCOPE, _RUNNING = Scope(), Running()
 
 
 class _FlaxOptions(TypedDict, total=False):
-    """The options of `flax.nnx.BatchNorm`, as they are there."""
+    """The options of `flax.nnx.BatchNorm`."""
 
     use_running_average: bool
     axis: int
-    momentum: Any  # a number, or None: all batches weigh the same
+    momentum: Any  # a number, or None to weight all batches equally
     epsilon: float
     dtype: Any
     param_dtype: Any
@@ -60,56 +60,53 @@ class _FlaxOptions(TypedDict, total=False):
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Drop-in for `flax.nnx.BatchNorm` with exact statistics.
+    """Drop-in replacement for `flax.nnx.BatchNorm` with exact statistics.
 
     y = (x - mean) / sqrt(var + epsilon) * scale + bias, with the statistics of
     the batch in training (see `jaxbn.batch_norm`) and the running ones in
     inference. A subclass: constructor, Variables, `train()`, `eval()` and
-    `nnx.view` are flax's own, so checkpoints move both ways. What differs:
-    every kept value counts equally whatever device it lies on, the variance
-    does not cancel, an empty batch leaves the running statistics alone, and
-    an `axis_name` that is not bound means that the array is already global.
-    Flax rounds input, statistics, scale and bias to `dtype` before it
-    computes; here only the result is rounded. The running statistics start in
-    float32; where the input is float64 or complex, the first step in training
-    gives them its dtype. Take it before a loop that carries the module and
-    must keep dtypes. Statistics that were cast to a narrower dtype keep it:
-    they are updated in float32 and rounded once.
+    `nnx.view` are those of flax, so checkpoints are compatible in both
+    directions. Differences: all values count equally, whatever device they are
+    on; the variance does not cancel; an empty batch does not change the running
+    statistics; and if `axis_name` is not bound, the array is global. Flax casts
+    input, statistics, scale and bias to `dtype` before computing; here only the
+    result is cast. Running statistics are initialized in float32; if the input
+    is float64 or complex, the first training step promotes them. Run it before
+    a loop that carries the module and must preserve dtypes. Statistics cast to
+    a narrower dtype keep it: they are updated in float32 and rounded once.
 
     Args:
       num_features: C, the length of the feature axis.
-      sharing: which examples share statistics: groups of devices, so many
-        examples on any topology, ids; see `Scope`.
-      per_id: what ids choose a row of, where sharing.num_ids is K:
-        "statistics", (K, C); "affine", scale and bias, (K, C), while all
-        examples share statistics (class-conditional batch norm); or "both".
-        The rows start equal.
-      running: how running statistics are kept, and whether they are frozen;
-        see `Running`.
-      renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function of the
-        number of batches so far that returns them, such as
+      sharing: which examples share statistics: groups of devices, a number of
+        examples, ids; see `Scope`.
+      per_id: what has a row per id, with sharing.num_ids = K: "statistics", (K, C);
+        "affine", scale and bias, (K, C), with statistics shared by all examples
+        (class-conditional batch norm); or "both". Rows are initially equal.
+      running: how running statistics are updated; see `Running`.
+      renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function
+        that returns them for a number of batches, such as
         `jaxbn.renorm_limits`. None is batch norm.
-      inference: a `Prior` or an `ExampleWeight`, which blend the batch into
-        the running statistics in inference; None leaves it out.
+      inference: a `Prior` or `ExampleWeight`, to blend the batch into the
+        running statistics in inference; None only uses running statistics.
       train_affine: False stops the gradient of scale and bias.
-      **options: of `flax.nnx.BatchNorm`: use_running_average, axis, momentum
-        (the core's decay; None weighs all batches equally), epsilon, dtype (of
-        the result), param_dtype, use_bias, use_scale, bias_init, scale_init,
-        axis_name, axis_index_groups (see `Scope`), promote_dtype (called to
-        infer the dtype of the result alone), rngs, bias_metadata,
-        scale_metadata. use_fast_variance has no effect: the variance is always
-        taken from squared deviations.
+      **options: options of `flax.nnx.BatchNorm`: use_running_average, axis,
+        momentum (decay of the running statistics; None weights all batches
+        equally), epsilon, dtype (of the result), param_dtype, use_bias,
+        use_scale, bias_init, scale_init, axis_name, axis_index_groups (see
+        `Scope`), promote_dtype (only called to infer the dtype of the result),
+        rngs, bias_metadata, scale_metadata. use_fast_variance has no effect:
+        the variance is always computed from squared deviations.
 
     Attributes:
-      mean: nnx.BatchStat, (C,), in the unit of the input; starts at 0.
-      var: nnx.BatchStat, (C,), unit of the input squared; starts at 1.
+      mean: nnx.BatchStat, (C,), in the unit of the input; initially 0.
+      var: nnx.BatchStat, (C,), unit of the input squared; initially 1.
       scale: nnx.Param, (C,), or None.
       bias: nnx.Param, (C,), or None.
-      steps: nnx.BatchStat, int32 of the shape of mean, with momentum=None,
-        running.debias, or a renorm that is a function; else None.
+      steps: nnx.BatchStat, int32 with the shape of mean, with momentum=None,
+        running.debias or a function for renorm; otherwise None.
 
     Raises:
-      ValueError: an option is out of its range, or two exclude each other.
+      ValueError: an option is out of range, or two options are incompatible.
     """
 
     def __init__(
@@ -161,9 +158,9 @@ class BatchNorm(nnx.BatchNorm):
         """Normalizes x, and in training updates mean and var.
 
         Args:
-          x: the input; features on `axis`. Integers are read as float32.
-          use_running_average: goes before the attribute unless it is None.
-          mask: bool, broadcastable to x; False leaves a value out of the
+          x: the input, with features on `axis`. Integers are cast to float32.
+          use_running_average: overrides the attribute unless it is None.
+          mask: bool, broadcastable to x; False excludes a value from the
             statistics.
           ids: (N,) integers in [0, K) where sharing.num_ids is K.
           timestep: (), integer, where running.num_timesteps is set.
@@ -173,7 +170,7 @@ class BatchNorm(nnx.BatchNorm):
 
         Raises:
           ValueError: use_running_average is None here and in the attribute;
-            an argument does not fit x or the options; or see
+            an argument does not match x or the options; or see
             `jaxbn.batch_norm`.
         """
         inference = use_running_average
@@ -184,15 +181,15 @@ class BatchNorm(nnx.BatchNorm):
         if inference is None:
             raise ValueError(
                 "use_running_average is None in the constructor and in the "
-                "call. Pass it in one of them, or call train() or eval() on "
-                "the model."
+                "call. Set it in one of them, or call train() or eval() on the "
+                "model."
             )
         x = jnp.asarray(x)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         mean, var = self.mean[...], self.var[...]
-        # Only for its dtype: a promoted x would be rounded, or kept for the
-        # backward pass in a wider copy.
+        # Only for its dtype: a promoted x would be rounded, or saved for the
+        # backward pass as a wider copy.
         like = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         dtype = dtypes.canonicalize_dtype(like[0], *like[3:], dtype=self.dtype)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -208,7 +205,7 @@ class BatchNorm(nnx.BatchNorm):
                 self.moments.get_value().note_inference()
             return y
         if self.running.mode == "update":
-            # Not by index, which would round to the dtype of the old value.
+            # Not by index, which would cast to the dtype of the old value.
             variables = (self.mean, self.var, *counters)
             for variable, value in zip(variables, (*new.running, new.skipped)):
                 if variable is not None and value is not None:
@@ -224,25 +221,25 @@ def batch_moments(
 ) -> dict[str, Moments]:
     """Returns the Moments of the batch of every layer, in training mode.
 
-    A pure function: it calls a copy, whose batch norm layers are in training
-    mode; the other layers are in that of model.
+    A pure function: it calls a copy, with batch norm layers in training mode
+    and other layers as in model.
 
     Args:
-      model: whose batch norm layers are jaxbn's; `jaxbn.convert.to_jaxbn`
-        makes them so.
-      *args: of the call; with `call` the batch alone.
-      call: (model, batch, train) -> output, where train is True. None calls
-        the model with the arguments given.
-      **kwargs: of the call.
+      model: a model with jaxbn's batch norm layers; see
+        `jaxbn.convert.to_jaxbn`.
+      *args: arguments of the call; with `call` only the batch.
+      call: (model, batch, train) -> output, with train=True. None calls the
+        model with the arguments.
+      **kwargs: keyword arguments of the call.
 
     Returns:
-      dict from the path of a layer, such as "blocks/0/norm", to
-      `jaxbn.Moments`, whose counts have the shape of mean, in the order of the
-      calls. A layer that is called several times has the moments of all its
-      calls together; one that the call does not train is not in it.
+      dict from layer path, such as "blocks/0/norm", to `jaxbn.Moments`, whose
+      counts have the shape of mean, in the order of the calls. If a layer is
+      called several times, its moments are merged; layers that the call does
+      not train are omitted.
 
     Raises:
-      ValueError: a batch norm layer is not jaxbn's, or none was trained.
+      ValueError: a batch norm layer is not of jaxbn, or none was trained.
     """
     copy: Any = nnx.clone(model)
     for layer in batch_norms(copy).values():
@@ -259,16 +256,16 @@ def batch_moments(
 
 
 def set_statistics(model: nnx.Module, stats: Any, *, ddof: int = 0) -> None:
-    """Puts means and variances into the batch norm layers of model.
+    """Sets the running statistics of a model's batch norm layers.
 
     Args:
-      model: whose layers take them; changed in place.
-      stats: dict from the path of a layer to `jaxbn.Moments`, such as
+      model: changed in place.
+      stats: dict from layer path to `jaxbn.Moments`, such as
         `jaxbn.precise.recompute` returns.
       ddof: 0 for the biased variance, 1 for the unbiased one.
 
     Raises:
-      ValueError: a path or a shape does not fit. Nothing is changed then.
+      ValueError: a path or shape does not match; the model is not changed.
     """
     layers = batch_norms(model)
     old = {
@@ -285,11 +282,11 @@ def batch_norms(model: nnx.Module) -> dict[str, nnx.BatchNorm]:
     """Returns the batch norm layers of a model, flax's or jaxbn's, by path.
 
     Args:
-      model: it stays as it is.
+      model: any module; not changed.
 
     Returns:
-      dict from the path of a layer, such as "blocks/0/norm", to the layer
-      itself, not a copy. One with several owners stands under one path.
+      dict from layer path, such as "blocks/0/norm", to the layer itself, not a
+      copy. A shared layer has only one path.
     """
     return {
         "/".join(map(str, path)): module

@@ -224,7 +224,10 @@ def pair(*args, train):
 @pytest.mark.parametrize(
     "broken, message",
     [
-        (noise(pool=np.ones((4, 2))), r"of one kind; got float64\[2, 3\] and"),
+        (
+            noise(pool=np.ones((4, 2))),
+            r"of equal shape; got float64\[2, 3\] and",
+        ),
         (noise(batch_size=6), "from 2 to 5, .* pool of 4; got 6"),
         (noise(batch_size=1), "from 2 to 5, .*; got 1"),
         (noise(draws=1), "draws must be at least 2 .*; got 1 and 1"),

@@ -187,7 +187,9 @@ def test_config_files_that_are_none(tmp_path):
         "There is no file nowhere.py; configs/ holds digits.py", "nowhere.py"
     )
     refused("is not a file; configs/ holds", str(tmp_path))
-    refused("get_config() takes nothing behind the colon; got 'x'", here(":x"))
+    refused(
+        "get_config() takes no argument after the colon; got 'x'", here(":x")
+    )
     refused("The config has no average_decay: it is for", cifar10_94.__file__)
 
 

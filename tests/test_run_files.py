@@ -189,7 +189,7 @@ def test_epochs_without_a_record_are_named(tmp_path, capsys):
         "metrics.jsonl lacks epochs 2 to 3; continuing"
         in capsys.readouterr().out
     )
-    refused("metrics.jsonl lacks epochs 2 to 3. Put it back", compare.read, run)
+    refused("metrics.jsonl lacks epochs 2 to 3. Restore it", compare.read, run)
     refused(
         "lacks epochs 2, 3, 5, and with it the result", open_report, run, done=5
     )

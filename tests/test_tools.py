@@ -348,7 +348,7 @@ def test_what_cannot_be_compared(tmp_path):
     (run / "metrics.jsonl").write_text('{"epoch": 1')
     refused("metrics.jsonl, line 1, is damaged: Expecting", run)
     (run / "metrics.jsonl").unlink()
-    refused("metrics.jsonl lacks epochs 1 to 3. Put it back", run)
+    refused("metrics.jsonl lacks epochs 1 to 3. Restore it", run)
     (run / "summary.json").unlink()
     refused(f"{run} has no records yet; the first comes after", run)
     (run / "config.json").write_text("{")

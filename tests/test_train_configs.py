@@ -42,7 +42,7 @@ from train.topology import make_topology
         ),
         (
             {"norm_options": {"normalize_over": 8}, "norm_axes": "none"},
-            "norm_axes='none' and normalize_over=8 each say which examples",
+            "norm_axes='none' and normalize_over=8 both choose the examples",
         ),
         (
             {"norm_options": {"ddof": 2}},

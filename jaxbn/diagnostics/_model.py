@@ -65,7 +65,7 @@ def check_steps(steps: Any) -> jax.Array:
         steps = steps.astype(jnp.float32)
     if steps.ndim != 1 or not steps.size:
         raise ValueError(
-            f"steps must have shape (K,), K >= 1; got {describe(steps)}."
+            f"steps must be nonempty, of shape (K,); got {describe(steps)}."
         )
     # The values of a tracer are unknown.
     if not isinstance(steps, jax.core.Tracer) and not (steps > 0).all():

@@ -93,9 +93,8 @@ def stats_staleness(
     fits = isinstance(running, Mapping) and isinstance(precise, Mapping)
     if not fits or not set(precise) <= set(running):
         raise ValueError(
-            f"precise has keys {_list_keys(precise)} that are not all in "
-            f"running, which has {_list_keys(running)}. Layers must be "
-            "jaxbn.Moments in precise."
+            f"precise has {_list_keys(precise)}, but running has "
+            f"{_list_keys(running)}. Layers must be jaxbn.Moments in precise."
         )
     return {
         name: stats_staleness(running[name], node, epsilon=epsilon)
