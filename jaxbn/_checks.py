@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxbn._compat import axes_in_scope, is_bound
-
-AxisName = Hashable | tuple[Hashable, ...] | None
 Axes = int | Sequence[int]
 
 
@@ -198,87 +192,3 @@ def check_ids(
             f"{describe(x)}; got {describe(ids)}."
         )
     return ids
-
-
-def bound_axes(axis_name: AxisName) -> tuple[Hashable, ...]:
-    """Returns the named axes to reduce over; () if x is global already.
-
-    Outside shard_map, pmap and vmap(axis_name=...) no axis is bound, and arrays
-    are global. The same holds for mesh axes that shard_map leaves automatic,
-    and for models under vmap over another axis. Any other unbound name is an
-    error that would leave statistics unsynchronized.
-    """
-    if axis_name is None:
-        return ()
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    bound = tuple(name for name in names if is_bound(name))
-    for name in names:
-        if name not in bound:
-            _check_global(name, axis_name)
-    return bound
-
-
-def _check_global(name: Hashable, axis_name: AxisName) -> None:
-    """Raises ValueError unless x may be global along an unbound axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if name in mesh.axis_names and name not in mesh.manual_axes:
-        return
-    in_scope = sorted(map(str, axes_in_scope()))
-    # Under vmap, a name similar to one in scope is a typo.
-    alike = difflib.get_close_matches(str(name), in_scope, cutoff=0.7)
-    if mesh.manual_axes or alike:
-        raise ValueError(
-            f"axis_name={axis_name!r}: {name!r} is not bound here; the "
-            f"named axes in scope are {in_scope}. Use one of them, or None for "
-            "statistics of this device only."
-        )
-
-
-def is_known(value: float | jax.Array) -> bool:
-    """Whether value is not traced, so that it can be checked."""
-    return not isinstance(value, jax.core.Tracer)
-
-
-def check_between(
-    name: str, value: float | jax.Array, least: float, most: float
-) -> None:
-    """Raises ValueError unless least <= value <= most."""
-    if not is_known(value):
-        return
-    known = np.asarray(value)
-    if not ((known >= least) & (known <= most)).all():
-        raise ValueError(f"{name} must be in [{least}, {most}]; got {value}.")
-
-
-def check_at_least(
-    name: str, value: float | jax.Array, least: float, *, finite: bool = False
-) -> None:
-    """Raises ValueError unless value >= least, and < inf if finite."""
-    if not is_known(value):
-        return
-    if not value >= least or (finite and math.isinf(value)):
-        also = "finite and " if finite else ""
-        raise ValueError(f"{name} must be {also}at least {least}; got {value}.")
-
-
-def check_epsilon(epsilon: float) -> None:
-    """Raises ValueError unless epsilon is finite and at least 0."""
-    check_at_least("epsilon", epsilon, 0, finite=True)
-
-
-def check_ddof(ddof: int) -> None:
-    """Raises ValueError unless ddof is 0 or 1."""
-    if is_known(ddof) and ddof not in (0, 1):
-        raise ValueError(
-            "ddof must be 0, the biased variance, or 1, the unbiased one; got "
-            f"{ddof}."
-        )
-
-
-def check_limits(r_max: float | jax.Array, d_max: float | jax.Array) -> None:
-    """Raises ValueError unless both are numbers, r_max >= 1 and d_max >= 0."""
-    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if jnp.ndim(value) or (is_known(value) and not value >= least):
-            raise ValueError(
-                f"{name} must be a number and at least {least}; got {value}."
-            )

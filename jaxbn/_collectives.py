@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._checks import AxisName, bound_axes
+from jaxbn._axis_names import AxisName, bound_axes
 from jaxbn._compat import Names, bind_axes, varying_axes
 
 Partition = tuple[tuple[int, ...], ...]

@@ -13,12 +13,11 @@ from jaxbn._affine import (
     zero_masked_nonfinite,
 )
 from jaxbn._arithmetic import abs2, plus, times, widen
+from jaxbn._check_values import check_between, check_epsilon
 from jaxbn._checks import (
     Axes,
     affine_rows,
     check_affine,
-    check_between,
-    check_epsilon,
     check_features,
     check_ids,
     check_input,

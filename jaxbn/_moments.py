@@ -9,13 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._arithmetic import abs2, hide_from_cse, times, widen
-from jaxbn._checks import (
-    Axes,
-    AxisName,
-    check_input,
-    check_where,
-    split_axes,
-)
+from jaxbn._axis_names import AxisName
+from jaxbn._checks import Axes, check_input, check_where, split_axes
 from jaxbn._collectives import THIS_DEVICE, Devices, devices_along
 from jaxbn._passes import (
     LARGEST_SHIFT,

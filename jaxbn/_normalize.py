@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from jaxbn._affine import Spec, without_explicit_axes
 from jaxbn._arithmetic import widen
+from jaxbn._axis_names import AxisName
+from jaxbn._check_values import check_epsilon
 from jaxbn._checks import (
     Axes,
-    AxisName,
     affine_rows,
     check_affine,
-    check_epsilon,
     check_features,
     check_ids,
     check_input,

@@ -7,12 +7,8 @@ from typing import Literal, get_args
 
 import jax
 
-from jaxbn._checks import (
-    check_at_least,
-    check_between,
-    check_ddof,
-    given_fields,
-)
+from jaxbn._check_values import check_at_least, check_between, check_ddof
+from jaxbn._checks import given_fields
 
 PerId = Literal["statistics", "affine", "both"]
 Mode = Literal["update", "keep", "frozen"]

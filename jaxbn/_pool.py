@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._checks import AxisName, bound_axes, describe
+from jaxbn._axis_names import AxisName, bound_axes
+from jaxbn._checks import describe
 from jaxbn._moments import merge_stacked, sync
 from jaxbn._passes import Centered, Moments
 from jaxbn._running import RunningStats

@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxbn._checks import Axes, AxisName, check_limits
+from jaxbn._axis_names import AxisName
+from jaxbn._check_values import check_limits
+from jaxbn._checks import Axes
 from jaxbn._formula import Renorm
 from jaxbn._normalize import normalize_batch
 from jaxbn._passes import Moments

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._arithmetic import plus, promoted, times
-from jaxbn._checks import (
+from jaxbn._check_values import (
     check_at_least,
     check_between,
     check_ddof,

@@ -7,7 +7,9 @@ from collections.abc import Hashable, Sequence
 
 import jax
 
-from jaxbn._checks import AxisName, check_at_least, given_fields
+from jaxbn._axis_names import AxisName
+from jaxbn._check_values import check_at_least
+from jaxbn._checks import given_fields
 from jaxbn._collectives import (
     THIS_DEVICE,
     Devices,

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxbn._axis_names import AxisName, bound_axes
 from jaxbn._bitcast import from_reals, from_uint32, to_reals, to_uint32
-from jaxbn._checks import AxisName, bound_axes, describe
+from jaxbn._checks import describe
 from jaxbn._compat import varying_axes
 
 Names = tuple[Hashable, ...]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._checks import check_ddof
+from jaxbn._check_values import check_ddof
 from jaxbn._passes import Moments
 
 

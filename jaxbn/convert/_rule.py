@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from jaxbn._collect import NAME as COLLECTED
+from jaxbn._collected import NAME as COLLECTED
 from jaxbn._scope import Scope
 from jaxbn.convert import _copies
 from jaxbn.convert._checks import refuse, spell_class, subclass_of

@@ -13,22 +13,15 @@ from flax import nnx
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn._call import (
-    ModelCall,
     advance_streams,
     call_nnx_clone,
     check_nnx_options,
     linen_options,
-    make_model_call,
 )
-from jaxbn._collect import (
-    Collected,
-    Log,
-    Path,
-    collect_nnx,
-    collected,
-    with_empty,
-)
+from jaxbn._collect import collect_nnx
+from jaxbn._collected import Collected, Log, Path, collected, with_empty
 from jaxbn._collecting import CollectingLinen, collecting_nnx
+from jaxbn._model_call import ModelCall, make_model_call
 from jaxbn._passes import Moments
 from jaxbn._scope import Scope
 from jaxbn.doctor._outputs import squared_norms

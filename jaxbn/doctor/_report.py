@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxbn._call import ModelCall
+from jaxbn._model_call import ModelCall
 from jaxbn.doctor import _checks, _warnings
 from jaxbn.doctor._health import Health
 from jaxbn.doctor._measure import gap, measure

@@ -10,14 +10,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxbn._call import (
-    ModelCall,
-    advance_streams,
-    check_nnx_options,
-    linen_options,
-    make_model_call,
-)
-from jaxbn._collect import nested
+from jaxbn._call import advance_streams, check_nnx_options, linen_options
+from jaxbn._collected import nested
+from jaxbn._model_call import ModelCall, make_model_call
 from jaxbn._passes import Moments
 from jaxbn.precise._moments_sum import MomentsSum
 

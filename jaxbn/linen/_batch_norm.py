@@ -10,21 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._call import (
-    ModelCall,
-    linen_options,
-    make_model_call,
-    single_argument,
-)
-from jaxbn._collect import collect_linen, collected_variable, nested
+from jaxbn._collected import collected_variable
 from jaxbn._compat import applied_mutable
 from jaxbn._layer import Call, Layer
 from jaxbn._options import ExampleWeight, Limits, PerId, Prior, Running
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
 from jaxbn._state import State, no_moments, record
-
-__all__ = ["BatchNorm", "batch_moments"]
 
 
 class BatchNorm(nn.Module):
@@ -101,7 +93,7 @@ class BatchNorm(nn.Module):
     train_affine: bool = True
 
     def __post_init__(self) -> None:
-        Layer.of(self)  # raises ValueError for options of no layer
+        Layer.of(self)  # raises ValueError for invalid options
         super().__post_init__()
 
     @nn.compact
@@ -117,9 +109,9 @@ class BatchNorm(nn.Module):
         """Normalizes x.
 
         Args:
-          x: the input; features on `axis`. Integers are read as float32.
-          use_running_average: see the attribute; give it in one place.
-          mask: bool, broadcastable to x; False leaves a value out of the
+          x: the input, with features on `axis`. Integers are cast to float32.
+          use_running_average: see the attribute; set only one of them.
+          mask: bool, broadcastable to x; False excludes a value from the
             statistics.
           ids: (N,) integers in [0, K) where sharing.num_ids is K.
           timestep: (), integer, where running.num_timesteps is set.
@@ -128,7 +120,7 @@ class BatchNorm(nn.Module):
           Array of the shape of x.
 
         Raises:
-          ValueError: an argument does not fit x or the options; or see
+          ValueError: an argument does not match x or the options; or see
             `jaxbn.batch_norm`.
         """
         frozen = self.running.mode == "frozen"
@@ -142,7 +134,7 @@ class BatchNorm(nn.Module):
             x = x.astype(jnp.float32)
         layer = Layer.of(self)
         initializing = self.is_initializing()
-        if initializing:  # outside of mapped axes
+        if initializing:  # not inside mapped axes
             layer = layer.alone()
         features, _ = layer.split_axes(x)
         size = tuple(x.shape[axis] for axis in features)
@@ -222,48 +214,3 @@ def _rows_of(
         return nn.meta.add_axis(rows, 0, {nn.PARTITION_NAME: None})
 
     return init_rows
-
-
-def batch_moments(
-    model: nn.Module,
-    variables: Any,
-    *args: Any,
-    call: ModelCall | None = None,
-    rngs: Any = None,
-    mutable: Collection[str] = (),
-    **kwargs: Any,
-) -> Any:
-    """Returns the Moments of the batch of every layer, in training mode.
-
-    A pure function that does not update running statistics. If a layer is
-    called several times, its moments are merged. Layers in nn.scan or nn.vmap
-    have moments with the axis of their running statistics.
-
-    Args:
-      model: a model with jaxbn's batch norm layers; see
-        `jaxbn.convert.to_jaxbn`.
-      variables: variables of the model.
-      *args: arguments of the call; with `call` only the batch.
-      call: (model, batch, train) -> output, with a bound model, as for `method`
-        in flax, and train=True. None calls the model with the arguments.
-      rngs: a key or a dict of keys. None creates a key for every stream.
-      mutable: names of collections that the call creates. Collections in
-        variables are mutable already, except for params.
-      **kwargs: keyword arguments of the call, including those that set training
-        mode, such as train=True.
-
-    Returns:
-      The tree of batch_stats with `jaxbn.Moments` for each layer; counts have
-      the shape of mean. Layers that the call does not train are omitted, such
-      as those in inference mode or in a branch not taken; in a branch of
-      nn.cond, counts are zero. Other entries of batch_stats are omitted.
-
-    Raises:
-      ValueError: no layer returned moments, or a flax layer was trained.
-    """
-    if call is not None:
-        batch = single_argument(args, kwargs)
-        args, kwargs = (batch, True), {"method": make_model_call(model, call)}
-    kwargs.update(linen_options(variables, rngs, mutable))
-    _, found, _ = collect_linen(model, variables, *args, **kwargs)
-    return nested({path: part.values for path, part in found.items()})
