@@ -14,7 +14,7 @@ from configs import resnet20_cifar10, resnet20_cifar10_short
 from train import UserError, augment
 from train import recipe as recipes
 from train.resnet import ResNet
-from train.step import make_optimizer
+from train.state import make_optimizer
 
 # Augmentation
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from train import UserError, checksums
 from train.checkpoint import Checkpoints, Progress
-from train.step import TrainState
+from train.state import TrainState
 
 STEPS = (2, 4, 6)
 

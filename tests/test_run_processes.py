@@ -226,14 +226,14 @@ def test_a_process_that_is_lost_ends_the_others(lost, number, tmp_path):
 
 
 HANGS = """
-from train import data
+from train import batching, data
 import time
-batches = data.train_batches
+batches = batching.train_batches
 def hang(*a, epoch, **k):
     if epoch == 2:
         time.sleep(1000)
     return batches(*a, epoch=epoch, **k)
-data.train_batches = hang
+batching.train_batches = hang
 """
 
 

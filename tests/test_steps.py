@@ -15,14 +15,9 @@ from jax.sharding import PartitionSpec as P
 from configs import digits
 from jaxbn import accumulate
 from tests.helpers.recipes import make_recipe as plain_recipe
-from train import data, norms
-from train.step import (
-    augmented_images,
-    init_state,
-    make_optimizer,
-    make_test_step,
-    make_train_step,
-)
+from train import batching, data, norms
+from train.state import init_state, make_optimizer
+from train.step import augmented_images, make_test_step, make_train_step
 from train.topology import make_topology
 
 
@@ -72,7 +67,7 @@ def topology():
 def batches():
     """Four of 32 images; in the third a share of one device is white."""
     images = data.load("digits", train_split="train[:128]").train
-    found = list(data.train_batches(images, 32, seed=0, epoch=0))
+    found = list(batching.train_batches(images, 32, seed=0, epoch=0))
     found[2].images[8:11] = 255
     return found
 
@@ -206,7 +201,7 @@ def test_the_same_steps_in_another_way(how, skipping, topology, batches):
             sums.append(got)
         total = jax.tree.map(lambda *each: sum(each), *sums)
     else:
-        ((count, rows),) = data.stack_batches(batches, 4)
+        ((count, rows),) = batching.stack_batches(batches, 4)
         assert count == 4
         step = make_train_step(recipe, topology.mesh, steps=4)
         state, total = step(state, topology.put(rows, 32, stacked=True), 0)
@@ -217,15 +212,15 @@ def test_the_same_steps_in_another_way(how, skipping, topology, batches):
 
 def test_stacked_batches():
     batches = [
-        data.Batch(*(np.full((2, 3), i + 10 * j) for j in range(4)))
+        batching.Batch(*(np.full((2, 3), i + 10 * j) for j in range(4)))
         for i in range(5)
     ]
-    got = list(data.stack_batches(batches, 2))
+    got = list(batching.stack_batches(batches, 2))
     assert [count for count, _ in got] == [2, 2, 1]
     np.testing.assert_array_equal(got[1][1].labels[:, 0, 0], [12, 13])
     np.testing.assert_array_equal(got[2][1].labels, batches[4].labels)
     assert got[2][1].labels.shape == (2, 3)
-    assert [b.images[0, 0] for _, b in data.stack_batches(batches, 1)] == [
+    assert [b.images[0, 0] for _, b in batching.stack_batches(batches, 1)] == [
         *range(5)
     ]
 

@@ -19,12 +19,13 @@ from train import (
     compare,
     data,
     evaluate,
+    learning_curves,
     trained_run,
     weight_average,
 )
 from train.checkpoint import Checkpoints, Progress
 from train.experiment import build_experiment
-from train.step import init_state
+from train.state import init_state
 from train.workdir import open_workdir
 
 # Evaluate
@@ -282,8 +283,8 @@ def test_curves_are_means_in_a_band(tmp_path):
         for i, accuracies in enumerate([[0.5, 0.8, 0.9], [0.7, 0.8, 1.0]])
     ]
     groups, _ = compare.grouped([compare.read(run) for run in runs])
-    figure, axes = compare.plt.subplots()
-    compare._curve(axes, groups[0], "test_accuracy", 100, "C0", "-")
+    figure, axes = learning_curves.plt.subplots()
+    learning_curves._curve(axes, groups[0], "test_accuracy", 100, "C0", "-")
     (line,), (band,) = axes.lines, axes.collections
     np.testing.assert_allclose(line.get_xdata(), [1, 2, 3])
     np.testing.assert_allclose(line.get_ydata(), [60, 80, 95])
@@ -293,7 +294,7 @@ def test_curves_are_means_in_a_band(tmp_path):
     np.testing.assert_allclose(
         [at_first.min(), at_first.max()], [60 - spread, 60 + spread]
     )
-    compare.plt.close(figure)
+    learning_curves.plt.close(figure)
 
 
 def test_fields_within_a_field_and_averages(tmp_path, capsys):

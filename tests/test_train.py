@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 
 from tests.helpers.recipes import make_recipe, mesh_of, small_config
-from train import UserError, checkpoint, data, files, loop, report, seeds
-from train.step import init_state, make_test_step, make_train_step
+from train import (
+    UserError,
+    batching,
+    checkpoint,
+    data,
+    files,
+    loop,
+    report,
+    seeds,
+)
+from train.state import init_state
+from train.step import make_test_step, make_train_step
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +43,9 @@ def test_steps_are_the_same_on_any_number_of_devices(images, monkeypatch):
         state = init_state(recipe, (8, 8, 1), mesh)
         start, losses = jax.device_get(state.params), []
         for epoch in range(2):
-            batches = data.train_batches(images.train, 64, seed=0, epoch=epoch)
+            batches = batching.train_batches(
+                images.train, 64, seed=0, epoch=epoch
+            )
             for batch in batches:
                 state, sums = step(state, batch, epoch)
                 losses.append(float(sums.loss))
@@ -55,7 +67,7 @@ def test_evaluation_counts_every_image_once(images):
     step = make_test_step(recipe, mesh)
     sums = [
         step(state.params, state.batch_stats, batch)
-        for batch in data.test_batches(images.test, 64)
+        for batch in batching.test_batches(images.test, 64)
     ]
     total = jax.tree.map(lambda *a: float(sum(a)), *sums)
     inputs = (images.test.images.astype(np.float32) - 80) / 90

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pathlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -19,10 +18,11 @@ from train.checkpoint_checks import (
     read_metadata,
     read_test_accuracy,
 )
+from train.checkpoint_errors import as_user_errors, newest_step
 from train.checksums import ChecksummedPath
 from train.damaged_checkpoints import move_damaged, refuse_fresh_start
 from train.files import exists, refuse_links
-from train.step import Sums, TrainState
+from train.state import Sums, TrainState
 from train.workdir import check_name
 
 # JAX expects a step that increases over the lifetime of the process.
@@ -95,13 +95,13 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 self._manager.close()
             return
-        with _as_user_errors(self._folder, self._manager):
+        with as_user_errors(self._folder, self._manager):
             self._manager.close()  # waits for pending writes
 
     @property
     def newest(self) -> int | None:
         """Step of the most recent complete checkpoint."""
-        return _newest(self._manager)
+        return newest_step(self._manager)
 
     def save(
         self,
@@ -126,7 +126,7 @@ class Checkpoints:
             "test_accuracy": test_accuracy,
             "arrays": array_specs(tree),
         }
-        with _as_user_errors(self._folder, self._manager):
+        with as_user_errors(self._folder, self._manager):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -137,7 +137,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until all saves are complete."""
-        with _as_user_errors(self._folder, self._manager):
+        with as_user_errors(self._folder, self._manager):
             self._manager.wait_until_finished()
 
     def preempted(self) -> bool:
@@ -243,44 +243,3 @@ class _RetentionPolicy:
         if tested:
             keep.add(max(reversed(tested), key=self._accuracy.__getitem__))
         return [step in keep for step in steps]
-
-
-# Operating system errors as they appear in orbax's messages.
-_OS_ERROR = re.compile(
-    r"no space left|file too large|disk quota|read-only file|permission denied"
-    r"|input/output error",
-    re.IGNORECASE,
-)
-
-
-@contextlib.contextmanager
-def _as_user_errors(
-    folder: pathlib.Path, manager: ocp.CheckpointManager | None
-) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        reason = _OS_ERROR.search(str(error))
-        if not reason and not isinstance(error, OSError):
-            raise
-        whole = None if manager is None else _newest(manager)
-        raise UserError(
-            f"Cannot write a checkpoint to {folder}: "
-            f"{reason[0].lower() if reason else error}. {resume_hint(whole)}"
-        ) from error
-
-
-def _newest(manager: ocp.CheckpointManager) -> int | None:
-    """Step of the newest checkpoint on disk; orbax also counts pending ones."""
-    with contextlib.suppress(Exception):
-        manager.wait_until_finished()
-    return max(manager.all_steps(read=True), default=None)
-
-
-def resume_hint(step: int | None) -> str:
-    """Says from which step a run that failed to write can be resumed."""
-    if step is None:
-        return "There is no checkpoint."
-    return (
-        f"Rerun the same command to resume from the checkpoint of step {step}."
-    )

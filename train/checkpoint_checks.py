@@ -10,7 +10,7 @@ import jax
 
 from train import UserError, processes
 from train.checksums import CorruptCheckpoint, verify
-from train.step import TrainState
+from train.state import TrainState
 
 MAX_LISTED = 3  # differences
 

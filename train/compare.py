@@ -16,107 +16,14 @@ if __name__ == "__main__":
         "train.compare"
     )  # before the imports, which take seconds
 
-import json
 import pathlib
 import statistics
 from collections.abc import Iterable
-from typing import Any, NamedTuple
-
-import matplotlib
-import numpy as np
+from typing import Any
 
 from train import UserError, cli
-from train.files import as_user_error, atomic_write
-from train.trained_run import read_config
-from train.workdir import missing_epochs, read_records, read_summary
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-# Fields that do not affect the result.
-IGNORED_FIELDS = ("seed", "seeds", "data_dir", "checkpoint_every", "profile")
-
-
-class Run(NamedTuple):
-    """The contents of a workdir."""
-
-    path: pathlib.Path
-    config: dict[str, Any]  # flattened, with dotted names
-    records: list[dict[str, float]]  # one per epoch
-    summary: dict[str, Any]  # empty until the run finishes
-
-
-class Group(NamedTuple):
-    """Runs that differ only in seed, with equally many epochs."""
-
-    runs: list[Run]
-    label: str  # the differing config fields, or the directory name
-
-
-def read(path: pathlib.Path) -> Run:
-    """Reads one run.
-
-    Raises:
-      UserError: path is not a workdir, has no records, or a file is damaged.
-    """
-    config = _flat(json.loads(read_config(path).to_json()))
-    records, summary = read_records(path), read_summary(path)
-    if not records and not summary:
-        raise UserError(
-            f"{path} has no records yet; they are written after each epoch."
-        )
-    last = max([int(one["epoch"]) for one in records], default=0)
-    missing = missing_epochs(records, config["epochs"] if summary else last)
-    if missing:
-        raise UserError(
-            f"{path / 'metrics.jsonl'} lacks {missing}. Restore it from a "
-            "backup, or leave this run out."
-        )
-    return Run(path, config, records, summary)
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def grouped(runs: list[Run]) -> tuple[list[Group], list[str]]:
-    """Groups runs by config, in order of first appearance.
-
-    Unfinished runs are grouped with those of equally many epochs.
-
-    Returns:
-      The groups, and the names of the config fields that differ.
-    """
-    every = {name for run in runs for name in run.config}
-    differ = [
-        name
-        for name in sorted(every - {*IGNORED_FIELDS})
-        if len({json.dumps(run.config.get(name)) for run in runs}) > 1
-    ]
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        values = [run.config.get(name) for name in differ]
-        key = json.dumps([values, len(run.records)])
-        groups.setdefault(key, []).append(run)
-    found = [
-        Group(members, _label(members, differ)) for members in groups.values()
-    ]
-    return found, differ
-
-
-def _label(runs: list[Run], differ: list[str]) -> str:
-    run, done = runs[0], len(runs[0].records)
-    values = [f"{name}={run.config.get(name)}" for name in differ]
-    label = ", ".join(values) or run.path.name
-    if done < run.config["epochs"]:
-        label += f" ({done} of {run.config['epochs']} epochs)"
-    return label if len(runs) == 1 else f"{label}, {len(runs)} runs"
+from train.learning_curves import draw
+from train.run_groups import Group, Run, grouped, read
 
 
 def table(groups: list[Group], differ: list[str]) -> str:
@@ -170,67 +77,6 @@ def _spread(runs: list[Run], key: str, form: str, unit: float = 1.0) -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ± {form.format(statistics.stdev(values))}"
-
-
-def draw(groups: list[Group], path: pathlib.Path) -> None:
-    """Draws loss and accuracy of all groups over the epochs.
-
-    Of several runs the mean, in a band of one standard deviation.
-
-    Raises:
-      UserError: path cannot be written, or has an ending of no known format.
-    """
-    figure, (loss, accuracy) = plt.subplots(
-        1, 2, figsize=(11, 4.5), layout="constrained"
-    )
-    for i, group in enumerate(groups):
-        color = f"C{i % 10}"
-        _curve(loss, group, "train_loss", 1, color, ":")
-        _curve(loss, group, "test_loss", 1, color, "-", group.label)
-        _curve(accuracy, group, "test_accuracy", 100, color, "-", group.label)
-    loss.set(xlabel="epoch", ylabel="loss (nats); dotted: in training")
-    loss.set_yscale("log")
-    accuracy.set(xlabel="epoch", ylabel="test accuracy (%)")
-    figure.legend(
-        *accuracy.get_legend_handles_labels(), loc="outside lower center"
-    )
-    kind = path.suffix[1:]
-    try:
-        if kind not in figure.canvas.get_supported_filetypes():
-            known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
-            raise UserError(
-                f"Cannot draw --out={path}: {kind!r} is none of {known}."
-            )
-        # Through a link: whose it is, who calls has said.
-        with (
-            as_user_error(f"--out={path}"),
-            atomic_write(path.resolve()) as file,
-        ):
-            figure.savefig(file, format=kind, dpi=150)
-    finally:
-        plt.close(figure)
-
-
-def _curve(
-    axes: plt.Axes,
-    group: Group,
-    key: str,
-    unit: float,
-    color: str,
-    style: str,
-    label: str | None = None,
-) -> None:
-    epochs = [record["epoch"] for record in group.runs[0].records]
-    values = unit * np.array(
-        [[record[key] for record in run.records] for run in group.runs]
-    )
-    mean = values.mean(0)
-    dots = "." if len(epochs) < 30 else ""
-    axes.plot(epochs, mean, style, color=color, label=label, marker=dots)
-    if len(values) > 1:
-        deviation = values.std(0, ddof=1)
-        low, high = mean - deviation, mean + deviation
-        axes.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
 
 
 def with_ending(out: pathlib.Path) -> pathlib.Path:

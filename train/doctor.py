@@ -23,7 +23,7 @@ import matplotlib
 import numpy as np
 
 from jaxbn import doctor
-from train import cli, data
+from train import batching, cli
 from train.files import as_user_error, atomic_write
 from train.step import augmented_images
 from train.trained_run import TrainedRun, load, use_devices
@@ -64,7 +64,7 @@ def _images(saved: TrainedRun) -> Iterator[jax.Array]:
     config, epoch = saved.config, max(saved.progress.epoch - 1, 0)
     recipe = saved.experiment.recipe
     augment = jax.jit(lambda batch: augmented_images(recipe, batch, epoch))
-    for batch in data.train_batches(
+    for batch in batching.train_batches(
         saved.experiment.dataset.train,
         config.batch_size,
         seed=config.seed,

@@ -16,33 +16,14 @@ if __name__ == "__main__":
         "train.evaluate"
     )  # before the imports, which take seconds
 
-import functools
 import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import PartitionSpec as P
+from typing import Any
 
 from train import UserError, cli, data
-from train.augment import to_float
-from train.experiment import Experiment
+from train.confusion import make_counter, metrics
 from train.files import as_user_error, write_json
-from train.step import Recipe
 from train.trained_run import TrainedRun, load, use_devices
 from train.weight_average import precise_statistics
-
-_BATCH = 1000  # examples per step
-
-
-class Counts(NamedTuple):
-    """Sums over examples; K classes."""
-
-    loss: Any  # (K,) in nats, summed over the examples of a class
-    confusion: Any  # (K, K) examples: rows are labels, columns predictions
 
 
 def evaluate(
@@ -84,7 +65,7 @@ def evaluate(
         "step": int(state.step),
         "epoch": saved.progress.epoch,
         "split": split,
-        **_result(count(state.params, state.batch_stats)),
+        **metrics(count(state.params, state.batch_stats)),
     }
     if precise:
         read = min(precise, saved.experiment.steps)
@@ -95,9 +76,9 @@ def evaluate(
             state.batch_stats,
             batches=read,
         )
-        again = _result(count(state.params, stats))
+        again = metrics(count(state.params, stats))
         found["precise"] = {"batches": read, **again}
-    print(format_result(found, config.dataset))
+    print(formatmetrics(found, config.dataset))
     with as_user_error(run):
         write_json(run / "evaluation.json", found)
     return found
@@ -119,80 +100,7 @@ def _examples(saved: TrainedRun, split: str) -> data.Split:
     ).test
 
 
-def make_counter(
-    experiment: Experiment, split: data.Split
-) -> Callable[[Any, Any], Counts]:
-    """Returns (params, batch_stats) -> Counts over all examples, each once."""
-    topology, classes = experiment.topology, experiment.dataset.num_classes
-    step = jax.jit(
-        jax.shard_map(
-            functools.partial(_step, experiment.recipe, topology.axes, classes),
-            mesh=topology.mesh,
-            in_specs=(P(), P(), P(topology.axes)),
-            out_specs=P(),
-        )
-    )
-    size = topology.padded(min(_BATCH, len(split.labels)))
-
-    def count(params: Any, batch_stats: Any) -> Counts:
-        loss, confusion = 0.0, 0
-        for rows in data.test_batches(split, size, rows=topology.rows(size)):
-            part = step(params, batch_stats, topology.put(rows, size))
-            # To the host at once: simulated devices must not run far ahead.
-            part = jax.device_get(part)
-            loss = loss + np.float64(part.loss)
-            confusion = confusion + np.int64(part.confusion)
-        return Counts(loss, confusion)
-
-    return count
-
-
-def _step(
-    recipe: Recipe,
-    axes: tuple[str, ...],
-    classes: int,
-    params: Any,
-    batch_stats: Any,
-    batch: data.Batch,
-) -> Counts:
-    logits = recipe.model.apply(
-        {"params": params, "batch_stats": batch_stats},
-        to_float(batch.images, recipe.pixel_mean, recipe.pixel_std),
-        train=False,
-    )
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    loss = jnp.where(batch.where, loss, 0)
-    pair = batch.labels * classes + logits.argmax(-1)
-    seen = jnp.where(batch.where, 1, 0)
-    local = Counts(
-        jax.ops.segment_sum(loss, batch.labels, classes),
-        jax.ops.segment_sum(seen, pair, classes**2),
-    )
-    both = jax.lax.psum(local, axes)
-    return both._replace(confusion=both.confusion.reshape(classes, classes))
-
-
-def _result(counts: Counts) -> dict[str, Any]:
-    images = counts.confusion.sum(1)
-    correct = counts.confusion.diagonal()
-    total = int(images.sum())
-    return {
-        "images": total,
-        "loss": float(counts.loss.sum() / total),
-        "accuracy": float(correct.sum() / total),
-        "classes": [
-            {
-                "images": int(n),
-                "accuracy": float(c / n) if n else None,
-                "loss": float(loss / n) if n else None,
-            }
-            for n, c, loss in zip(images, correct, counts.loss)
-        ],
-        "confusion": counts.confusion.tolist(),
-    }
-
-
-def format_result(found: dict[str, Any], dataset: str) -> str:
+def formatmetrics(found: dict[str, Any], dataset: str) -> str:
     """Formats the result as text."""
     again = found.get("precise")
     lines = [

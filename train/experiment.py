@@ -15,7 +15,7 @@ from train.recipe import (
     make_schedule,
     steps_per_epoch,
 )
-from train.step import Recipe
+from train.state import Recipe
 from train.topology import Topology, make_topology
 
 

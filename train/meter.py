@@ -7,7 +7,7 @@ import collections
 import jax
 import numpy as np
 
-from train.step import Sums
+from train.state import Sums
 
 # More steps in flight gain nothing, and simulated devices that run far ahead
 # of each other can deadlock.

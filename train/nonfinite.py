@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 import jaxbn
 import jaxbn.linen
-from train import data
+from train import batching
 from train.experiment import Experiment
-from train.step import Recipe, TrainState, augmented_images
+from train.state import Recipe, TrainState
+from train.step import augmented_images
 
 MAX_LISTED = 5
 
@@ -41,7 +42,7 @@ def describe_nonfinite(
         return text
     size = config.batch_size
     rows = next(
-        data.train_batches(
+        batching.train_batches(
             dataset.train,
             size,
             seed=config.seed,

@@ -16,7 +16,7 @@ from configs import defaults
 from train import UserError, config_checks, data, networks, processes
 from train.augment import pixel_counts, pixel_statistics
 from train.norms import norm_of
-from train.step import Recipe, make_optimizer
+from train.state import Recipe, make_optimizer
 from train.topology import Topology
 
 

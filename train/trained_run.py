@@ -14,7 +14,7 @@ from train.checkpoint import Checkpoints, Progress
 from train.experiment import Experiment, build_experiment
 from train.files import exists, read_json
 from train.flags import simulate
-from train.step import TrainState, abstract_state
+from train.state import TrainState, abstract_state
 from train.workdir import check_name, with_advice
 
 

@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 
 import jaxbn.linen
 from jaxbn import precise
-from train import data
+from train import batching
 from train.experiment import Experiment
-from train.step import Recipe, TrainState, augmented_images
+from train.state import Recipe, TrainState
+from train.step import augmented_images
 
 
 def evaluate_average(
@@ -65,7 +66,7 @@ def precise_statistics(
         in_specs=(P(), (P(topology.axes), P())),
         out_specs=P(),
     )
-    read_from = data.train_batches(
+    read_from = batching.train_batches(
         dataset.train,
         size,
         seed=config.seed,

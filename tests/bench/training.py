@@ -13,8 +13,9 @@ from jax.sharding import AxisType
 from configs import defaults
 from tests.bench import measure
 from train import networks, norms
-from train.data import Batch
-from train.step import Recipe, init_state, make_optimizer, make_train_step
+from train.batching import Batch
+from train.state import Recipe, init_state, make_optimizer
+from train.step import make_train_step
 from train.topology import Topology
 
 NORMS = ("flax", "jaxbn", "none")
