@@ -78,9 +78,9 @@ def test_quick_start_from_anywhere(tmp_path):
         ),
         (
             ["--config.norm_options.normalize_over=7"],
-            "norm='jaxbn': normalize_over=7 neither divides the 16 examples of "
-            "a device nor is a multiple that divides 4 devices; the nearest "
-            "that works is 8.",
+            "norm='jaxbn': normalize_over=7 neither divides the 16 examples per "
+            "device nor is a multiple that divides 4 devices; the nearest "
+            "valid value is 8.",
         ),
         (
             ["--stall_limit=nan"],

@@ -88,14 +88,14 @@ OUT_OF_RANGE = [
             sharing=jaxbn.Scope(num_ids=2),
             running=jaxbn.Running(num_timesteps=2),
         ),
-        "give one of them",
+        "set only one of them",
     ),
     (
         dict(
             axis_index_groups=[[0, 1]],
             sharing=jaxbn.Scope(axis_index_groups=[[0, 1]]),
         ),
-        "axis_index_groups is given twice",
+        "axis_index_groups is set twice",
     ),
     (dict(sharing=8), "sharing must be jaxbn.Scope; got 8."),
     (dict(running={"ddof": 1}), "running must be jaxbn.Running; got {'ddof"),
@@ -105,7 +105,7 @@ OUT_OF_RANGE = [
     ),
     (
         dict(group_size=2, normalize_over=4),
-        "group_size and normalize_over each say which devices share",
+        "group_size and normalize_over both choose the devices",
     ),
     (
         dict(group_size=0),
@@ -263,7 +263,7 @@ def test_a_mask_is_bool(call, dtype):
         (
             {},
             dict(ids=np.zeros(4, int)),
-            "num_ids of the layer and ids of the call go together; got "
+            "num_ids of the layer and ids of the call must be given together; got "
             "num_ids=None and ids=int",
         ),
         (
@@ -296,7 +296,9 @@ class TestOneValue:
     """Its variance is 0, so that y is bias and x receives no gradient."""
 
     X = draw(1, 3)
-    MESSAGE = re.escape("x is float32[1, 3], so each statistic is of one value")
+    MESSAGE = re.escape(
+        "x is float32[1, 3], so each statistic is over a single value"
+    )
 
     def test_in_training_it_is_an_error(self):
         with pytest.raises(ValueError, match=self.MESSAGE):

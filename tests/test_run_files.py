@@ -194,9 +194,7 @@ def test_epochs_without_a_record_are_named(tmp_path, capsys):
         "lacks epochs 2, 3, 5, and with it the result", open_report, run, done=5
     )
     path.write_text(lines[1] + lines[0])
-    refused(
-        "line 2, is damaged: epoch 1 stands after epoch 2", compare.read, run
-    )
+    refused("line 2, is damaged: epoch 1 follows epoch 2", compare.read, run)
     # What a crash has left behind the checkpoint is dropped, and nothing else.
     path.write_text("".join(lines))
     with open_report(run, done=2):

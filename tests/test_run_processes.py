@@ -226,7 +226,7 @@ def test_a_process_that_is_lost_ends_the_others(lost, number, tmp_path):
 
 
 HANGS = """
-from train import batching, data
+from train import batching
 import time
 batches = batching.train_batches
 def hang(*a, epoch, **k):

@@ -362,4 +362,4 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     compare.main([str(run) for run in runs])
     assert pathlib.Path("compare.png").exists()
-    assert capsys.readouterr().out.endswith("The picture is compare.png.\n")
+    assert capsys.readouterr().out.endswith("Wrote compare.png.\n")

@@ -27,9 +27,9 @@ from train.topology import make_topology
         ({"norm": "flax", "norm_axes": "none"}, "requires 'all'"),
         (
             {"norm_options": {"normalize_over": 7}},
-            "norm='jaxbn': normalize_over=7 neither divides the 8 examples of "
-            "a device nor is a multiple that divides 8 devices; the nearest "
-            "that works is 8.",
+            "norm='jaxbn': normalize_over=7 neither divides the 8 examples per "
+            "device nor is a multiple that divides 8 devices; the nearest "
+            "valid value is 8.",
         ),
         (
             {"norm": "ghost", "batch_size": 40},
@@ -37,7 +37,7 @@ from train.topology import make_topology
         ),
         (
             {"norm_options": {"normalize_over": 3}, "microbatches": 4},
-            "normalize_over=3 neither divides the 2 examples of a device nor "
+            "normalize_over=3 neither divides the 2 examples per device nor "
             "is a multiple that divides 32 devices",
         ),
         (

@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--out={given.out} is a folder; give a file")
     out = with_ending(given.out)
     compare(given.runs, out)
-    print(f"The picture is {out}.")
+    print(f"Wrote {out}.")
 
 
 if __name__ == "__main__":
