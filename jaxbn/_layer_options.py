@@ -93,7 +93,7 @@ class LayerOptions:
             **{field.name: getattr(owner, field.name) for field in fields}
         )
 
-    def alone(self) -> Self:
+    def unsynchronized(self) -> Self:
         """Returns the layer for a batch on a single device."""
         return dataclasses.replace(
             self,

@@ -327,8 +327,10 @@ def test_the_picture_is_where_it_is_said(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.endswith("The picture is picture.png.\n")
     assert not (tmp_path / "picture").exists()
-    refused("is a folder; give a file", compare.main, [str(run), "--out=a"])
-    message = "Cannot draw --out=b.doc: 'doc' is none of "
+    refused(
+        "is a directory; it must be a file", compare.main, [str(run), "--out=a"]
+    )
+    message = "Cannot plot --out=b.doc: 'doc' is not one of "
     refused(message, compare.main, [str(run), "--out=b.doc"])
 
 

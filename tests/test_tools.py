@@ -80,7 +80,7 @@ class Made:
                     state,
                     blank,
                 )
-                state = jax.device_put(state, experiment.topology.everywhere)
+                state = jax.device_put(state, experiment.topology.replicated)
                 checkpoints.save(
                     state,
                     Progress(epoch, batch),
@@ -345,7 +345,7 @@ def test_what_cannot_be_compared(tmp_path):
     refused(f"{tmp_path} is not a run", run, tmp_path)
     refused("/b/../a is given twice", run, tmp_path / "b" / ".." / "a")
     refused("Cannot write to --out=", run, out=tmp_path / "no" / "out.png")
-    refused("Cannot draw --out=", run, out=tmp_path / "out.doc")
+    refused("Cannot plot --out=", run, out=tmp_path / "out.doc")
     (run / "metrics.jsonl").write_text('{"epoch": 1')
     refused("metrics.jsonl, line 1, is damaged: Expecting", run)
     (run / "metrics.jsonl").unlink()

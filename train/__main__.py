@@ -102,7 +102,7 @@ def main(config: ConfigDict) -> None:
             raise UserError(
                 "With several processes, set --workdir to a shared directory."
             )
-    processes.agree(config, versions())
+    processes.check_consistent(config, versions())
     _log.use(workdir)
     several = config.seeds > 1
     summary = (seeds if several else loop).train(config, workdir)
@@ -136,7 +136,7 @@ def _run() -> int:
         from train import processes
 
         # All processes exit; the coordinator must be the last.
-        agreed = isinstance(user_error, processes.Agreed)
+        agreed = isinstance(user_error, processes.SharedUserError)
         _log.finish(1)
         last = jax.distributed.shutdown if agreed else None
         exits.exit_now(str(user_error), 1, last=last)

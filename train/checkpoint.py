@@ -60,7 +60,7 @@ class Checkpoints:
         self._folder = folder.absolute()
         self._read_only = read_only
         self._accuracy: dict[int, float] = {}
-        with processes.together():
+        with processes.sync_errors():
             if not read_only and jax.process_index() == 0:
                 refuse_links(self._folder)
                 if not exists(self._folder):
@@ -194,7 +194,7 @@ class Checkpoints:
                 f"All checkpoints in {self._folder} are damaged ({listed}). "
                 "They were not moved: repair them, or use another --workdir."
             )
-        with processes.together():
+        with processes.sync_errors():
             if not self._read_only and jax.process_index() == 0:
                 refuse_fresh_start(self._folder)
         return None

@@ -26,7 +26,7 @@ def find_damage(folder: pathlib.Path, like: TrainState) -> str:
       UserError: it cannot be read, or does not match the code.
     """
     step, where, wrong = folder.name, folder.parent, ""
-    with processes.together():
+    with processes.sync_errors():
         try:
             verify(folder)
             found = read_metadata(folder)["arrays"]
@@ -46,7 +46,7 @@ def find_damage(folder: pathlib.Path, like: TrainState) -> str:
                     f"this code: {differ}. Nothing was moved; use the code "
                     "that wrote it, or another --workdir."
                 )
-    return next(filter(None, processes.exchange(wrong)), "")
+    return next(filter(None, processes.all_gather(wrong)), "")
 
 
 def read_metadata(folder: pathlib.Path) -> dict[str, Any]:

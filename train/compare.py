@@ -79,25 +79,25 @@ def _spread(runs: list[Run], key: str, form: str, unit: float = 1.0) -> str:
     return f"{mean} ± {form.format(statistics.stdev(values))}"
 
 
-def with_ending(out: pathlib.Path) -> pathlib.Path:
-    """Returns the name of the picture: a PNG if it says nothing else."""
+def with_extension(out: pathlib.Path) -> pathlib.Path:
+    """Appends .png to a path without an extension."""
     return out if out.suffix else out.with_name(out.name + ".png")
 
 
 def compare(
     paths: Iterable[pathlib.Path], out: pathlib.Path
 ) -> tuple[list[Group], list[str]]:
-    """Prints the table of the runs and draws their curves into out.
+    """Prints a table of the runs and plots their learning curves.
 
     Args:
-      paths: of runs, or of folders of seeds.
-      out: of the picture; its ending says the format, which it must have.
+      paths: workdirs of runs, or of multi-seed runs.
+      out: output path; its extension selects the format.
 
     Returns:
-      The groups, and the fields of the configs that differ.
+      The groups, and the names of the config fields that differ.
 
     Raises:
-      UserError: a folder is no run or has no records, or is given twice; or out
+      UserError: a path is not a run, has no records or is given twice; or out
         cannot be written.
     """
     paths = [one for path in paths for one in _seeds(path)]
@@ -113,7 +113,7 @@ def compare(
 
 
 def _seeds(path: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the runs in a folder of seeds, or else the path itself."""
+    """Returns the runs of a multi-seed run, or else the path itself."""
     runs = [config.parent for config in path.glob("seed-*/config.json")]
     if (path / "config.json").exists() or not runs:
         return [path]
@@ -136,13 +136,12 @@ def main(arguments: list[str]) -> None:
         type=cli.folder,
         default=pathlib.Path("compare.png"),
         metavar="FILE",
-        help="of the picture; compare.png without, and .png if it has no "
-        "ending",
+        help="output file; default compare.png",
     )
     given = parser.parse_args(arguments)
     if given.out.is_dir():
-        parser.error(f"--out={given.out} is a folder; give a file")
-    out = with_ending(given.out)
+        parser.error(f"--out={given.out} is a directory; it must be a file")
+    out = with_extension(given.out)
     compare(given.runs, out)
     print(f"Wrote {out}.")
 

@@ -48,7 +48,7 @@ def make_counter(
             split, size, rows=topology.rows(size)
         ):
             part = step(params, batch_stats, topology.put(rows, size))
-            # To the host at once: simulated devices must not run far ahead.
+            # Blocks each step: simulated devices must not run far ahead.
             part = jax.device_get(part)
             loss = loss + np.float64(part.loss)
             confusion = confusion + np.int64(part.confusion)

@@ -32,7 +32,7 @@ def move_damaged(
     """
     if not damaged:
         return
-    with processes.together():
+    with processes.sync_errors():
         for each, why in damaged.items() if jax.process_index() == 0 else ():
             now = ""
             if not read_only:

@@ -108,47 +108,47 @@ def _select(source: _Source, expression: str, lazy: bool) -> Split:
             "Write it like train, train[:1000], train[90%:] or test."
         )
     if lazy:
-        return _Lazy(source, parts).split
+        return _LazySplit(source, parts).split
     arrays = zip(*(source.read(*part) for part in parts))
     return Split(*map(np.concatenate, arrays))
 
 
-class _Lazy:
-    """Examples in memory once they have been asked for."""
+class _LazySplit:
+    """Examples that are read on first access and cached."""
 
     def __init__(self, source: _Source, parts: list[tuple[str, range]]):
         self._source = source
         self._indices = [(name, p) for name, indices in parts for p in indices]
         n = len(self._indices)
-        # The system gives memory to what is written, not to what is reserved.
-        self._kept = Split(
+        # Memory is only allocated by the system when written.
+        self._cache = Split(
             np.empty((n, *source.image_shape), np.uint8), np.empty(n, np.int32)
         )
-        self._known = np.zeros(n, bool)
-        self.split = Split(*(_Column(self, i) for i in range(2)))
+        self._cached = np.zeros(n, bool)
+        self.split = Split(*(_LazyArray(self, i) for i in range(2)))
 
     def rows(self, index: np.ndarray, column: int) -> np.ndarray:
-        wanted = np.unique(index[~self._known[index]])
+        wanted = np.unique(index[~self._cached[index]])
         names = np.array([self._indices[i][0] for i in wanted])
         for name in np.unique(names):
             part = wanted[names == name]
             read = self._source.read(name, [self._indices[i][1] for i in part])
-            for kept, values in zip(self._kept, read):
+            for kept, values in zip(self._cache, read):
                 kept[part] = values
-        self._known[wanted] = True
-        return self._kept[column][index]
+        self._cached[wanted] = True
+        return self._cache[column][index]
 
-    def whole(self, column: int) -> np.ndarray:
-        return self._kept[column]
+    def array(self, column: int) -> np.ndarray:
+        return self._cache[column]
 
 
-class _Column:
-    """One array of the examples; indexed by arrays of indices."""
+class _LazyArray:
+    """A lazy array of examples; supports indexing by arrays and slices."""
 
-    def __init__(self, examples: _Lazy, column: int):
+    def __init__(self, examples: _LazySplit, column: int):
         self._examples, self._column = examples, column
-        self.shape = examples.whole(column).shape
-        self.dtype = examples.whole(column).dtype
+        self.shape = examples.array(column).shape
+        self.dtype = examples.array(column).dtype
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -45,7 +45,7 @@ def build_experiment(
     topology = make_topology(
         config.mesh, config.batch_size, config.microbatches
     )
-    with processes.together():  # each host reads its own data
+    with processes.sync_errors():  # each host reads its own data
         dataset = data.load(
             config.dataset,
             data_dir=config.data_dir,

@@ -16,12 +16,12 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 def draw(groups: list[Group], path: pathlib.Path) -> None:
-    """Draws loss and accuracy of all groups over the epochs.
+    """Plots loss and accuracy of all groups over epochs.
 
-    Of several runs the mean, in a band of one standard deviation.
+    Plots the mean of several runs, with a band of one standard deviation.
 
     Raises:
-      UserError: path cannot be written, or has an ending of no known format.
+      UserError: path cannot be written, or has an unsupported extension.
     """
     figure, (loss, accuracy) = plt.subplots(
         1, 2, figsize=(11, 4.5), layout="constrained"
@@ -42,9 +42,9 @@ def draw(groups: list[Group], path: pathlib.Path) -> None:
         if kind not in figure.canvas.get_supported_filetypes():
             known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
             raise UserError(
-                f"Cannot draw --out={path}: {kind!r} is none of {known}."
+                f"Cannot plot --out={path}: {kind!r} is not one of {known}."
             )
-        # Through a link: whose it is, who calls has said.
+        # Resolves symbolic links, since the user chose the path.
         with (
             as_user_error(f"--out={path}"),
             atomic_write(path.resolve()) as file,

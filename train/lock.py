@@ -30,12 +30,12 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     """
     token = secrets.token_hex(8) if processes.is_main() else ""
     lock = None
-    with processes.together():
+    with processes.sync_errors():
         if processes.is_main():
             lock = _acquire(workdir, token)
     try:
-        token = processes.exchange(token)[0]
-        with processes.together():
+        token = processes.all_gather(token)[0]
+        with processes.sync_errors():
             if not processes.is_main():
                 _check_visible(workdir, token)
         yield

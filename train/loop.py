@@ -42,7 +42,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     check_name(workdir)
     experiment = build_experiment(config)
     with lock.locked(workdir):
-        with processes.together():
+        with processes.sync_errors():
             if processes.is_main():
                 open_workdir(workdir, config)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -63,7 +63,7 @@ def _train(
     found = checkpoints.restore(abstract_state(recipe, shape, topology.mesh))
     if found:
         state, progress = found
-        summary = processes.from_main(lambda: read_summary(workdir))
+        summary = processes.broadcast_from_main(lambda: read_summary(workdir))
         done = progress.epoch * steps + progress.batch
         if done >= config.epochs * steps and summary:
             return summary
@@ -123,4 +123,4 @@ def _train(
             ) from error
         return found
 
-    return processes.from_main(summary)
+    return processes.broadcast_from_main(summary)

@@ -24,7 +24,7 @@ STARTUP_TIMEOUT = 50
 _NO_TIMEOUT = 7 * 24 * 3600
 
 
-class Agreed(UserError):
+class SharedUserError(UserError):
     """A UserError that all processes raise together."""
 
 
@@ -32,7 +32,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _numbers = itertools.count()
 
 
-def exchange(text: str, *, seconds: float = _NO_TIMEOUT) -> list[str]:
+def all_gather(text: str, *, seconds: float = _NO_TIMEOUT) -> list[str]:
     """All-gathers a string over processes, ordered by process index.
 
     Uses the coordinator instead of devices, so it works before they do.
@@ -69,13 +69,13 @@ def _receive(key: str, process: int, seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def sync_errors() -> Iterator[None]:
     """Context manager that raises a UserError of one process in all of them.
 
     All processes must enter it; its body must not wait for other processes.
 
     Raises:
-      Agreed: a process raised UserError in the body.
+      SharedUserError: a process raised UserError in the body.
     """
     own, wrong = None, ""
     try:
@@ -84,18 +84,18 @@ def together() -> Iterator[None]:
         own, wrong = error, str(error)
     if own is not None and jax.process_count() == 1:
         raise own
-    for said in exchange(wrong):
+    for said in all_gather(wrong):
         if said:
-            raise Agreed(said) from own
+            raise SharedUserError(said) from own
 
 
-def from_main(make: Callable[[], Any]) -> Any:
+def broadcast_from_main(make: Callable[[], Any]) -> Any:
     """Calls make in the main process; returns its JSON value in all."""
     found = "null"
-    with together():
+    with sync_errors():
         if jax.process_index() == 0:
             found = json.dumps(make())
-    return json.loads(exchange(found)[0])
+    return json.loads(all_gather(found)[0])
 
 
 def is_main() -> bool:
@@ -115,13 +115,13 @@ def sum_over_processes(values: np.ndarray) -> np.ndarray:
     return low + (high << 16)
 
 
-def agree(config: ConfigDict, versions: dict[str, str]) -> None:
+def check_consistent(config: ConfigDict, versions: dict[str, str]) -> None:
     """Checks that all processes run the same program, and connects devices.
 
     Otherwise they would deadlock.
 
     Raises:
-      Agreed: the processes differ, with the differences.
+      SharedUserError: the processes differ, with the differences.
     """
     from jax._src import distributed
 
@@ -152,7 +152,7 @@ def agree(config: ConfigDict, versions: dict[str, str]) -> None:
     if differences:
         more = len(differences) - 3
         listed = "; ".join(differences[:3])
-        raise Agreed(
+        raise SharedUserError(
             f"The processes differ: {listed}"
             f"{f'; and {more} more' if more > 0 else ''}. Run the same command "
             "on all hosts, with the same code and packages."

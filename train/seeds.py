@@ -33,7 +33,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains in a workdir that is locked."""
-    with processes.together():
+    with processes.sync_errors():
         if processes.is_main() and exists(workdir / "config.json"):
             raise UserError(
                 f"{workdir} holds a run with a single seed; use another "
@@ -55,7 +55,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         "steps": summaries[0]["steps"],
         "seconds": round(sum(each["seconds"] for each in summaries), 1),
     }
-    with processes.together():
+    with processes.sync_errors():
         if processes.is_main():
             with as_user_error(workdir):
                 write_json(workdir / "summary.json", summary)
@@ -67,9 +67,9 @@ def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         open_workdir(workdir, config)
         return read_summary(workdir)
 
-    with processes.together():
+    with processes.sync_errors():
         if processes.is_main():
             refuse_links(workdir)
     with lock.locked(workdir):
-        summary = processes.from_main(done)
+        summary = processes.broadcast_from_main(done)
     return summary or loop.train(config, workdir)

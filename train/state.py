@@ -106,8 +106,8 @@ def abstract_state(
 ) -> TrainState:
     """Returns shapes, dtypes and shardings of `init_state`, uncompiled."""
     shapes = jax.eval_shape(lambda: init_state(recipe, image_shape, mesh))
-    everywhere = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated),
         shapes,
     )

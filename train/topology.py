@@ -32,7 +32,7 @@ class Topology(NamedTuple):
         return NamedSharding(self.mesh, P(self.axes))
 
     @property
-    def everywhere(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """Sharding of replicated arrays."""
         return NamedSharding(self.mesh, P())
 

@@ -135,7 +135,7 @@ class BatchNorm(nn.Module):
         layer = Layer.of(self)
         initializing = self.is_initializing()
         if initializing:  # not inside mapped axes
-            layer = layer.alone()
+            layer = layer.unsynchronized()
         features, _ = layer.split_axes(x)
         size = tuple(x.shape[axis] for axis in features)
         initial = layer.init(size, x.dtype)

@@ -71,8 +71,8 @@ def compile_programs(
       scan: compiles an epoch and the evaluation as one program each; False
         compiles one program per step.
     """
-    everywhere = NamedSharding(mesh, P())
-    train, test = jax.device_put((dataset.train, dataset.test), everywhere)
+    replicated = NamedSharding(mesh, P())
+    train, test = jax.device_put((dataset.train, dataset.test), replicated)
     compiled = functools.partial(_compiled, mesh)
     signatures = {
         epoch_signature(recipe, epoch) for epoch in range(epochs(recipe))
@@ -158,15 +158,15 @@ def _jitted(mesh: Mesh, function: Callable[..., Any], donate: Any = ()) -> Any:
 
     Arguments and results are replicated.
     """
-    everywhere = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     if mesh.size > 1:
         function = jax.shard_map(
             function, mesh=mesh, in_specs=P(), out_specs=P()
         )
     return jax.jit(
         function,
-        in_shardings=everywhere,
-        out_shardings=everywhere,
+        in_shardings=replicated,
+        out_shardings=replicated,
         donate_argnums=donate,
     )
 

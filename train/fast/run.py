@@ -79,7 +79,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         recipe, experiment.dataset, experiment.topology.mesh, scan=scan
     )
     if not on_cpu:
-        # What is set up at the first call of a program is no part of it.
+        # Excludes setup at the first call of a program.
         run(programs, experiment, config.seed - 1)
     compile_seconds = time.perf_counter() - started
     say(f"compiled in {compile_seconds:.1f} s")
