@@ -23,11 +23,7 @@ from jaxbn._checks import (
     split_axes,
 )
 from jaxbn._collectives import Devices, devices_along
-from jaxbn._formula import (
-    Constants,
-    Renorm,
-    train,
-)
+from jaxbn._formula import Constants, Renorm, train
 from jaxbn._passes import Moments
 from jaxbn._reduction import Reduction
 from jaxbn._scope import Scope

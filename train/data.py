@@ -1,4 +1,4 @@
-"""Image data sets as uint8 arrays in memory, and batches of them.
+"""Image data sets as uint8 arrays in memory.
 
 CIFAR is read, and prepared if necessary, by tensorflow-datasets (TFDS). Its own
 archive extraction and CIFAR reader are replaced: they would import TensorFlow.

@@ -48,9 +48,7 @@ class EpochRunner:
         self._interrupt = interrupt
         self._trace = trace
         topology = experiment.topology
-        self._train_steps: dict[
-            int, Any
-        ] = {}  # by number of batches per dispatch
+        self._train_steps: dict[int, Any] = {}  # by batches per dispatch
         self._test_step = make_test_step(experiment.recipe, topology.mesh)
         # The last batch is padded anyway; round up to the devices.
         size = min(config.test_batch_size, len(experiment.dataset.test.labels))

@@ -78,7 +78,7 @@ def evaluate(
         )
         again = metrics(count(state.params, stats))
         found["precise"] = {"batches": read, **again}
-    print(formatmetrics(found, config.dataset))
+    print(format_result(found, config.dataset))
     with as_user_error(run):
         write_json(run / "evaluation.json", found)
     return found
@@ -100,7 +100,7 @@ def _examples(saved: TrainedRun, split: str) -> data.Split:
     ).test
 
 
-def formatmetrics(found: dict[str, Any], dataset: str) -> str:
+def format_result(found: dict[str, Any], dataset: str) -> str:
     """Formats the result as text."""
     again = found.get("precise")
     lines = [
