@@ -73,12 +73,18 @@ OUT_OF_RANGE = [
         dict(running=jaxbn.Running(debias=True), momentum=1.0),
         "debias=True needs momentum < 1",
     ),
-    (dict(per_id="both"), "needs sharing.num_ids; got num_ids=None."),
+    (
+        dict(per_id="both"),
+        "needs sharing.num_ids, the rows of scale and bias; got num_ids=None.",
+    ),
     (
         dict(per_id="both", running=jaxbn.Running(num_timesteps=2)),
-        "needs sharing.num_ids; got num_ids=",
+        "needs sharing.num_ids, the rows of scale and bias; got num_ids=",
     ),
-    (dict(per_id="affine"), "needs sharing.num_ids; got num_ids=None."),
+    (
+        dict(per_id="affine"),
+        "needs sharing.num_ids, the rows of scale and bias; got num_ids=None.",
+    ),
     (
         dict(per_id="scale", sharing=jaxbn.Scope(num_ids=2)),
         "per_id must be one of ('statistics', ",
@@ -251,8 +257,8 @@ def test_a_mask_is_bool(call, dtype):
         (
             {},
             dict(mask=np.ones(4, bool)),
-            "mask is bool[4] and x is float32[4, 2, 3]: a mask over the first "
-            "axis is written mask[:, None, None], one over the last axis "
+            "mask is bool[4] and x is float32[4, 2, 3]: write a mask over the "
+            "first axis as mask[:, None, None], and one over the last axis as "
             "mask[None, :].",
         ),
         (
@@ -310,13 +316,17 @@ class TestOneValue:
 
     @pytest.mark.parametrize("shape", ((1, 3), (1, 1, 1, 3)))
     def test_in_the_core(self, shape):
-        with pytest.raises(ValueError, match="each statistic is of one value"):
+        with pytest.raises(
+            ValueError, match="each statistic is over a single value"
+        ):
             jaxbn.batch_norm(self.X.reshape(shape))
         jaxbn.batch_norm(jnp.zeros((1, 2, 3)))
         assert jaxbn.moments(self.X).count == 1
 
     def test_in_ghost_batches_of_one(self):
-        with pytest.raises(ValueError, match="each statistic is of one value"):
+        with pytest.raises(
+            ValueError, match="each statistic is over a single value"
+        ):
             jaxbn.batch_norm(draw(4, 3), sharing=jaxbn.Scope(normalize_over=1))
 
     def test_where_it_is_defined(self):

@@ -190,9 +190,7 @@ def test_epochs_without_a_record_are_named(tmp_path, capsys):
         in capsys.readouterr().out
     )
     refused("metrics.jsonl lacks epochs 2 to 3. Restore it", compare.read, run)
-    refused(
-        "lacks epochs 2, 3, 5, and with it the result", open_report, run, done=5
-    )
+    refused("lacks epochs 2, 3, 5, and so the result", open_report, run, done=5)
     path.write_text(lines[1] + lines[0])
     refused("line 2, is damaged: epoch 1 follows epoch 2", compare.read, run)
     # What a crash has left behind the checkpoint is dropped, and nothing else.
@@ -325,7 +323,7 @@ def test_the_picture_is_where_it_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     compare.main([str(run), "--out=picture"])
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.endswith("The picture is picture.png.\n")
+    assert capsys.readouterr().out.endswith("Wrote picture.png.\n")
     assert not (tmp_path / "picture").exists()
     refused(
         "is a directory; it must be a file", compare.main, [str(run), "--out=a"]

@@ -17,6 +17,7 @@ from tests.helpers.made_runs import make_run
 from train import (
     UserError,
     compare,
+    confusion,
     data,
     evaluate,
     learning_curves,
@@ -126,7 +127,7 @@ def check(found, logits, labels):
 
 
 def test_evaluation_is_that_of_the_equations(made, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "_BATCH", 32)  # the last one is padded
+    monkeypatch.setattr(confusion, "_BATCH", 32)  # the last one is padded
     before = sorted((made.workdir / "checkpoints").rglob("*"))
     found = evaluate.evaluate(made.workdir, made.saved, precise=3)
     split = made.saved.experiment.dataset.test
@@ -351,7 +352,7 @@ def test_what_cannot_be_compared(tmp_path):
     (run / "metrics.jsonl").unlink()
     refused("metrics.jsonl lacks epochs 1 to 3. Restore it", run)
     (run / "summary.json").unlink()
-    refused(f"{run} has no records yet; the first comes after", run)
+    refused(f"{run} has no records yet; they are written after", run)
     (run / "config.json").write_text("{")
     refused("config.json is damaged", run)
     assert not out.exists()

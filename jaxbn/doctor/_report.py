@@ -51,7 +51,7 @@ class Report:
         if self.gap is None:
             return (
                 f"Over {batches}. The outputs in training and inference have "
-                "nothing in common; make call return a common part."
+                "nothing in common; return a common part from call."
             )
         if not np.isfinite(self.gap):
             return (
