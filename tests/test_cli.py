@@ -84,7 +84,7 @@ def test_quick_start_from_anywhere(tmp_path):
         ),
         (
             ["--stall_limit=nan"],
-            "flag --stall_limit=nan: seconds, from 0 on",
+            "flag --stall_limit=nan: must be finite and not negative, in seconds",
         ),
         (["again"], "Unexpected argument 'again'; flags begin with --."),
         (["--workdri=x"], "Unknown command line flag 'workdri'"),

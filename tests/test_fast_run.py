@@ -77,7 +77,7 @@ def test_learns_and_reports(tmp_path, capsys):
     )
     assert not summary["on_accelerator"]
     out = capsys.readouterr().out
-    assert out.count("the times and images/s mean nothing") == 2
+    assert out.count("times and images/s are not") == 2
     assert out.count("\nseed ") == 2 and table(summary) in out
     assert "test accuracy, test-time augmentation" in out
     with pytest.raises(UserError, match="holds another run"):

@@ -235,7 +235,7 @@ def test_what_orbax_cannot_restore_is_not_damage(folder, monkeypatch):
     before = sorted(folder.parent.rglob("*"))
     with Checkpoints(folder) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "restore", fail)
-        message = "as it was written, but cannot be restored here: MemoryError"
+        message = "is intact but cannot be restored: MemoryError"
         with pytest.raises(UserError, match=message):
             checkpoints.restore(like())
     assert sorted(folder.parent.rglob("*")) == before

@@ -18,7 +18,7 @@ from tests.helpers.recipes import make_recipe as plain_recipe
 from train import batching, data, norms
 from train.state import init_state, make_optimizer
 from train.step import augmented_images, make_test_step, make_train_step
-from train.topology import make_topology
+from train.topology import MICROBATCH_AXIS, Topology, make_topology
 
 
 class Poisoned(nn.Module):
@@ -60,7 +60,7 @@ def make_recipe(**changes):
 @pytest.fixture(scope="module")
 def topology():
     auto = (AxisType.Auto,)
-    return topology.Topology(jax.make_mesh((8,), ("data",), axis_types=auto))
+    return Topology(jax.make_mesh((8,), ("data",), axis_types=auto))
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_groups_on_a_mesh(mesh, axes, groups, microbatches):
             one,
             in_axes=(None, 0),
             out_axes=(0, None),
-            axis_name=topology.MICROBATCH_AXIS,
+            axis_name=MICROBATCH_AXIS,
         )(variables, x.reshape(microbatches, -1, 5))
         return y.reshape(-1, 5), new
 
