@@ -63,7 +63,7 @@ def test_quick_start_from_anywhere(tmp_path):
         ),
         (
             [f"--config={ROOT / 'configs' / 'cifar10_94.py'}"],
-            "The config has no average_decay: it is for another program. Take "
+            "The config has no average_decay: it is for another program. Use "
             "one of digits.py, ",
         ),
         (
