@@ -124,8 +124,8 @@ def no_moments_message(
     )
     if log.inferred:
         return (
-            "No layer returned moments: the model is in inference mode in this "
-            f"call, in {_listed(log.inferred)}. {how}"
+            "No layer returned moments: in this call the model is in "
+            f"inference mode, in {_listed(log.inferred)}. {how}"
         )
     known = [path for path, _ in collected(batch_stats)]
     if known:

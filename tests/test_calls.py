@@ -235,7 +235,7 @@ def test_nnx_modes_of_the_call(batches):
     check(NnxMode(nnx.Rngs(0)), None, batches, certify=False, call=call)
     model = NnxArgument(nnx.Rngs(0))
     with pytest.raises(
-        ValueError, match="is in inference mode in this call, in norm. Set"
+        ValueError, match="is in inference mode, in norm. Set"
     ):
         jaxbn.nnx.batch_moments(model, batches[0])
     found = jaxbn.nnx.batch_moments(
