@@ -1,4 +1,4 @@
-"""What stands behind the colon: --config=configs/FILE.py:WORD,WORD."""
+"""Parses config arguments: --config=configs/FILE.py:WORD,WORD."""
 
 from collections.abc import Sequence
 
@@ -6,20 +6,20 @@ DATASETS = ("cifar10", "cifar100")
 
 
 def choose(file: str, argument: str, *groups: Sequence[str]) -> list[str]:
-    """Returns one word of each group; the first where none was given.
+    """Returns one word of each group; the first of a group is the default.
 
     Args:
-      file: where the argument belongs to, for messages.
-      argument: words with commas between, in any order; may be empty.
-      groups: of words that exclude each other.
+      file: name of the config file, for error messages.
+      argument: comma-separated words in any order; may be empty.
+      groups: groups of mutually exclusive words.
 
     Raises:
-      ValueError: a word is in no group, or two are in the same.
+      ValueError: a word is in no group, or two are in the same one.
     """
     given = [word.strip() for word in argument.split(",") if word.strip()]
     known = " and ".join(f"one of {', '.join(group)}" for group in groups)
     example = f"configs/{file}:{','.join(group[-1] for group in groups)}"
-    take = f"take {known}, such as {example}."
+    take = f"use {known}, such as {example}."
     for word in given:
         if not any(word in group for group in groups):
             raise ValueError(f"configs/{file} has no {word!r}; {take}")

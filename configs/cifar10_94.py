@@ -3,7 +3,7 @@
     python -m train.fast --config configs/cifar10_94.py --workdir runs/fast94
     python -m train.fast --config configs/cifar10_94.py:muon --workdir runs/muon
 
-Behind the colon the optimizer; sgd without. The recipes are those of
+The argument is the optimizer; default sgd. The recipes are those of
 github.com/KellerJordan/cifar10-airbench (Jordan, 2024, 94% on CIFAR-10 in 3.29
 Seconds on a Single GPU), which reports, in PyTorch on one A100 and with
 test-time augmentation:
@@ -20,10 +20,10 @@ Measured here on one NVIDIA H200 (jax 0.11.2), with test-time augmentation:
 | sgd | 93.97% (deviation 0.17) | 10 | 1.487 |
 | muon | 94.07% (deviation 0.16) | 10 | 1.202 |
 
-What differs from there: weights are kept in float32 and rounded to float16 for
-the computation, the 5,000 images of the first layer are the first in the order
-of TFDS, mirrored test views are moved as the others are and not mirrored after
-it, and with Muon the first layer's bias starts at zero.
+Differences: weights are stored in float32 and cast to float16 for the
+computation; the first layer is computed from the first 5,000 images in the
+order of TFDS; mirrored test views are flipped before they are translated, not
+after; and with Muon the bias of the first layer starts at zero.
 """
 
 from ml_collections import ConfigDict
@@ -43,7 +43,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.epochs = 8.0
         config.logit_scale = 1 / 256
         config.head_std = 1.0
-        # 2e-6 an example and step, as the momentum of 0.85 takes it.
+        # 2e-6 per example and step, with a momentum of 0.85.
         config.weight_decay = 2e-6 * 1024 * (1 + 1 / (1 - config.momentum))
         config.rate_start, config.rate_peak, config.rate_end = 1.0, 0.0, 0.0
         config.lookahead_every = 0

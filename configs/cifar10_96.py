@@ -4,11 +4,11 @@
 
 The recipe is that of github.com/KellerJordan/cifar10-airbench, which reports a
 mean test accuracy of 96.03% over 400 seeds in 34.7 s, in PyTorch on one A100
-and with test-time augmentation. (Its later variant of 27.3 s leaves out
-examples that a small network finds easy, which is not done here.) Not yet
-measured on a GPU here, neither accuracy nor time. What differs is said in
-configs/cifar10_94.py; besides, 848 examples, others every time, are left out of
-an epoch, where there a batch goes on in the next epoch.
+and with test-time augmentation. (Its later variant of 27.3 s skips examples
+that a small network finds easy; that is not done here.) Neither accuracy nor
+time has been measured on a GPU here. For differences see configs/cifar10_94.py;
+also, each epoch drops its last 848 examples, whereas there a batch continues
+into the next epoch.
 """
 
 from ml_collections import ConfigDict

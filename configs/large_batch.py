@@ -3,15 +3,16 @@
     python -m train --config configs/large_batch.py:1024,56,cifar100 \
         --workdir runs/large
 
-Behind the colon a batch size, and depth and data set as for resnet_cifar.py.
+The argument is a batch size, and depth and data set as in resnet_cifar.py.
 
-The rate grows with the batch, 0.1 for each 128 examples, and is reached within
-five epochs from 0.1; every block starts as its shortcut. Epochs, and the
-epochs at which the rate drops, are those of the small batch. The paper, on
-ImageNet, takes statistics over 32 examples: --config.norm=ghost does; without
-it they are those of the whole batch.
+The learning rate scales with the batch, 0.1 per 128 examples, after a linear
+warmup of five epochs from 0.1; residual branches are zero-initialized. Epochs
+and rate drops are those of the small batch. The paper, on ImageNet, computes
+statistics over 32 examples, as --config.norm=ghost does; by default they are
+those of the whole batch.
 
-The paper has no CIFAR. Neither accuracy nor time was measured here.
+The paper has no CIFAR results. Neither accuracy nor time has been measured
+here.
 """
 
 from ml_collections import ConfigDict

@@ -3,14 +3,14 @@
     python -m train --config configs/preact_cifar.py:164,cifar100 \
         --workdir runs/p164
 
-Behind the colon a depth and a data set, in any order; 110 and cifar10 without.
+The argument is a depth and a data set in any order; default 110,cifar10.
 
 | depth | CIFAR-10, test accuracy (paper) | CIFAR-100 (paper) | parameters |
 |---|---|---|---|
 | 110 | 93.63% | | 1.7M |
 | 164, of bottlenecks | 94.54% | 75.67% | 1.7M |
 
-The median of five runs. Neither accuracy nor time was measured here.
+Median of five runs. Neither accuracy nor time has been measured here.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,7 @@
-"""What the fields of a config may be, for every program.
+"""Valid ranges of numeric config fields, for every program.
 
-An interval, [ and ] with and ( and ) without its end; of a tuple, that of each
-entry. A number that is not listed here may not be in a config; words are listed
-where they are given a meaning.
+Intervals are closed at [ ] and open at ( ); for a tuple the range applies to
+each entry. Every numeric field must be listed here.
 """
 
 RANGES = {

@@ -1,12 +1,12 @@
-"""ResNet-18 on CIFAR: 200 epochs of a cosine.
+"""ResNet-18 on CIFAR: 200 epochs with a cosine schedule.
 
     python -m train --config configs/resnet18_cifar.py:cifar100 \
         --workdir runs/r18
 
-Behind the colon a data set; cifar10 without. 11.2M parameters. No paper has
-this net with this recipe; both are those of github.com/kuangliu/pytorch-cifar,
-which lists 93.02% on CIFAR-10 for an older recipe. Neither accuracy nor time
-was measured here.
+The argument is a data set; default cifar10. 11.2M parameters. Network and
+recipe follow github.com/kuangliu/pytorch-cifar, not a paper; it reports 93.02%
+on CIFAR-10 for an older recipe. Neither accuracy nor time has been measured
+here.
 """
 
 from ml_collections import ConfigDict

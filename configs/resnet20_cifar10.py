@@ -2,8 +2,8 @@
 
 python -m train --config configs/resnet20_cifar10.py --workdir runs/r20
 
-The paper reports 91.25%. Not measured here yet: about 8 hours on two CPU
-cores, by the speed of the short config.
+The paper reports 91.25%. Not yet measured here: an estimated 8 hours on two CPU
+cores.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = defaults.get_config()
     config.dataset = "cifar10"
     config.depth = 20
-    # 390 full batches an epoch: 63,960 steps, the paper's 64k.
+    # 390 full batches per epoch: 63,960 steps; 64k in the paper.
     config.epochs = 164
     config.batch_size = 128
     config.learning_rate = 0.1

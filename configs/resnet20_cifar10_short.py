@@ -1,4 +1,4 @@
-"""ResNet-20 on CIFAR-10 in five epochs, for a machine with two cores.
+"""ResNet-20 on CIFAR-10 in five epochs, for two CPU cores.
 
     python -m train --config configs/resnet20_cifar10_short.py \
         --workdir runs/r20_short

@@ -3,7 +3,7 @@
     python -m train --config configs/resnet_cifar.py:56,cifar100 \
         --workdir runs/r56
 
-Behind the colon a depth and a data set, in any order; 20 and cifar10 without.
+The argument is a depth and a data set in any order; default 20,cifar10.
 
 | depth | CIFAR-10, test accuracy (paper, Table 6) | parameters |
 |---|---|---|
@@ -13,8 +13,8 @@ Behind the colon a depth and a data set, in any order; 20 and cifar10 without.
 | 56 | 93.03% | 0.85M |
 | 110 | 93.57%, best of five; 93.39 ± 0.16% | 1.7M |
 
-The paper has no CIFAR-100, and trains on 45,000 of the 50,000 images that are
-trained on here. Neither accuracy nor time was measured here.
+The paper has no CIFAR-100 results, and trains on 45,000 of the 50,000 images
+used here. Neither accuracy nor time has been measured here.
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +38,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def warm_up(config: ConfigDict) -> None:
-    """Begins with a tenth of the rate, for 400 steps."""
+    """Starts with 400 steps at a tenth of the learning rate."""
     config.warmup_epochs = 400 / 390
     config.warmup_shape = "constant"
     config.warmup_start = 0.1

@@ -3,17 +3,16 @@
     python -m train --config configs/wide_cifar.py:28-10,cifar100 \
         --workdir runs/wrn
 
-Behind the colon depth and width, and a data set, in any order; 16-4 and
-cifar10 without.
+The argument is depth-width and a data set in any order; default 16-4,cifar10.
 
 | net | CIFAR-10, test accuracy (paper) | CIFAR-100 (paper) | parameters |
 |---|---|---|---|
 | 16-4 | 94.98% | 75.97% | 2.7M |
 | 28-10 | 96.00% | 80.75% | 36.5M |
 
-Without dropout, the median of five runs. The paper pads with reflections and
-decays every parameter; here zeros are padded, and kernels alone decay. Neither
-accuracy nor time was measured here.
+Median of five runs without dropout. The paper uses reflection padding and
+decays all parameters; here padding is zero, and only kernels are decayed.
+Neither accuracy nor time has been measured here.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 from configs import arguments, defaults
 
 NETS = ("16-4", "28-10")
-STEPS = 390  # full batches of an epoch
+STEPS = 390  # full batches per epoch
 
 
 def get_config(argument: str = "") -> ConfigDict:

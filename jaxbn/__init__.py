@@ -1,7 +1,7 @@
-"""Batch normalization whose statistics are exact on any split of the batch.
+"""Batch normalization with exact statistics for any sharding of the batch.
 
-This is the functional core, which needs no flax. Modules: `jaxbn.linen` and
-`jaxbn.nnx`; certificates for a model of your own: `jaxbn.testing`.
+This is the functional core, which does not depend on flax. For modules see
+`jaxbn.linen` and `jaxbn.nnx`; to certify your own models see `jaxbn.testing`.
 """
 
 from jaxbn._inference import normalize, normalize_weighted

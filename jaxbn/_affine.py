@@ -1,4 +1,4 @@
-"""How what there is one of a feature is applied to all its values."""
+"""Applies per-feature values, such as scale and bias, to an array."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from jaxbn._reduction import Reduction
 
 
 class Spec(NamedTuple):
-    """What is static while tracing."""
+    """Static configuration of a normalization."""
 
-    reduction: Reduction  # of x on a device, for its statistics
-    affine: Reduction  # the same, or with ids too: rows of scale and bias
-    devices: Devices  # that share statistics
+    reduction: Reduction  # for the statistics of x on a device
+    affine: Reduction  # for scale and bias, which may have rows per id
+    devices: Devices  # devices that share statistics
     epsilon: float
     dtype: jnp.dtype  # of y
 
 
 def is_narrow(x: jax.Array) -> bool:
-    """Whether float32 has so many digits more than x that x - mean needs none.
+    """Whether x is narrower than the float32 it is computed in.
 
-    Then x * slope + level is exact enough, where level holds the mean, and one
-    operation less: on TPUs that decides whether the backward pass fuses into
-    the convolutions that read it.
+    Then x * slope + level, with the mean folded into level, is as accurate as
+    (x - mean) * slope + bias, and saves an operation. On TPUs this determines
+    whether the backward pass fuses into the convolutions that consume it.
     """
     return jnp.finfo(x.dtype).bits < jnp.finfo(widen(x).dtype).bits
 
 
-def minus_shift(
+def subtract_shift(
     spec: Spec, x: jax.Array, shift: jax.Array, ids: jax.Array | None
 ) -> jax.Array:
-    """x - shift, which is exact near a large mean."""
+    """Returns x - shift in float32 or wider."""
     if is_narrow(x):  # and the shift is 0
         return widen(x)
     return widen(x) - spec.reduction.broadcast(shift, ids)
 
 
-def readable(
+def zero_masked_nonfinite(
     x: jax.Array, where: jax.Array | None, value: jax.Array
 ) -> jax.Array:
-    """Puts 0 in value where x is masked out and NaN or inf."""
+    """Replaces value by 0 where x is masked and nonfinite."""
     if where is None:
         return value
     return jnp.where(where | jnp.isfinite(x), value, 0)
@@ -58,15 +58,15 @@ def affine(
     level: jax.Array | None,
     ids: jax.Array | None,
 ) -> jax.Array:
-    """x * slope + level, rounded once; slope and level in rows of affine."""
+    """Returns x * slope + level, rounded once to spec.dtype."""
     y = times(x, spec.affine.broadcast(slope, ids))
     if level is not None:
         y = plus(y, spec.affine.broadcast(level, ids))
     return nan_for_unknown_ids(spec, y, ids).astype(spec.dtype)
 
 
-def in_rows(reduction: Reduction, value: Any) -> Any:
-    """Repeats one value a feature, or one a feature and id, for every row."""
+def tile_rows(reduction: Reduction, value: Any) -> Any:
+    """Repeats a value, (F) or (ids, F), for every row of the reduction."""
     if value is None:
         return None
     value = widen(value)
@@ -78,7 +78,7 @@ def in_rows(reduction: Reduction, value: Any) -> Any:
 
 
 def per_affine_row(spec: Spec, statistics: Any) -> Any:
-    """Repeats what every row of statistics has for the ids that share it."""
+    """Repeats rows of statistics for the ids that share them."""
     if spec.affine == spec.reduction:
         return statistics
     ids = cast("int", spec.affine.num_ids)
@@ -94,7 +94,7 @@ def per_affine_row(spec: Spec, statistics: Any) -> Any:
 def nan_for_unknown_ids(
     spec: Spec, y: jax.Array, ids: jax.Array | None
 ) -> jax.Array:
-    """Puts NaN where an id is out of range: there are no statistics for it."""
+    """Returns y with NaN for examples whose id is out of range."""
     num_ids = spec.affine.num_ids
     if ids is None or num_ids is None:
         return y
@@ -105,10 +105,10 @@ def nan_for_unknown_ids(
 
 
 def without_explicit_axes(fn: Any, x: jax.Array) -> Any:
-    """Leaves the sharding of what fn computes to the compiler.
+    """Leaves shardings inside fn to the compiler.
 
-    Rows of a sharded axis have no type where mesh axes are Explicit: a run of
-    examples may begin on one device and end on another.
+    With Explicit mesh axes, chunks of a sharded axis cannot be typed: a chunk
+    of examples may span devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit not in mesh.axis_types:

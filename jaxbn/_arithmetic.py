@@ -1,4 +1,4 @@
-"""Arithmetic on values and statistics: casts, squares, what is None."""
+"""Arithmetic helpers: dtype promotion, optional operands, squares."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 
 
 def hide_from_cse(statistics: Any) -> Any:
-    """Returns the same values, which compilers take for others.
+    """Returns the same values, hidden from common subexpression elimination.
 
-    What x and a statistic make in two places is then computed in both, and not
-    once, stored and read again: arithmetic is cheap and memory traffic is not.
+    An elementwise expression of x and statistics that is used twice is then
+    recomputed instead of stored: arithmetic is cheaper than memory traffic.
     """
     return jax.lax.optimization_barrier(statistics)
 
 
 def nonzero(count: Any) -> Any:
-    """Returns count with 1 for 0, to divide by; static where count is."""
+    """Returns count, with 0 replaced by 1 to divide by; keeps numpy arrays."""
     if isinstance(count, np.ndarray):
         return np.where(count > 0, count, count.dtype.type(1))
     return jnp.where(count > 0, count, 1)
 
 
 def promoted(*values: Any) -> Any:
-    """Returns values cast to the dtype of their product; all are wide.
+    """Casts values to a common dtype, for `widen`ed values.
 
     Explicit casts also work under `jax_numpy_dtype_promotion="strict"`.
     """
@@ -65,5 +65,5 @@ def abs2(x: jax.Array) -> jax.Array:
 
 
 def inner(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the real inner product of two numbers."""
+    """Returns the elementwise real inner product, Re(a conj(b))."""
     return (a * b.conj()).real if jnp.iscomplexobj(a) else a * b

@@ -1,25 +1,19 @@
-"""Checks of shapes, dtypes and axes: the one place that words an error."""
+"""Checks of shapes, dtypes and axes, with their error messages."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxbn._compat import axes_in_scope, is_bound, is_traced
-
-AxisName = Hashable | tuple[Hashable, ...] | None
 Axes = int | Sequence[int]
 
 
 def given_fields(options: Any) -> str:
-    """Returns the repr of a dataclass without the fields at their default."""
+    """Returns the repr of a dataclass without default values."""
     given = (
         f"{field.name}={getattr(options, field.name)!r}"
         for field in dataclasses.fields(options)
@@ -29,12 +23,12 @@ def given_fields(options: Any) -> str:
 
 
 def describe(x: jax.Array) -> str:
-    """Returns dtype and shape as they stand in messages: float32[8, 4]."""
+    """Returns dtype and shape for messages, such as float32[8, 4]."""
     return f"{x.dtype.name}{list(x.shape)}"
 
 
 def check_input(x: jax.Array) -> jax.Array:
-    """Returns x as an array; raises ValueError unless it has fractions."""
+    """Returns x as an array; raises ValueError unless floating or complex."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise ValueError(
@@ -53,8 +47,8 @@ def split_axes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns (feature axes, reduced axes) of x, both positive and sorted.
 
-    Where x holds features alone there is nothing to reduce: it is one example,
-    or an error with needs_batch. name: what the caller calls feature_axis.
+    If x has only feature axes, there is nothing to reduce: x is one example, or
+    an error if needs_batch. name: name of feature_axis in messages.
     """
     given = (
         feature_axis if isinstance(feature_axis, Sequence) else (feature_axis,)
@@ -69,7 +63,7 @@ def split_axes(
     if needs_batch and not reduced:
         raise ValueError(
             f"{name}={feature_axis} names every axis of x, which is "
-            f"{describe(x)}: no axis is left to take statistics over."
+            f"{describe(x)}: no axis is left to reduce over."
         )
     return features, reduced
 
@@ -79,7 +73,7 @@ def check_where(
 ) -> jax.Array | None:
     """Returns where with as many axes as x; None stays None.
 
-    name: what the caller calls it.
+    name: name of where in messages.
     """
     if where is None:
         return None
@@ -89,15 +83,15 @@ def check_where(
             f"{name} must be bool; got {describe(where)}. Compare first, for "
             f"example {name}=mask > 0."
         )
-    # numpy would spread a mask of shape (N,) over the last axis. It is meant
-    # for the first one, and where both lengths agree nobody would notice.
+    # A mask (N,) would broadcast along the last axis, although meant for the
+    # first one, unnoticed if both have equal length.
     per_example = where.ndim == 1 and where.shape[0] == x.shape[0]
     if per_example and x.ndim > 1:
         index = ", ".join([":"] + ["None"] * (x.ndim - 1))
         raise ValueError(
-            f"{name} is {describe(where)} and x is {describe(x)}: a mask over "
-            f"the first axis is written {name}[{index}], one over the last "
-            f"axis {name}[None, :]."
+            f"{name} is {describe(where)} and x is {describe(x)}: write a mask "
+            f"over the first axis as {name}[{index}], and one over the last "
+            f"axis as {name}[None, :]."
         )
     try:
         fits = jnp.broadcast_shapes(where.shape, x.shape) == x.shape
@@ -118,9 +112,9 @@ def check_features(
     features: tuple[int, ...],
     *rows: int | None,
 ) -> jax.Array:
-    """Returns value as an array; raises unless it holds one value a feature.
+    """Returns value as an array; raises unless it has one value per feature.
 
-    rows: the leading lengths that are right; None stands for no such axis.
+    rows: valid lengths of a leading axis; None for no such axis.
     """
     value = jnp.asarray(value)
     want = tuple(x.shape[axis] for axis in features)
@@ -141,7 +135,7 @@ def check_affine(
     features: tuple[int, ...],
     num_ids: int | None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns scale and bias, one value a feature or one a feature and id."""
+    """Returns scale and bias as arrays, (F) or (num_ids, F)."""
     rows = (None,) if num_ids is None else (None, num_ids)
     if scale is not None:
         scale = check_features("scale", scale, x, features, *rows)
@@ -157,10 +151,10 @@ def affine_rows(
     bias: jax.Array | None,
     features: tuple[int, ...],
 ) -> int | None:
-    """Returns K where scale and bias may be (K, C), one row an id.
+    """Returns K if scale and bias may be (K, C), one row per id.
 
-    num_ids: of the statistics. Without, ids share them, and K is what scale and
-    bias hold.
+    num_ids: rows of the statistics. If None, all ids share them, and K is taken
+    from scale and bias.
     """
     if ids is None or num_ids is not None:
         return num_ids
@@ -169,9 +163,9 @@ def affine_rows(
         if len(shape) == len(features) + 1:
             return shape[0]
     raise ValueError(
-        "ids choose rows of statistics, with sharing.num_ids, or of scale and "
-        "bias, where those are (K, C); got sharing.num_ids=None and scale and "
-        f"bias of shapes {shapes}."
+        "ids select rows of statistics, with sharing.num_ids, or of scale and "
+        "bias, of shape (K, C); got sharing.num_ids=None and scale and bias of "
+        f"shapes {shapes}."
     )
 
 
@@ -181,10 +175,10 @@ def check_ids(
     x: jax.Array,
     axes: tuple[int, ...],
 ) -> jax.Array | None:
-    """Returns ids as an array; raises unless it holds an integer an example."""
+    """Returns ids as an array; raises unless it has one integer per example."""
     if (ids is None) != (num_ids is None):
         raise ValueError(
-            f"ids and sharing.num_ids go together; got ids "
+            f"ids and sharing.num_ids must be given together; got ids "
             f"{'None' if ids is None else describe(jnp.asarray(ids))} and "
             f"num_ids={num_ids}."
         )
@@ -198,88 +192,3 @@ def check_ids(
             f"{describe(x)}; got {describe(ids)}."
         )
     return ids
-
-
-def bound_axes(axis_name: AxisName) -> tuple[Hashable, ...]:
-    """Returns the named axes to reduce over; () when x is already global.
-
-    Outside shard_map, pmap and vmap(axis_name=...) there is no named axis, an
-    array is the whole batch, and () is the right answer. So it is along a mesh
-    axis that shard_map leaves to the compiler, and in a model under vmap over
-    something else. Any other name that is not bound is a mistake that would
-    leave statistics unsynchronized.
-    """
-    if axis_name is None:
-        return ()
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    bound = tuple(name for name in names if is_bound(name))
-    for name in names:
-        if name not in bound:
-            _check_global(name, axis_name)
-    return bound
-
-
-def _check_global(name: Hashable, axis_name: AxisName) -> None:
-    """Raises unless x may be global along an axis that is not bound."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if name in mesh.axis_names and name not in mesh.manual_axes:
-        return
-    in_scope = sorted(map(str, axes_in_scope()))
-    # Under vmap alone, a name like one in scope is a typo.
-    alike = difflib.get_close_matches(str(name), in_scope, cutoff=0.7)
-    if mesh.manual_axes or alike:
-        raise ValueError(
-            f"axis_name={axis_name!r}: {name!r} is not bound here; the "
-            f"named axes in scope are {in_scope}. Use one of them, or None for "
-            "statistics of this device alone."
-        )
-
-
-def is_known(value: float | jax.Array) -> bool:
-    """Whether value can be checked now; a traced one passes every check."""
-    return not is_traced(value)
-
-
-def check_between(
-    name: str, value: float | jax.Array, least: float, most: float
-) -> None:
-    """Raises ValueError unless least <= value <= most."""
-    if not is_known(value):
-        return
-    known = np.asarray(value)
-    if not ((known >= least) & (known <= most)).all():
-        raise ValueError(f"{name} must be in [{least}, {most}]; got {value}.")
-
-
-def check_at_least(
-    name: str, value: float | jax.Array, least: float, *, finite: bool = False
-) -> None:
-    """Raises ValueError unless value >= least, and < inf where finite."""
-    if not is_known(value):
-        return
-    if not value >= least or (finite and math.isinf(value)):
-        also = "finite and " if finite else ""
-        raise ValueError(f"{name} must be {also}at least {least}; got {value}.")
-
-
-def check_epsilon(epsilon: float) -> None:
-    """Raises ValueError unless epsilon is finite and at least 0."""
-    check_at_least("epsilon", epsilon, 0, finite=True)
-
-
-def check_ddof(ddof: int) -> None:
-    """Raises ValueError unless ddof is 0 or 1."""
-    if is_known(ddof) and ddof not in (0, 1):
-        raise ValueError(
-            "ddof must be 0, the biased variance, or 1, the unbiased one; got "
-            f"{ddof}."
-        )
-
-
-def check_limits(r_max: float | jax.Array, d_max: float | jax.Array) -> None:
-    """Raises ValueError unless both are numbers, r_max >= 1 and d_max >= 0."""
-    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if jnp.ndim(value) or (is_known(value) and not value >= least):
-            raise ValueError(
-                f"{name} must be a number and at least {least}; got {value}."
-            )

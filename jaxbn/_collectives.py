@@ -1,4 +1,4 @@
-"""Sums over mapped axes, or inside groups of devices, in one collective."""
+"""Sums over mapped axes, or groups of devices, in a single collective."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._checks import AxisName, bound_axes
+from jaxbn._axis_names import AxisName, bound_axes
 from jaxbn._compat import Names, bind_axes, varying_axes
 
 Partition = tuple[tuple[int, ...], ...]
 
 
 class Devices(NamedTuple):
-    """Mapped axes to sum over; this device alone without names."""
+    """Mapped axes to sum over; without names, only this device."""
 
     names: Names = ()
     sizes: tuple[int, ...] = ()
@@ -28,7 +28,7 @@ class Devices(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Devices that share a sum."""
+        """Number of devices that share a sum."""
         if self.groups is not None:
             return len(self.groups[0])
         return math.prod(self.sizes)
@@ -55,9 +55,9 @@ def devices_along(axis_name: AxisName) -> Devices:
 
 
 def all_sum(tree: Any, devices: Devices) -> Any:
-    """Sums every leaf over devices, in one collective.
+    """Sums every leaf over devices, in a single collective.
 
-    Numpy arrays are the same on all of them and take no part in it.
+    Numpy arrays are equal on all devices; they are multiplied instead.
     """
     if not devices.names:
         return tree
@@ -81,22 +81,21 @@ def all_sum(tree: Any, devices: Devices) -> Any:
 
 
 def all_agree(flag: jax.Array, devices: Devices) -> jax.Array:
-    """Returns a flag that is the same on all devices of a collective.
+    """Returns a flag that is equal on all devices of a collective.
 
-    Of groups that gather on their own, the members agree already.
+    Members of groups with their own collective agree already.
     """
-    if devices.groups is None or _takes_groups(devices.names):
+    if devices.groups is None or _supports_groups(devices.names):
         return flag
-    everyone = devices._replace(groups=None)
-    agreed: jax.Array = all_sum(flag.astype(jnp.float32), everyone) > 0
+    all_devices = devices._replace(groups=None)
+    agreed: jax.Array = all_sum(flag.astype(jnp.float32), all_devices) > 0
     return agreed
 
 
-def _takes_groups(names: Names) -> bool:
-    """Whether there is a collective inside groups of devices.
+def _supports_groups(names: Names) -> bool:
+    """Whether all_gather supports groups here.
 
-    psum takes no groups under shard_map, and under vmap and in lockstep nothing
-    does.
+    Under vmap and in lockstep no collective does; psum never does in shard_map.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return _microbatches.get() is None and set(names) <= set(manual)
@@ -109,7 +108,7 @@ _microbatches: contextvars.ContextVar[Hashable | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def lockstep(axis_name: Hashable) -> Iterator[None]:
-    """While a function is traced of which axis_name names the microbatches."""
+    """Context for tracing a function with microbatches along axis_name."""
     token = _microbatches.set(axis_name)
     try:
         yield
@@ -117,22 +116,22 @@ def lockstep(axis_name: Hashable) -> Iterator[None]:
         _microbatches.reset(token)
 
 
-def microbatches_among(devices: Devices) -> Hashable | None:
-    """Returns which of the axes is that of the microbatches."""
+def microbatch_axis(devices: Devices) -> Hashable | None:
+    """Returns the axis of the microbatches among devices, or None."""
     name = _microbatches.get()
     return name if name in devices.names else None
 
 
 def _gather(flat: jax.Array, names: Names, groups: Partition) -> jax.Array:
-    """Stacks the vectors of a group's devices."""
-    everyone: jax.Array
-    if _takes_groups(names):
-        everyone = jax.lax.all_gather(flat, names, axis_index_groups=groups)
-        return everyone
+    """Stacks the vectors of the devices of a group."""
+    all_devices: jax.Array
+    if _supports_groups(names):
+        all_devices = jax.lax.all_gather(flat, names, axis_index_groups=groups)
+        return all_devices
     members = {i: group for group in groups for i in group}
     own = jnp.array([members[i] for i in range(len(members))])
-    everyone = jax.lax.all_gather(flat, names)
-    return everyone[own[jax.lax.axis_index(names)]]
+    all_devices = jax.lax.all_gather(flat, names)
+    return all_devices[own[jax.lax.axis_index(names)]]
 
 
 def _ravel(leaves: list[jax.Array]) -> tuple[jax.Array, Any]:
@@ -157,11 +156,11 @@ def _ravel(leaves: list[jax.Array]) -> tuple[jax.Array, Any]:
 
 
 def vary_like(tree: Any, x: jax.Array) -> Any:
-    """Marks statistics as varying over the mesh axes that x varies over.
+    """Casts statistics to vary over the mesh axes that x varies over.
 
-    Under shard_map with check_vma=True the transpose of this mark is the one
-    psum of the backward pass. Left implicit, every use would get its own.
-    Everywhere else it does nothing.
+    Under shard_map with check_vma=True, the transpose of this cast is the only
+    psum of the backward pass; implicit casts would add one per use. Elsewhere
+    it is a no-op.
     """
     leaves, treedef = jax.tree.flatten(tree)
     flat, unravel = _ravel(leaves)

@@ -1,4 +1,4 @@
-"""The training formula and its derivative, behind the checks."""
+"""Batch norm in training, and its derivative, without checks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jax.custom_derivatives import SymbolicZero
 from jaxbn._affine import (
     Spec,
     affine,
-    in_rows,
     is_narrow,
-    minus_shift,
     nan_for_unknown_ids,
     per_affine_row,
-    readable,
+    subtract_shift,
+    tile_rows,
+    zero_masked_nonfinite,
 )
 from jaxbn._arithmetic import (
     hide_from_cse,
@@ -28,14 +28,14 @@ from jaxbn._arithmetic import (
     times,
 )
 from jaxbn._collectives import Devices, all_sum, vary_like
-from jaxbn._groups import of_all_examples
+from jaxbn._merge_groups import merge_groups
 from jaxbn._moments import batch_moments
 from jaxbn._passes import Centered, Moments, mean_and_m2
 from jaxbn.remat import INPUT, STATISTICS
 
 
 class Renorm(NamedTuple):
-    """Running statistics that batch renormalization corrects towards."""
+    """Running statistics and limits of batch renormalization."""
 
     mean: jax.Array  # (C,) or (K, C)
     var: jax.Array  # (C,) or (K, C)
@@ -44,7 +44,7 @@ class Renorm(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """Arrays that receive no derivative."""
+    """Arrays that are not differentiated."""
 
     where: jax.Array | None
     ids: jax.Array | None
@@ -55,20 +55,19 @@ class Constants(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def train(
     spec: Spec,
-    everyone: Devices,
+    all_devices: Devices,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
     constants: Constants,
 ) -> tuple[jax.Array, Moments]:
-    """`batch_norm` and `batch_renorm` behind their checks.
+    """`batch_norm` and `batch_renorm` without checks.
 
-    Compiled on its own for the sake of tracing: layers of one shape share what
-    JAX derives from it.
+    Jitted to speed up tracing: layers of equal shape share JAX's caches.
     """
     x = checkpoint_name(x, INPUT)
     y, stats = _batch_norm(spec, x, scale, bias, constants)
-    return y, of_all_examples(spec, stats, everyone, constants.shift)
+    return y, merge_groups(spec, stats, all_devices, constants.shift)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -79,11 +78,11 @@ def _batch_norm(
     bias: jax.Array | None,
     constants: Constants,
 ) -> tuple[jax.Array, Centered]:
-    """Returns y and the statistics it was normalized with, in rows."""
+    """Returns y and its statistics, in rows."""
     where, ids, shift, _ = constants
     stats = batch_moments(
         x,
-        in_rows(spec.reduction, shift),
+        tile_rows(spec.reduction, shift),
         where,
         ids,
         reduction=spec.reduction,
@@ -105,9 +104,9 @@ def _normalize(
     stats: Centered,
     constants: Constants,
 ) -> jax.Array:
-    """Returns y, elementwise in x; a masked NaN or inf is read as the mean."""
+    """Returns y, elementwise in x; masked nonfinite values act as the mean."""
     where, ids, _, renorm = constants
-    scale, bias = in_rows(spec.affine, scale), in_rows(spec.affine, bias)
+    scale, bias = tile_rows(spec.affine, scale), tile_rows(spec.affine, bias)
     if renorm is not None:
         r, d = per_affine_row(spec, _correction(spec, stats, renorm))
         bias = plus(times(d, scale), bias)
@@ -116,7 +115,7 @@ def _normalize(
     inv, offset = per_affine_row(spec, (inv, stats.offset))
     slope = times(inv, scale)
     level = plus(times(-offset, slope), bias)
-    shifted = minus_shift(spec, x, hide_from_cse(stats.shift), ids)
+    shifted = subtract_shift(spec, x, hide_from_cse(stats.shift), ids)
     if where is not None:
         mean = spec.reduction.broadcast(stats.offset, ids)
         shifted = jnp.where(where | jnp.isfinite(x), shifted, mean)
@@ -128,25 +127,25 @@ def _batch_norm_jvp(
     spec: Spec, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     x, scale, bias, constants = primals
-    # The statistics come from the function itself, so that a derivative of
-    # this rule goes through them too. As constants they make Hessians wrong.
+    # The statistics are computed by the function itself, so that higher
+    # derivatives go through them. As constants they would break Hessians.
     _, stats = _batch_norm(spec, *primals)
-    # A policy for recomputation keeps them, and y follows without another
-    # reduction over devices; of the function above it would cost one.
+    # A remat policy can save these, so that recomputing y needs no reduction
+    # over devices; recomputing the call above would.
     stats = checkpoint_name(stats, STATISTICS)
     y = _normalize(spec, x, scale, bias, stats, constants)
     dx, dscale, dbias = (
         None if t is None or isinstance(t, SymbolicZero) else t
         for t in tangents[:3]
     )
-    # Recomputed in the backward pass from x and one value a feature: the
+    # Recomputed in the backward pass from x and per-feature values: the
     # standardized float32 array is never a residual. No barrier around x and
-    # the cotangent: their sums fuse into the convolution that makes it.
+    # the cotangent, so that their sums fuse into the preceding convolution.
     linear = jax.checkpoint(
         functools.partial(_tangent, spec), prevent_cse=False
     )
     dy, dmean, dm2 = linear(x, stats, scale, constants, dx, dscale, dbias)
-    # Of the two parts of the mean, the shift is a constant.
+    # The shift is constant; the offset carries the derivative of the mean.
     zero = jnp.zeros_like(stats.count), jnp.zeros_like(stats.shift)
     return (y, stats), (dy, Centered(*zero, dmean, dm2))
 
@@ -161,19 +160,21 @@ def _tangent(
     dscale: jax.Array | None,
     dbias: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Derivatives of (y, mean, m2), linear in dx, dscale and dbias."""
+    """Returns tangents of (y, mean, m2), linear in dx, dscale and dbias."""
     where, ids, _, renorm = constants
     reduction = spec.reduction
     if not is_narrow(x):
         stats = hide_from_cse(stats)
 
     def shifted(shift: jax.Array) -> jax.Array:
-        return readable(x, where, minus_shift(spec, x, shift, ids))
+        return zero_masked_nonfinite(
+            x, where, subtract_shift(spec, x, shift, ids)
+        )
 
     inv = jax.lax.rsqrt(stats.var + spec.epsilon)
     inv, offset = per_affine_row(spec, (inv, stats.offset))
-    gain = times(inv, in_rows(spec.affine, scale))
-    dscale, dbias = (in_rows(spec.affine, t) for t in (dscale, dbias))
+    gain = times(inv, tile_rows(spec.affine, scale))
+    dscale, dbias = (tile_rows(spec.affine, t) for t in (dscale, dbias))
     if renorm is not None:
         r, d = per_affine_row(spec, _correction(spec, stats, renorm))
         gain = times(r, gain)
@@ -181,8 +182,8 @@ def _tangent(
             dbias = plus(times(d, dscale), dbias)
             dscale = times(r, dscale)
     dmean, dm2 = jnp.zeros_like(stats.offset), jnp.zeros_like(stats.m2)
-    # dy = dx * gain + (x - shift) * slope + level: slope and level hold all
-    # that is one value a feature, so that the transpose reduces twice.
+    # dy = dx * gain + (x - shift) * slope + level: slope and level collect all
+    # per-feature terms, so that the transpose has only two reductions.
     slope, level = jnp.zeros_like(inv), jnp.zeros_like(offset)
     if dx is not None:
         dx = dx.astype(stats.offset.dtype)
@@ -206,11 +207,11 @@ def _tangent(
         level = plus(level, dbias)
     spread = functools.partial(spec.affine.broadcast, ids=ids)
     dy = times(shifted(hide_from_cse(stats.shift)), spread(slope))
-    dy = plus(dy, readable(x, where, spread(level)))
+    dy = plus(dy, zero_masked_nonfinite(x, where, spread(level)))
     if dx is not None:
-        dy = plus(dy, readable(x, where, times(dx, spread(gain))))
+        dy = plus(dy, zero_masked_nonfinite(x, where, times(dx, spread(gain))))
     if dbias is not None and where is not None:
-        # Bias alone reaches the output of a value that is not read.
+        # Only the bias affects the output of a masked nonfinite value.
         dy = plus(dy, spread(dbias))
     return nan_for_unknown_ids(spec, dy, ids).astype(spec.dtype), dmean, dm2
 
@@ -218,13 +219,13 @@ def _tangent(
 def _correction(
     spec: Spec, stats: Centered, renorm: Renorm
 ) -> tuple[jax.Array, jax.Array]:
-    """r and d of batch renormalization, in rows.
+    """Returns r and d of batch renormalization, in rows.
 
-    Constants to every derivative: the gradient is that of batch norm.
+    Not differentiated: gradients go through the batch statistics only.
     """
     mean, var, r_max, d_max = jax.lax.stop_gradient(renorm)
     stats = jax.lax.stop_gradient(stats)
-    mean, var = (in_rows(spec.reduction, a) for a in (mean, var))
+    mean, var = (tile_rows(spec.reduction, a) for a in (mean, var))
     inv = jax.lax.rsqrt(var + spec.epsilon)
     r = jnp.sqrt(stats.var + spec.epsilon) * inv
     d = times(plus(stats.mean, -mean), inv)

@@ -1,4 +1,4 @@
-"""Normalization for inference, with statistics that are known before."""
+"""Normalization with given statistics, for inference."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import jax.numpy as jnp
 from jaxbn._affine import (
     Spec,
     affine,
-    in_rows,
     per_affine_row,
-    readable,
+    tile_rows,
+    zero_masked_nonfinite,
 )
 from jaxbn._arithmetic import abs2, plus, times, widen
+from jaxbn._check_values import check_between, check_epsilon
 from jaxbn._checks import (
     Axes,
     affine_rows,
     check_affine,
-    check_between,
-    check_epsilon,
     check_features,
     check_ids,
     check_input,
@@ -45,7 +44,7 @@ def normalize(
 ) -> jax.Array:
     """Returns (x - mean) / sqrt(var + epsilon) * scale + bias.
 
-    The formula of inference. Computed in float32 or wider and rounded once.
+    Computed in float32 or wider and rounded once.
 
     Args:
       x: (N, ..., C), floating or complex.
@@ -53,20 +52,20 @@ def normalize(
       var: (C,) in the unit of x squared; with ids also (K, C).
       scale: (C,), with ids also (K, C), or None for 1.
       bias: likewise, or None for 0.
-      where: bool, broadcastable to x; a NaN or inf where it is False is read as
-        the mean, so that it reaches neither the result nor a gradient.
-      ids: (N,) integers in [0, K), whose row of mean and var, or of scale and
-        bias, or of all of them an example takes; an id outside gives NaN.
+      where: bool, broadcastable to x; NaN or inf where it is False is replaced
+        by the mean, so that it affects neither the result nor gradients.
+      ids: (N,) integers in [0, K) that select the row of mean and var, of scale
+        and bias, or of both, for each example; other ids result in NaN.
       epsilon: added to the variance, unit of x squared.
-      feature_axis: the axis, or axes, that hold the features.
-      dtype: of the result; None takes that of x.
+      feature_axis: the feature axis or axes.
+      dtype: dtype of the result; None is that of x.
 
     Returns:
       Array of the shape of x.
 
     Raises:
-      ValueError: x is not floating, or a statistic or parameter does not hold
-        one value a feature.
+      ValueError: x is not floating, or a statistic or parameter does not have
+        one value per feature.
 
     Source: Ioffe and Szegedy (2015), Batch Normalization, Algorithm 2.
     """
@@ -103,16 +102,16 @@ def normalize(
         dtype,
     )
     centered = widen(x) - reduction.broadcast(widen(mean), ids)
-    centered = readable(x, where, centered)
+    centered = zero_masked_nonfinite(x, where, centered)
     inv = per_affine_row(spec, jax.lax.rsqrt(widen(var) + spec.epsilon))
-    slope = times(inv, in_rows(spec.affine, scale))
-    return affine(spec, centered, slope, in_rows(spec.affine, bias), ids)
+    slope = times(inv, tile_rows(spec.affine, scale))
+    return affine(spec, centered, slope, tile_rows(spec.affine, bias), ids)
 
 
 def _statistics_rows(
     ids: jax.Array | None, mean: jax.Array, features: tuple[int, ...]
 ) -> int | None:
-    """Returns K where mean is (K, C), one row an id."""
+    """Returns K if mean is (K, C), one row per id."""
     shape = jnp.shape(mean)
     has_rows = ids is not None and len(shape) > len(features)
     return shape[0] if has_rows else None
@@ -132,22 +131,22 @@ def normalize_weighted(
     feature_axis: Axes = -1,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    """`normalize` with each example counted into its own statistics.
+    """`normalize` with inference example weighing.
 
-    In training an example is part of the statistics it is normalized with, in
-    inference it is not. With mean_i and var_i over the values of example i
-    (its pixels) and a = weight,
+    In training, an example contributes to the statistics it is normalized
+    with; in inference it does not. With mean_i and var_i over the values
+    (pixels) of example i and a = weight,
     mean' = (1 - a) mean + a mean_i and
     var' = (1 - a) var + a var_i + a (1 - a) |mean_i - mean|^2,
-    which are the paper's moments, written without cancellation. weight = 0 is
+    the paper's moments, written without cancellation. weight = 0 is
     `normalize`, weight = 1 instance normalization.
 
     Args:
       x, mean, var, scale, bias: as in `normalize`.
-      weight: (), in [0, 1], of an example in its own statistics. Chosen on
-        held-out data; 1 / batch size is what training had.
-      where: bool, broadcastable to x; False leaves a value out of the
-        statistics of its example. An example without values takes mean, var.
+      weight: (), in [0, 1], weight of an example in its own statistics. Choose
+        it on held-out data; in training it is 1 / batch size.
+      where: bool, broadcastable to x; False excludes a value from the
+        statistics of its example. An example without values uses mean and var.
       ids, epsilon, feature_axis, dtype: as in `normalize`.
 
     Returns:
@@ -185,11 +184,11 @@ def normalize_weighted(
     var = check_features("var", var, x, features, num_ids)
     scale, bias = check_affine(scale, bias, x, features, rows)
     examples = axes[0]
-    # Each example becomes a batch of one, with its own axis first.
+    # Each example becomes a batch of one, with a new first axis.
     inner = tuple(f + 1 if f < examples else f for f in features)
 
     def row(value: jax.Array | None) -> tuple[jax.Array | None, int | None]:
-        """The row of an example, and the axis of examples."""
+        """Returns the row of each example, and its vmap axis."""
         if value is None or ids is None or value.ndim == len(features):
             return value, None
         known = jnp.where(ids < 0, len(value), ids)

@@ -1,37 +1,25 @@
-"""What a layer does with its variables, whichever framework owns them."""
+"""The batch norm layer, independent of the module framework."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from jaxbn._checks import (
-    AxisName,
-    check_between,
-    check_epsilon,
-    check_limits,
-    check_where,
-    describe,
-    is_known,
-    split_axes,
-)
+from jaxbn._checks import check_where, describe
 from jaxbn._inference import normalize, normalize_weighted
+from jaxbn._layer_options import LayerOptions
 from jaxbn._normalize import normalize_batch
-from jaxbn._options import ExampleWeight, Limits, PerId, Prior, Running
+from jaxbn._options import ExampleWeight
 from jaxbn._passes import Moments
 from jaxbn._renorm import batch_renorm
 from jaxbn._running import (
     RunningStats,
     adapt,
-    init_running,
     is_finite,
     update_running,
 )
-from jaxbn._scope import Scope
 from jaxbn._state import State, as_stored, in_row, put_row, take_row, widened
 
 
@@ -43,141 +31,12 @@ class Call(NamedTuple):
     ids: jax.Array | None
     timestep: int | jax.Array | None
     dtype: Any  # of the result
-    hand_out: bool  # moments also where normalization does not need them
-    initializing: bool = False  # on as little as one value
+    return_moments: bool  # even if normalization does not need them
+    initializing: bool = False  # allows statistics of a single value
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """The options of a layer; `jaxbn.linen.BatchNorm` documents each."""
-
-    axis: int | tuple[int, ...]
-    momentum: float | None
-    epsilon: float
-    axis_name: AxisName
-    axis_index_groups: Sequence[Sequence[int]] | None
-    sharing: Scope
-    per_id: PerId
-    running: Running
-    renorm: Limits | Callable[[jax.Array], Limits] | None
-    inference: Prior | ExampleWeight | None
-    train_affine: bool
-
-    def __post_init__(self) -> None:
-        check_epsilon(self.epsilon)
-        for name, kinds in (
-            ("sharing", (Scope,)),
-            ("running", (Running,)),
-            ("inference", (Prior, ExampleWeight, type(None))),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, kinds):
-                known = " or ".join(
-                    "None" if kind is type(None) else f"jaxbn.{kind.__name__}"
-                    for kind in kinds
-                )
-                raise ValueError(f"{name} must be {known}; got {value!r}.")
-        if self.momentum is not None:
-            check_between("momentum", self.momentum, 0, 1)
-            debias = self.running.debias
-            if debias and is_known(self.momentum) and self.momentum >= 1:
-                raise ValueError(
-                    f"debias=True needs momentum < 1; got {self.momentum}."
-                )
-        if self.renorm is not None and not callable(self.renorm):
-            if len(self.renorm) != 2:
-                raise ValueError(
-                    "renorm must be (r_max, d_max), or a function that returns "
-                    f"them; got {self.renorm}."
-                )
-            check_limits(*self.renorm)
-        if self.per_id not in get_args(PerId):
-            raise ValueError(
-                f"per_id must be one of {get_args(PerId)}; got {self.per_id!r}."
-            )
-        if self.per_id != "statistics" and self.num_ids is None:
-            raise ValueError(
-                f"per_id={self.per_id!r} gives scale and bias a row for each "
-                "id and needs sharing.num_ids; got num_ids=None."
-            )
-        shared = self.shared_by  # raises ValueError where it is wrong
-        timesteps = self.running.num_timesteps
-        if timesteps is not None and shared.num_ids is not None:
-            raise ValueError(
-                f"num_timesteps={timesteps} and num_ids={self.num_ids} each "
-                "give the running statistics rows; give one of them, or "
-                "per_id='affine'."
-            )
-
-    @classmethod
-    def of(cls, owner: Any) -> Layer:
-        """Returns the layer whose options are attributes of owner."""
-        fields = dataclasses.fields(cls)
-        return cls(
-            **{field.name: getattr(owner, field.name) for field in fields}
-        )
-
-    def alone(self) -> Layer:
-        """Returns the layer for a batch that lies on this device."""
-        return dataclasses.replace(
-            self,
-            axis_name=None,
-            axis_index_groups=None,
-            sharing=Scope(num_ids=self.num_ids),
-        )
-
-    @property
-    def num_ids(self) -> int | None:
-        return self.sharing.num_ids
-
-    @property
-    def shared_by(self) -> Scope:
-        """Which examples share statistics, with flax's axis_index_groups."""
-        scope = self.sharing
-        if self.per_id == "affine":
-            scope = dataclasses.replace(scope, num_ids=None)
-        if self.axis_index_groups is None:
-            return scope
-        if scope.axis_index_groups is not None:
-            raise ValueError(
-                "axis_index_groups is given twice, to the layer and in sharing; "
-                "give it once."
-            )
-        return dataclasses.replace(
-            scope, axis_index_groups=self.axis_index_groups
-        )
-
-    @property
-    def is_frozen(self) -> bool:
-        return self.running.mode == "frozen"
-
-    def split_axes(
-        self, x: jax.Array
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns (feature axes, reduced axes) of x."""
-        return split_axes(x, self.axis, name="axis")
-
-    def affine_shape(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of scale and bias, for features of size."""
-        if self.num_ids is None or self.per_id == "statistics":
-            return size
-        return (self.num_ids, *size)
-
-    @property
-    def counts_steps(self) -> bool:
-        """Whether the running statistics come with a count of batches."""
-        scheduled = callable(self.renorm)
-        return self.momentum is None or self.running.debias or scheduled
-
-    def init(self, size: tuple[int, ...], dtype: Any) -> State:
-        """Returns the state before the first batch, for features of size."""
-        rows = self.shared_by.num_ids or self.running.num_timesteps
-        shape = size if rows is None else (rows, *size)
-        running = init_running(
-            shape, dtype=dtype, count_steps=self.counts_steps
-        )
-        counts = self.running.skip_nonfinite
-        return State(running, jnp.zeros((), jnp.int32) if counts else None)
+class Layer(LayerOptions):
+    """A batch norm layer, given its options."""
 
     def __call__(
         self,
@@ -187,18 +46,18 @@ class Layer:
         state: State,
         call: Call,
     ) -> tuple[jax.Array, State, Moments | None]:
-        """Returns y, the next state, and in training the batch's moments."""
+        """Returns y, the new state, and in training the batch moments."""
         self.split_axes(x)
         mask = check_where(call.mask, x, name="mask")
         if (call.ids is None) != (self.num_ids is None):
             ids = None if call.ids is None else describe(jnp.asarray(call.ids))
             raise ValueError(
-                "sharing.num_ids of the layer and ids of the call go together; got "
-                f"num_ids={self.num_ids} and ids={ids}."
+                "sharing.num_ids of the layer and ids of the call must be given "
+                f"together; got num_ids={self.num_ids} and ids={ids}."
             )
         if not self.train_affine:
             scale, bias = jax.lax.stop_gradient((scale, bias))
-        # Without scale and bias nothing is left to choose per id.
+        # Without rows of statistics, scale or bias, ids have no effect.
         chooses = (
             self.shared_by.num_ids or scale is not None or bias is not None
         )
@@ -213,7 +72,7 @@ class Layer:
         if call.inference or self.is_frozen:
             plain = not call.inference
             y = self._infer(x, scale, bias, running, mask, options, plain)
-            if call.inference or not call.hand_out:
+            if call.inference or not call.return_moments:
                 return y, state, None
             batch = self._moments(x, mask, call.ids)
             return y, state, in_row(batch, state.running, row)
@@ -228,21 +87,21 @@ class Layer:
                 x,
                 scale,
                 bias,
-                # Whoever asks for moments is told of one value by its count.
-                one_value=call.initializing or call.hand_out,
+                # Callers that ask for moments can check the count.
+                allow_single_value=call.initializing or call.return_moments,
                 **options,
             )
         else:
             limits = self.renorm
             if callable(limits):
-                # counts_steps has seen to it that there are some.
+                # Not None, by counts_steps.
                 steps = cast("jax.Array", state.running.steps)
                 limits = limits(jnp.max(steps))
             options.update(r_max=limits[0], d_max=limits[1])
             y, batch = batch_renorm(x, scale, bias, running=running, **options)
-        handed = in_row(batch, state.running, row)
+        moments_out = in_row(batch, state.running, row)
         if self.running.mode == "keep":
-            return y, state, handed
+            return y, state, moments_out
         new = update_running(
             running,
             batch,
@@ -255,7 +114,7 @@ class Layer:
         if skipped is not None:
             skipped = skipped + jnp.where(is_finite(batch), 0, 1)
         stored = as_stored(put_row(state.running, new, row), state.running)
-        return y, State(stored, skipped), handed
+        return y, State(stored, skipped), moments_out
 
     def _infer(
         self,
@@ -290,7 +149,7 @@ class Layer:
                 **options,
             )
         batch = self._moments(x, where, options["ids"])
-        # The prior counts examples, the moments their values.
+        # The prior is in examples, the count of moments in values.
         _, axes = self.split_axes(x)
         values = 1
         for axis in axes[1:]:
@@ -314,17 +173,17 @@ class Layer:
             sharing=self.shared_by,
             epsilon=self.epsilon,
             feature_axis=self.axis,
-            one_value=True,
+            allow_single_value=True,
         )
         return batch
 
     def _row(self, timestep: int | jax.Array | None) -> jax.Array | None:
-        """Index of the running statistics of a timestep; the last one stays."""
+        """Returns the row of a timestep; later ones use the last row."""
         length = self.running.num_timesteps
         if (timestep is None) != (length is None):
             raise ValueError(
                 "running.num_timesteps of the layer and timestep of the call "
-                f"go together; got num_timesteps={length} and "
+                f"must be given together; got num_timesteps={length} and "
                 f"timestep={timestep}."
             )
         if timestep is None or length is None:
@@ -332,7 +191,7 @@ class Layer:
         timestep = jnp.asarray(timestep)
         if timestep.ndim or not jnp.issubdtype(timestep.dtype, jnp.integer):
             raise ValueError(
-                "timestep must be one integer for the whole batch; got "
+                "timestep must be a scalar integer, for the whole batch; got "
                 f"{describe(timestep)}."
             )
         return jnp.clip(timestep, 0, length - 1)

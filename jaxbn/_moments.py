@@ -1,4 +1,4 @@
-"""Count, mean and summed squared deviation of a batch, on any devices."""
+"""Count, mean and sum of squared deviations, on any number of devices."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._arithmetic import abs2, hide_from_cse, times, widen
-from jaxbn._checks import (
-    Axes,
-    AxisName,
-    check_input,
-    check_where,
-    split_axes,
-)
+from jaxbn._axis_names import AxisName
+from jaxbn._checks import Axes, check_input, check_where, split_axes
 from jaxbn._collectives import THIS_DEVICE, Devices, devices_along
 from jaxbn._passes import (
     LARGEST_SHIFT,
@@ -38,7 +33,7 @@ def batch_moments(
     devices: Devices = THIS_DEVICE,
     epsilon: float = 0.0,
 ) -> Centered:
-    """Moments of x behind its checks; shift has rows where they have."""
+    """Returns the moments of x, without checks; shift has the same rows."""
     dtype = widen(x).dtype
     if shift is None:
         shift = jnp.zeros((*reduction.rows, *reduction.features), dtype)
@@ -98,23 +93,23 @@ def moments(
 ) -> Moments:
     """Reduces every axis of x but the features.
 
-    m2 is the sum of squared deviations. Sums are taken about zero, and about
-    the mean where those would cancel: where mean^2 is above 16 variances.
-    E[x^2] - E[x]^2 alone loses all digits once the mean is some thousand
+    m2 is the sum of squared deviations. Sums are computed about zero, or about
+    the mean if those would cancel, for mean^2 > 16 var. The formula
+    E[x^2] - E[x]^2 loses all digits in float32 if the mean is thousands of
     standard deviations.
 
     Args:
       x: (..., C), floating or complex, any unit.
-      where: bool, broadcastable to x; False drops a value, even NaN or inf.
-        None keeps all.
-      feature_axis: the axis, or axes, that are not reduced.
+      where: bool, broadcastable to x; False excludes a value, even NaN or inf.
+        None includes all.
+      feature_axis: the axis or axes that are not reduced.
 
     Returns:
       Moments in float32, or wider where x is; m2 is real.
 
     Raises:
-      ValueError: x is not floating, where does not fit, or feature_axis is
-        not an axis of x.
+      ValueError: x is not floating, where does not broadcast, or feature_axis
+        is not an axis of x.
 
     Source: Chan, Golub, LeVeque (1983), Algorithms for Computing the Sample
     Variance.
@@ -136,23 +131,23 @@ def sync(
     """Merges the moments of all devices along named axes.
 
     With d_i = mean_i - shift and n = sum n_i, one all-reduce of 2C+1 floats
-    gives mean = shift + sum n_i d_i / n and
-    m2 = sum (m2_i + n_i |d_i|^2) - |sum n_i d_i|^2 / n. Where that difference
-    would cancel, it is taken again about the mean just found, in a second
-    all-reduce. So the shift never changes the result beyond rounding.
+    computes mean = shift + sum n_i d_i / n and
+    m2 = sum (m2_i + n_i |d_i|^2) - |sum n_i d_i|^2 / n. If that difference would
+    cancel, it is recomputed about the mean in a second all-reduce. So the shift
+    never changes the result beyond rounding.
 
     Args:
-      local: moments of this device's part; its count may be 0.
-      axis_name: name, or tuple of names, of the mapped axes to reduce over.
-        Not bound and no named axis in scope: local is already global.
-      shift: (C,), the same on all devices: a value near the mean, such as the
+      local: moments of this device's shard; the count may be 0.
+      axis_name: name or tuple of names of the mapped axes to reduce over. If
+        not bound and no named axis is in scope, local is global already.
+      shift: (C,), equal on all devices: a value near the mean, such as the
         running mean. None is 0.
 
     Returns:
-      Moments of all parts together, equal on all devices.
+      Moments over all devices, equal on all of them.
 
     Raises:
-      ValueError: axis_name is not bound though another named axis is.
+      ValueError: axis_name is not bound, but another named axis is.
 
     Source: Chan, Golub, LeVeque (1979), Updating Formulae.
     """
@@ -179,7 +174,7 @@ def merge(*parts: Moments) -> Moments:
       Moments of all values together.
 
     Raises:
-      ValueError: no part is given.
+      ValueError: no parts are given.
 
     Example:
       >>> a, b = jnp.arange(6.0).reshape(3, 2), jnp.ones((5, 2))
@@ -206,7 +201,7 @@ def stack_parts(*parts: Moments) -> Centered:
 def merge_stacked(parts: Centered) -> Centered:
     """Merges along the first axis, about the mean of the largest part.
 
-    So equal means stay equal to the last bit.
+    So equal means are preserved exactly.
     """
     count = parts.count
     largest = jax.nn.one_hot(

@@ -1,4 +1,4 @@
-"""Batch normalization in training: the functions and their checks."""
+"""Batch normalization in training: public functions with checks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from jaxbn._affine import Spec, without_explicit_axes
 from jaxbn._arithmetic import widen
+from jaxbn._axis_names import AxisName
+from jaxbn._check_values import check_epsilon
 from jaxbn._checks import (
     Axes,
-    AxisName,
     affine_rows,
     check_affine,
-    check_epsilon,
     check_features,
     check_ids,
     check_input,
@@ -23,16 +23,12 @@ from jaxbn._checks import (
     split_axes,
 )
 from jaxbn._collectives import Devices, devices_along
-from jaxbn._formula import (
-    Constants,
-    Renorm,
-    train,
-)
+from jaxbn._formula import Constants, Renorm, train
 from jaxbn._passes import Moments
 from jaxbn._reduction import Reduction
 from jaxbn._scope import Scope
 
-_EVERYTHING = Scope()
+_ALL_EXAMPLES = Scope()
 
 
 def standardize(
@@ -41,7 +37,7 @@ def standardize(
     ids: jax.Array | None = None,
     where: jax.Array | None = None,
     axis_name: AxisName = None,
-    sharing: Scope = _EVERYTHING,
+    sharing: Scope = _ALL_EXAMPLES,
     shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
@@ -50,9 +46,9 @@ def standardize(
     """`batch_norm` without scale and bias: (x - mean) / sqrt(var + epsilon).
 
     Args:
-      x: (N, ..., C), floating or complex: this device's part of the batch.
+      x: (N, ..., C), floating or complex, this device's shard of the batch.
       ids, where, axis_name, sharing, shift: as in `batch_norm`.
-      epsilon, feature_axis, dtype: likewise.
+      epsilon, feature_axis, dtype: as in `batch_norm`.
 
     Returns:
       (xhat, Moments): the standardized x and the statistics of all examples.
@@ -81,65 +77,66 @@ def batch_norm(
     ids: jax.Array | None = None,
     where: jax.Array | None = None,
     axis_name: AxisName = None,
-    sharing: Scope = _EVERYTHING,
+    sharing: Scope = _ALL_EXAMPLES,
     shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, Moments]:
-    """Normalizes x with the statistics of its own batch.
+    """Normalizes x with batch statistics.
 
-    With mean and var = m2 / count over all kept values that share statistics,
-    xhat = (x - mean) / sqrt(var + epsilon) and y = xhat * scale + bias.
-    Derivatives go through the statistics, forward and reverse, to any order:
+    With mean and var = m2 / count over all included values that share
+    statistics, xhat = (x - mean) / sqrt(var + epsilon) and
+    y = xhat * scale + bias. Forward- and reverse-mode derivatives of any order
+    go through the statistics:
     dxhat = (dx - E[dx] - xhat E[xhat dx]) / sqrt(var + epsilon). Only x and
-    one value a feature are kept for the backward pass.
+    per-feature values are saved for the backward pass.
 
-    Where `where` is False a value enters no statistic. Its output is still
-    normalized, with the derivative that follows; a NaN or inf there is read as
-    the mean, so that it reaches neither output nor gradient.
+    Values where `where` is False are excluded from the statistics. They are
+    still normalized, and differentiated accordingly; NaN or inf there acts as
+    the mean, so that it affects neither output nor gradients.
 
-    Sums are taken about `shift` in one pass over x. Where they would cancel,
-    because the mean lies more than four standard deviations from it, they are
-    taken again about the mean: float32 then holds the variance to 1e-5 for a
-    mean of up to 1e3 standard deviations, whatever the shift. On GPUs, where
-    asking costs more than it saves, the shift is the mean of at least a
-    sixteenth of the batch instead, and no sum about that cancels.
+    Sums are computed about `shift` in one pass over x. If they would cancel,
+    because the mean is more than four standard deviations from the shift, they
+    are recomputed about the mean: float32 variances are accurate to 1e-5 for
+    means of up to 1e3 standard deviations, whatever the shift. On GPUs, where
+    that check costs more than it saves, the shift is the mean of at least a
+    sixteenth of the batch instead; sums about it never cancel.
 
-    Over devices this is one all-reduce forward and one backward, each of 2C
-    floats, and one more float forward with where or ids; on GPUs also one of C
-    floats forward, for the shift. Groups gather in place of reducing, and take
-    one more all-reduce for the moments of all.
+    Across devices this takes one all-reduce forward and one backward, each of
+    2C floats, plus one float forward with where or ids; on GPUs also one of C
+    floats forward, for the shift. Groups use an all-gather instead, and another
+    all-reduce for the moments of all examples.
 
     Args:
-      x: (N, ..., C), floating or complex: this device's part of the batch.
+      x: (N, ..., C), floating or complex, this device's shard of the batch.
       scale: (C,), with ids also (K, C), or None for 1.
-      bias: likewise, or None for 0.
-      ids: (N,) integers in [0, K). With sharing.num_ids = K each id has its own
-        statistics, and may have its own scale and bias; without, ids share
-        statistics, and scale or bias is (K, C). An example with another id
-        has the output NaN, and enters the statistics of no id.
-      where: bool, broadcastable to x; False leaves a value out. None keeps
+      bias: (C,), with ids also (K, C), or None for 0.
+      ids: (N,) integers in [0, K). With sharing.num_ids = K, each id has its own
+        statistics, and optionally its own scale and bias; otherwise all ids
+        share statistics, and scale or bias is (K, C). Examples with other ids
+        result in NaN, and are excluded from all statistics.
+      where: bool, broadcastable to x; False excludes a value. None includes
         all.
-      axis_name: name, or tuple of names, of the mapped axes the batch lies
-        on. Outside any mapped axis x is already the whole batch. None takes
-        the statistics of x alone.
-      sharing: which examples on these axes share statistics.
-      shift: (C,), with ids also (K, C): a value near the mean that is the same
-        on all devices; modules pass their running mean. It saves passes on
-        CPUs and TPUs, and changes the result by rounding alone. None is 0.
+      axis_name: name or tuple of names of the mapped axes of the batch.
+        Outside any mapped axis, x is the global batch. None computes the
+        statistics of x only.
+      sharing: which examples along these axes share statistics.
+      shift: (C,), with ids also (K, C): a value near the mean, equal on all
+        devices; modules pass the running mean. It saves passes on CPUs and
+        TPUs, and changes the result only by rounding. None is 0.
       epsilon: added to the variance, unit of x squared.
-      feature_axis: the axis, or axes, that hold the features.
-      dtype: of y; None takes that of x.
+      feature_axis: the feature axis or axes.
+      dtype: dtype of y; None is that of x.
 
     Returns:
-      (y, Moments): y has the shape of x. The moments are float32 or wider, of
-      all examples along axis_name whatever they share, of each id, the same on
-      every device, and differentiable.
+      (y, Moments): y has the shape of x. The moments are float32 or wider,
+      over all examples along axis_name (for each id) whatever they share, equal
+      on every device, and differentiable.
 
     Raises:
-      ValueError: an argument does not fit x, or axis_name is not bound though
-        another named axis is, or sharing does not divide the batch.
+      ValueError: an argument does not match x; axis_name is not bound, but
+        another named axis is; or sharing does not divide the batch.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (32, 8, 8, 16))
@@ -162,7 +159,7 @@ def batch_norm(
         epsilon=epsilon,
         feature_axis=feature_axis,
         dtype=dtype,
-        one_value=False,
+        allow_single_value=False,
     )
 
 
@@ -180,11 +177,11 @@ def normalize_batch(
     epsilon: float,
     feature_axis: Axes,
     dtype: jax.typing.DTypeLike | None = None,
-    one_value: bool,
+    allow_single_value: bool,
 ) -> tuple[jax.Array, Moments]:
     """`batch_norm`, or `batch_renorm` with renorm.
 
-    one_value: whether statistics of a single value are of use.
+    allow_single_value: allows statistics of a single value.
     """
     check_epsilon(epsilon)
     x = check_input(x)
@@ -203,7 +200,7 @@ def normalize_batch(
             epsilon=epsilon,
             feature_axis=tuple(axis + 1 for axis in features),
             dtype=dtype,
-            one_value=one_value,
+            allow_single_value=allow_single_value,
         )
         return y[0], batch
     where = check_where(where, x)
@@ -220,8 +217,8 @@ def normalize_batch(
             *map(widen, limits),
         )
     reduction, devices = sharing.resolve(x, axes, axis_name)
-    if not one_value:
-        _check_several(x, reduction, devices)
+    if not allow_single_value:
+        _check_more_than_one_value(x, reduction, devices)
     dtype = jnp.dtype(dtype or x.dtype)
     affine = reduction._replace(num_ids=rows)
     spec = Spec(reduction, affine, devices, float(epsilon), dtype)
@@ -233,19 +230,18 @@ def normalize_batch(
     return found
 
 
-def _check_several(
+def _check_more_than_one_value(
     x: jax.Array, reduction: Reduction, devices: Devices
 ) -> None:
-    """Raises where it is known that statistics are those of a single value.
+    """Raises ValueError if statistics are known to be of a single value.
 
-    Features alone have no axis to reduce: they are one example on purpose.
+    Without an axis to reduce, x is intended to be one example.
     """
     values = reduction.values // reduction.chunks * devices.size
     if reduction.axes and isinstance(values, int) and values == 1:
         raise ValueError(
-            f"x is {describe(x)}, so each statistic is of one value, whose "
-            "variance is 0: y would be bias, and the gradient of x 0. Give "
-            "more examples, or axis_name to synchronize, or normalize with the "
-            "running statistics; features without an axis of examples are "
-            "taken as one."
+            f"x is {describe(x)}, so each statistic is over a single value, "
+            "with variance 0: y would be bias, and the gradient of x 0. Use "
+            "more examples, axis_name to synchronize, or running statistics; "
+            "an array with only features is treated as one example."
         )

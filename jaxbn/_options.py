@@ -1,4 +1,4 @@
-"""The options of a layer that belong together, a class for each group."""
+"""Option groups of the batch norm layers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from typing import Literal, get_args
 
 import jax
 
-from jaxbn._checks import (
-    check_at_least,
-    check_between,
-    check_ddof,
-    given_fields,
-)
+from jaxbn._check_values import check_at_least, check_between, check_ddof
+from jaxbn._checks import given_fields
 
 PerId = Literal["statistics", "affine", "both"]
 Mode = Literal["update", "keep", "frozen"]
@@ -21,25 +17,24 @@ Limits = tuple[float | jax.Array, float | jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Running:
-    """How a layer keeps its running statistics.
+    """How a layer updates its running statistics.
 
     Attributes:
-      mode: what they do in training. "update": the batch normalizes, and they
-        take it in. "keep": the batch normalizes, and they stay as they are.
-        "frozen": they normalize in training too and stay as they are, whatever
-        use_running_average says.
+      mode: behavior in training. "update": normalizes with the batch and updates
+        the running statistics. "keep": normalizes with the batch without an
+        update. "frozen": normalizes with the running statistics without an
+        update, whatever use_running_average is.
       ddof: 0 stores the biased variance, 1 the unbiased one,
-        m2 / (count - 1), as PyTorch does. Normalization takes the biased one.
-      debias: what they start from counts nothing; see `update_running`.
-      skip_nonfinite: a batch with a NaN or inf on any device changes none of
-        them; the variable `skipped` in batch_stats, () int32, counts these
-        batches.
-      num_timesteps: T; the call takes timestep, each has running statistics
-        of its own, (T, C), and those of the last serve any later one. For
-        recurrent nets.
+        m2 / (count - 1), as PyTorch. Normalization uses the biased one.
+      debias: removes the bias towards the initial value; see `update_running`.
+      skip_nonfinite: skips the update for batches with NaN or inf on any
+        device; the variable `skipped` in batch_stats, () int32, counts them.
+      num_timesteps: T, for recurrent networks. Calls take timestep, and each
+        timestep has its own running statistics, (T, C); later timesteps use
+        the last row.
 
     Raises:
-      ValueError: a value is out of its range.
+      ValueError: a value is out of range.
     """
 
     mode: Mode = "update"
@@ -62,10 +57,10 @@ class Running:
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
-    """In inference running statistics are blended with those of the batch.
+    """Blends running statistics with batch statistics in inference.
 
     Attributes:
-      examples: the running statistics count as that many; see `adapt`.
+      examples: weight of the running statistics, in examples; see `adapt`.
 
     Raises:
       ValueError: examples is negative.
@@ -82,10 +77,10 @@ class Prior:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleWeight:
-    """In inference an example counts in the statistics that normalize it.
+    """Includes each example in its own statistics in inference.
 
     Attributes:
-      weight: share of its own statistics, in [0, 1]; see `normalize_weighted`.
+      weight: weight of the example, in [0, 1]; see `normalize_weighted`.
 
     Raises:
       ValueError: weight is outside [0, 1].

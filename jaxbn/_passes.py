@@ -1,4 +1,4 @@
-"""Moments from passes of sums about a shift, and their derivative."""
+"""Computes moments from sums about a shift, and their derivative."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from jaxbn._collectives import (
     Devices,
     all_agree,
     all_sum,
-    microbatches_among,
+    microbatch_axis,
 )
 from jaxbn._compat import match_type, vary_over, varying_axes
 
-# Squared distance of the mean from the shift, in variances, up to which sums
-# about the shift are exact enough: with u = 2^-24 they cost the variance about
-# (1 + 3 * 16) u = 3e-6, plus what the sums round.
+# Maximum squared distance of the mean from the shift, in variances. With
+# u = 2^-24, sums about the shift add a relative error of about
+# (1 + 3 * 16) u = 3e-6 to the variance, besides the rounding of sums.
 LARGEST_SHIFT = 16
 
 
 class Moments(NamedTuple):
-    """Summary of a batch, one entry a feature; parts merge exactly.
+    """Per-feature summary of a batch; moments of parts merge exactly.
 
-    With ids, one row an id: mean and m2 are (K, C), count (K, 1) or (K, C).
+    With ids, one row per id: mean and m2 are (K, C), count (K, 1) or (K, C).
 
     Attributes:
-      count: () or (C,) kept values; () when every feature keeps the same ones.
-      mean: (C,) in the unit of x; 0 where nothing is kept.
-      m2: (C,) summed squared deviation from the mean, unit of x squared.
+      count: () or (C,) number of values; () if equal for all features.
+      mean: (C,) in the unit of x; 0 without values.
+      m2: (C,) sum of squared deviations from the mean, unit of x squared.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -42,16 +42,16 @@ class Moments(NamedTuple):
 
     @property
     def var(self) -> jax.Array:
-        """Biased variance m2 / count, (C,); 0 where nothing is kept."""
+        """Biased variance m2 / count, (C,); 0 without values."""
         var: jax.Array = self.m2 / nonzero(self.count)
         return var
 
 
 class Centered(NamedTuple):
-    """Moments with the mean in two parts, shift + offset.
+    """Moments with the mean split into shift + offset.
 
-    One float cannot hold the mean of a batch whose standard deviation is
-    thousands of times smaller. Two can: (x - shift) - offset is then exact.
+    A single float cannot represent the mean accurately if the standard
+    deviation is thousands of times smaller; (x - shift) - offset is accurate.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -74,15 +74,15 @@ class Centered(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """How `centered_moments` sums; static while tracing."""
+    """The sums used by `centered_moments`; static while tracing."""
 
     # (values, constants, shift) -> local count, sum of d and sum of |d|^2, with
     # d = values - shift. The count is a numpy array where it is static.
     sums: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
-    # (values, constants) -> local count and sum of one value in 16, or more.
+    # (values, constants) -> local count and sum of at least 1/16 of the values.
     sample: Callable[[Any, Any], tuple[Any, jax.Array]]
     devices: Devices = THIS_DEVICE  # to sum over
-    epsilon: float = 0.0  # digits of the variance far below it do not matter
+    epsilon: float = 0.0  # tolerates cancellation far below it
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -92,21 +92,21 @@ def centered_moments(
     """Moments from one pass of sums about a shift that all devices know.
 
     mean = shift + s1 / n and m2 = s2 - |s1|^2 / n. The difference cancels where
-    the mean lies many standard deviations from the shift. How that is avoided
-    depends on the platform; no way is less exact than two passes.
+    the mean is many standard deviations from the shift. How that is avoided
+    depends on the platform; either way is as accurate as two passes.
 
-    Where the shift is given, sums can fuse into what computes the values, and
-    one collective is enough: the way of TPUs and CPUs, see `_about_shift`. On
-    GPUs nothing fuses into a convolution, and a conditional costs 36 us, in
-    which the host is asked for the branch: there the shift is the mean of a
-    sample, see `_about_sample`. Microbatches in lockstep take the first way
-    everywhere: another sum over them would be another sweep.
+    With a given shift, sums can fuse into the producer of the values, and one
+    collective is enough: used on TPUs and CPUs, see `_about_shift`. On GPUs,
+    nothing fuses into convolutions, and a conditional costs 36 us to
+    synchronize with the host: there the shift is the mean of a sample, see
+    `_about_sample`. Microbatches in lockstep always use the given shift, since
+    another sum would need another sweep over them.
 
     Source: Chan, Golub, LeVeque (1983), Algorithms for Computing the Sample
     Variance: shifted data, and the corrected two-pass algorithm.
     """
     about_shift = functools.partial(_about_shift, passes)
-    if microbatches_among(passes.devices) is not None:
+    if microbatch_axis(passes.devices) is not None:
         return about_shift(values, constants, shift)
     about_sample = functools.partial(_about_sample, passes)
     return jax.lax.platform_dependent(
@@ -120,22 +120,20 @@ def centered_moments(
 def _about_shift(
     passes: Passes, values: Any, constants: Any, shift: jax.Array
 ) -> Centered:
-    """Sums about the shift, and about the mean where these have cancelled.
+    """Sums about the shift, and about the mean if those cancel.
 
-    Whether they have is read off the sums, which are those of all devices, so
-    that all agree; only then the sums are taken again, about the mean just
-    found. Thus the ordinary case costs what E[x^2] - E[x]^2 costs. Where vmap
-    maps the statistics, both passes run.
+    Cancellation is detected from the global sums, so that all devices agree;
+    only then the sums are recomputed about the mean. So the common case costs
+    as much as E[x^2] - E[x]^2. If vmap maps the statistics, both passes run.
     """
     sums, _, devices, epsilon = passes
     if varying_axes(shift) & set(devices.names):
-        # Each device has its own, as running statistics that never were pooled.
+        # The shift differs between devices, such as unpooled running statistics.
         shift = jnp.zeros(shift.shape, shift.dtype)
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
     found = all_sum(sums(values, constants, shift), devices)
-    # Both branches below return one type, that of the sums. What they read
-    # varies over the same axes: where vmap makes a select of the conditional,
-    # JAX leaves no other type right.
+    # Both branches below must return the type of the sums, and their inputs must
+    # vary over the same axes: vmap may turn the conditional into a select.
     count = found[0]
     if varying := varying_axes(found[1]):
         count, values, constants = jax.tree.map(
@@ -151,7 +149,7 @@ def _about_shift(
         return _from_sums(count, mean, s1, s2)[1:]
 
     cancels = all_agree(_cancels(first, epsilon), devices)
-    # Not a loop: TPUs would copy the values before it, run or not.
+    # Not a while_loop: TPUs would copy the values before it even if not run.
     best = jax.lax.cond(cancels, again, lambda *first: first, *first[1:])
     return Centered(jnp.asarray(found[0]), *best)
 
@@ -161,9 +159,9 @@ def _about_sample(
 ) -> Centered:
     """Sums about the mean of a sample, which never cancel.
 
-    Where a share f of the values has the mean s, the variance of all is at
-    least f (mean - s)^2. So with f = 1/16 the mean lies at most four standard
-    deviations from s, whatever the values are, and there is nothing to check.
+    If a fraction f of the values has mean s, the variance of all values is at
+    least f (mean - s)^2. So with f = 1/16, the mean is always within four
+    standard deviations of s, and no check is needed.
     """
     count, total = all_sum(passes.sample(values, constants), passes.devices)
     total, count = promoted(total, nonzero(count))
@@ -188,7 +186,7 @@ def _centered_moments_jvp(
         local = jax.jvp(sums, (values,), (tangents,))[1]
         return mean_and_m2(found, *all_sum(local, passes.devices))
 
-    # Nothing wider than the values is kept for the backward pass.
+    # Saves nothing wider than the values for the backward pass.
     linear = jax.checkpoint(tangent, prevent_cse=False)
     moved = linear(values, found, tangents[0])
     zero = jnp.zeros_like(found.count), jnp.zeros_like(found.shift)
@@ -198,7 +196,7 @@ def _centered_moments_jvp(
 def mean_and_m2(
     found: Centered, ds1: jax.Array, ds2: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Derivatives of mean and m2 from those of the sums about found.shift."""
+    """Returns tangents of mean and m2 from those of the sums."""
     ds1, count = promoted(ds1, nonzero(found.count))
     return ds1 / count, ds2 - 2 * inner(found.offset, ds1)
 
@@ -206,18 +204,18 @@ def mean_and_m2(
 def _from_sums(
     count: Any, shift: jax.Array, s1: jax.Array, s2: jax.Array
 ) -> Centered:
-    # Where the sum overflows, so do the squares, and any mean will do.
+    # If the sum overflows, so do the squares, and the mean does not matter.
     total, n = promoted(s1, nonzero(count))
     offset = jnp.where(jnp.isinf(s1), 0, total / n)
-    # inf where s2 is, never inf - inf.
+    # inf if s2 is inf, never inf - inf.
     between = count * abs2(offset)
     m2 = jnp.where(jnp.isinf(s2), s2, jnp.maximum(s2 - between, 0))
     return Centered(count, shift, offset, m2)
 
 
 def _cancels(found: Centered, epsilon: float) -> jax.Array:
-    """Whether a variance may have lost digits; False where it is NaN."""
-    # x itself is not known better than this.
+    """Whether a variance may have cancelled; False for NaN."""
+    # The precision of x itself.
     eps = float(jnp.finfo(found.m2.dtype).eps)
     rounding = abs2(found.shift * eps)
     far = abs2(found.offset) > LARGEST_SHIFT * (found.var + epsilon + rounding)

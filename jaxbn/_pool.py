@@ -1,4 +1,4 @@
-"""Running statistics of replicas that went apart, merged."""
+"""Merges the running statistics of replicas that diverged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._checks import AxisName, bound_axes, describe
+from jaxbn._axis_names import AxisName, bound_axes
+from jaxbn._checks import describe
 from jaxbn._moments import merge_stacked, sync
 from jaxbn._passes import Centered, Moments
 from jaxbn._running import RunningStats
@@ -21,37 +22,36 @@ def pool(
     axis_name: AxisName = None,
     counts: jax.Array | None = None,
 ) -> Any:
-    """Merges running statistics that went apart, by the law of total variance.
+    """Merges running statistics of replicas, by the law of total variance.
 
     With weights w_i = count_i / sum count, mean = sum w_i mean_i and
-    var = sum w_i (var_i + |mean_i - mean|^2). The average of the variances
-    alone leaves out how far the means lie apart.
+    var = sum w_i (var_i + |mean_i - mean|^2). Averaging the variances would
+    ignore the distance of the means.
 
-    What is no batch norm's, such as the vector of a spectral norm or the count
-    of an observation normalizer, has no such law: it is that of the first
-    replica. A layer is a mapping with mean and var of one shape, and of other
-    names no more than those of jaxbn's layer.
+    Layers are mappings with mean and var of equal shape, and no other keys than
+    those of jaxbn's layers. Other leaves, such as the vector of a spectral norm
+    or the count of an observation normalizer, are those of the first replica.
 
     Args:
-      batch_stats: RunningStats, a mapping with mean and var, or any tree of
-        these, such as flax's batch_stats of a whole model. The replicas are
-        stacked on axis 0, (R, ...), unless axis_name is given.
-      axis_name: in shard_map, pmap or vmap: the named axis, or axes, on which
-        the replicas lie; one all-reduce a layer.
-      counts: weight of each replica, (R,), or with axis_name () on each; None
-        weighs all equally.
+      batch_stats: RunningStats, a mapping with mean and var, or a tree of
+        these, such as the batch_stats of a flax model. Replicas are stacked on
+        axis 0, (R, ...), unless axis_name is given.
+      axis_name: in shard_map, pmap or vmap: the named axis or axes of the
+        replicas; takes one all-reduce per layer.
+      counts: weight of each replica, (R,), or () with axis_name; None weights
+        all equally.
 
     Returns:
-      The same tree, without the axis of the replicas. Of the counters of a
-      layer, the largest.
+      The tree without the axis of replicas. Counters of a layer are the maximum
+      over replicas.
 
     Raises:
       ValueError: axis_name is not bound; a leaf has no axis of replicas, or
-        lengths differ.
+        their lengths differ.
 
     Example:
       >>> replicas = RunningStats(jnp.array([[0.0], [4.0]]), jnp.ones((2, 1)))
-      >>> pool(replicas).var.tolist()  # not 1: the means lie apart
+      >>> pool(replicas).var.tolist()  # not 1, since the means differ
       [5.0]
 
     Source: Chan, Golub, LeVeque (1979), Updating Formulae.
@@ -62,7 +62,7 @@ def pool(
             raise ValueError(
                 f"axis_name={axis_name!r} is not bound here, so there is "
                 "nothing to pool over. Call pool inside shard_map, pmap or "
-                "vmap, or stack the replicas on axis 0 and leave it out."
+                "vmap, or stack the replicas on axis 0 and omit axis_name."
             )
     else:
         _check_replicas(batch_stats, counts)
@@ -89,7 +89,7 @@ def pool(
         leaf = jnp.asarray(leaf)
         wide = leaf.astype(np.int32) if leaf.dtype == bool else leaf
         is_first = jax.lax.axis_index(names) == 0
-        # A sum, which JAX knows to be the same on all devices.
+        # A psum, so that JAX knows it is equal on all devices.
         one: jax.Array = jax.lax.psum(
             jnp.where(is_first, wide, jnp.zeros_like(wide)), names
         )
@@ -108,7 +108,7 @@ def pool(
     return jax.tree.map(pooled, batch_stats, is_leaf=_is_statistics)
 
 
-# What a layer counts beside its mean and var.
+# Counters that a layer may have besides mean and var.
 _COUNTERS = {"steps", "skipped"}
 
 

@@ -1,4 +1,4 @@
-"""Which values of an array share a statistic: sums over them, and back."""
+"""Reductions of an array to statistics, and broadcasts back."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Reduction(NamedTuple):
     """What to reduce over; static while tracing.
 
     By default all values of a feature share a statistic, and statistics have
-    the shape of the features, F. With chunks or ids a statistic is (rows, *F),
-    rows = chunks * ids, chunk by chunk.
+    the shape of the features, F. With chunks or ids, statistics are (rows, *F),
+    rows = chunks * ids, ordered by chunk.
     """
 
     shape: tuple[int, ...]  # of x
-    axes: tuple[int, ...]  # reduced ones, sorted; the first holds the examples
-    chunks: int = 1  # equally long runs of neighbouring examples
+    axes: tuple[int, ...]  # reduced axes, sorted; the first is the batch axis
+    chunks: int = 1  # contiguous chunks of examples of equal size
     num_ids: int | None = None  # None: no ids
 
     @property
@@ -34,7 +34,7 @@ class Reduction(NamedTuple):
 
     @property
     def values(self) -> int:
-        """Values of a feature."""
+        """Number of values per feature."""
         return math.prod(self.shape[axis] for axis in self.axes)
 
     @property
@@ -45,26 +45,26 @@ class Reduction(NamedTuple):
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """(rows,), or () where all values of a feature share a statistic."""
+        """(rows,), or () if all values of a feature share a statistic."""
         return (self.chunks * (self.num_ids or 1),) if self.has_rows else ()
 
     def sum(self, x: jax.Array, ids: jax.Array | None) -> jax.Array:
         """Sums over the values that share a statistic."""
         if not self.has_rows:
             return x.sum(self.axes)
-        # Every axis before the first reduced one holds features.
+        # All axes before the first reduced one are feature axes.
         x = jnp.moveaxis(x.sum(self.axes[1:]), self.axes[0], 0)
         x = x.reshape(self.chunks, -1, *x.shape[1:])
         if ids is None or self.num_ids is None:
             return x.sum(1)
-        # A select, not a product: NaN of one id must not reach another.
+        # A select, not a product: NaN of one id must not affect others.
         x = jnp.where(self._member(ids, x.ndim + 1), x[:, None], 0).sum(2)
         return x.reshape(-1, *x.shape[2:])
 
     def broadcast(
         self, statistic: jax.Array, ids: jax.Array | None
     ) -> jax.Array:
-        """Inserts the reduced axes, so that a statistic broadcasts to x."""
+        """Expands a statistic so that it broadcasts to x."""
         if not np.ndim(statistic):
             return statistic
         if not self.has_rows:
@@ -84,11 +84,11 @@ class Reduction(NamedTuple):
     def sample(
         self, x: jax.Array, where: jax.Array | None, share: int
     ) -> tuple[Reduction, jax.Array, jax.Array | None]:
-        """Takes at least one in `share` of the values of every statistic.
+        """Samples at least 1 / `share` of the values of every statistic.
 
-        Every example gives the same part of its values, so that masks and ids
-        of examples change nothing. Examples are not left out, and no axis that
-        is sharded in x or masked in part: for arrays of two axes it is all.
+        Takes the same part of every example, so that masks and ids of examples
+        still apply. Axes that are sharded or masked are not sampled, nor is the
+        batch axis: an array with two axes is returned whole.
 
         Returns:
           The reduction of the sample, its values, and their mask.
@@ -101,7 +101,7 @@ class Reduction(NamedTuple):
             masked = where is not None and where.shape[axis] != 1
             if not isinstance(size, int) or masked or spec[axis] is not None:
                 continue
-            # A part of less than a half is worth a slice.
+            # A slice is only worthwhile for at most half of the axis.
             kept = math.ceil(size / left)
             if 2 * kept <= size + 1:
                 left = left * kept / size
@@ -115,16 +115,17 @@ class Reduction(NamedTuple):
         ids: jax.Array | None,
         dtype: jnp.dtype,
     ) -> Any:
-        """Kept values of a statistic: (), or with axes of length 1, or as F.
+        """Returns the number of values per statistic.
 
-        A numpy array where the count is known while tracing.
+        (), or a shape that broadcasts to statistics; a numpy array if it is
+        known while tracing.
         """
         if where is None and self.num_ids is None:
             values = self.values // self.chunks
             rows = self.rows and self.rows + (1,) * len(self.features)
             if all(isinstance(n, int) for n in (values, *rows)):
                 return np.full(rows, values, dtype)
-            # Known only at run time: the shape is symbolic.
+            # Unknown while tracing, since the shape is symbolic.
             return jnp.broadcast_to(jnp.asarray(values).astype(dtype), rows)
         if where is None:
             where = jnp.ones((1,) * len(self.shape), bool)
@@ -134,14 +135,14 @@ class Reduction(NamedTuple):
         where = jnp.broadcast_to(where, shape)
         seen = math.prod(shape[axis] for axis in self.axes)
         repeats = self.values // seen if seen else 0
-        # Integers: a float32 sum of ones stops counting at 2^24.
+        # Integers, since a float32 sum of ones saturates at 2^24.
         count = self.sum(where.astype(jnp.int32), ids).astype(dtype)
         if not self.has_rows and count.size == 1:
             count = count.reshape(())
         return count * repeats
 
     def _member(self, ids: jax.Array, ndim: int) -> jax.Array:
-        """Whether an example has an id: (chunks, ids, examples, 1, ...)."""
+        """One-hot ids of examples, (chunks, ids, examples, 1, ...)."""
         ids = ids.reshape(self.chunks, 1, -1)
         member = ids == jnp.arange(self.num_ids, dtype=ids.dtype)[None, :, None]
         return member.reshape(member.shape + (1,) * (ndim - 3))

@@ -1,18 +1,20 @@
-"""Batch renormalization, and the schedule of its limits."""
+"""Batch renormalization and its schedule."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from jaxbn._checks import Axes, AxisName, check_limits
+from jaxbn._axis_names import AxisName
+from jaxbn._check_values import check_limits
+from jaxbn._checks import Axes
 from jaxbn._formula import Renorm
 from jaxbn._normalize import normalize_batch
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
 
-_EVERYTHING = Scope()
+_ALL_EXAMPLES = Scope()
 
 
 def batch_renorm(
@@ -26,37 +28,37 @@ def batch_renorm(
     ids: jax.Array | None = None,
     where: jax.Array | None = None,
     axis_name: AxisName = None,
-    sharing: Scope = _EVERYTHING,
+    sharing: Scope = _ALL_EXAMPLES,
     shift: jax.Array | None = None,
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, Moments]:
-    """`batch_norm` corrected towards what inference will compute.
+    """`batch_norm` corrected towards the output of inference.
 
     y = (xhat r + d) * scale + bias, where xhat is standardized with the batch,
     std = sqrt(var + epsilon), and
     r = clip(std_batch / std_running, 1 / r_max, r_max),
     d = clip((mean_batch - mean_running) / std_running, -d_max, d_max).
-    Inside the limits y is that of inference; with r_max = 1 and d_max = 0 it
-    is that of `batch_norm`, to the last bit. r and d are constants to
-    derivatives, which go through the statistics of the batch as ever. Groups,
-    ghost batches and ids each have their own r and d.
+    Within the limits y equals that of inference; with r_max = 1 and d_max = 0
+    it is bitwise equal to `batch_norm`. r and d are not differentiated;
+    gradients go through the batch statistics as in `batch_norm`. Groups, ghost
+    batches and ids each have their own r and d.
 
     Args:
       x, scale, bias: as in `batch_norm`.
-      running: (C,), with ids (K, C); from before this batch.
+      running: running statistics before this batch, (C,), with ids (K, C).
       r_max: (), at least 1; see `renorm_limits` for the schedule.
-      d_max: (), at least 0; in standard deviations. A complex d is shortened
-        to this length.
+      d_max: (), at least 0, in standard deviations. A complex d is clipped in
+        magnitude.
       ids, where, axis_name, sharing, shift: as in `batch_norm`.
-      epsilon, feature_axis, dtype: likewise.
+      epsilon, feature_axis, dtype: as in `batch_norm`.
 
     Returns:
       (y, Moments), as `batch_norm`.
 
     Raises:
-      ValueError: as `batch_norm`; running does not hold one value a feature;
+      ValueError: as `batch_norm`; running does not have one value per feature;
         r_max or d_max is out of range.
 
     Source: Ioffe (2017), Batch Renormalization, Algorithm 1.
@@ -77,7 +79,7 @@ def batch_renorm(
         epsilon=epsilon,
         feature_axis=feature_axis,
         dtype=dtype,
-        one_value=True,
+        allow_single_value=True,
     )
 
 
@@ -90,18 +92,18 @@ def renorm_limits(
     d_max: float = 5.0,
     d_end: int = 25_000,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (r_max, d_max) of `batch_renorm` for a step of training.
+    """Returns (r_max, d_max) of `batch_renorm` for a training step.
 
-    (1, 0), plain batch norm, up to step `start`; from there linear to r_max at
-    step r_end and to d_max at step d_end; constant after.
+    (1, 0), plain batch norm, until step `start`; then linear, to r_max at step
+    r_end and to d_max at step d_end; then constant.
 
     Args:
-      step: () steps taken before this one.
-      start: steps of plain batch norm.
-      r_max: the last value of r_max, at least 1.
-      r_end: the step that reaches it, after start.
-      d_max: the last value of d_max, at least 0.
-      d_end: the step that reaches it, after start.
+      step: (), number of previous steps.
+      start: number of steps of plain batch norm.
+      r_max: final value of r_max, at least 1.
+      r_end: step at which r_max is reached, after start.
+      d_max: final value of d_max, at least 0.
+      d_end: step at which d_max is reached, after start.
 
     Returns:
       Two float32 arrays, ().

@@ -1,4 +1,4 @@
-"""Running statistics as a pure update."""
+"""Running statistics and their updates, as pure functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._arithmetic import plus, promoted, times
-from jaxbn._checks import (
+from jaxbn._check_values import (
     check_at_least,
     check_between,
     check_ddof,
@@ -21,12 +21,12 @@ from jaxbn._passes import Moments
 
 
 class RunningStats(NamedTuple):
-    """What inference normalizes with.
+    """Statistics that inference normalizes with.
 
     Attributes:
-      mean: (C,) in the unit of x; starts at 0.
-      var: (C,) in the unit of x squared; starts at 1.
-      steps: (C,) int32, batches that have entered; None where nobody counts.
+      mean: (C,) in the unit of x; initially 0.
+      var: (C,) in the unit of x squared; initially 1.
+      steps: (C,) int32, number of batches, or None if not counted.
     """
 
     mean: jax.Array
@@ -44,10 +44,10 @@ def init_running(
 
     Args:
       shape: C, or the shape of the features.
-      dtype: of the inputs; running statistics are never narrower than
-        float32, and the variance of complex inputs is real.
-      count_steps: counts batches too, as cumulative and debiased averages
-        need.
+      dtype: dtype of the inputs; running statistics are at least float32, and
+        the variance of complex inputs is real.
+      count_steps: also counts batches, as needed for cumulative and debiased
+        averages.
 
     Returns:
       RunningStats.
@@ -71,32 +71,32 @@ def update_running(
 ) -> RunningStats:
     """Returns decay * old + (1 - decay) * batch, without gradient.
 
-    The batch variance is m2 / (count - ddof). A feature of which the batch
-    kept nothing (no more than ddof values) keeps its old statistics.
+    The batch variance is m2 / (count - ddof). A feature with no more than ddof
+    values in the batch keeps its old statistics.
 
     Args:
       old: running statistics, (C,).
-      batch: moments of the batch, already global.
-      decay: weight of the old value in [0, 1]; flax calls it momentum, and
-        PyTorch's momentum is 1 - decay. None weighs all batches equally: after
-        t of them the old value has t / (t + 1).
-      ddof: 0 stores the biased variance as flax, 1 the unbiased one as
+      batch: global moments of the batch.
+      decay: weight of the old value in [0, 1]; momentum in flax, 1 - momentum
+        in PyTorch. None weights all batches equally: after t batches the old
+        value has weight t / (t + 1).
+      ddof: 0 stores the biased variance, as flax; 1 the unbiased one, as
         PyTorch.
-      debias: the weights decay**i (1 - decay) of the batches are divided by
-        their sum, so that what the statistics started from counts nothing,
-        whether 0 or 1. After t batches the old value has
-        decay (1 - decay**t) / (1 - decay**(t + 1)), and decay in the end.
-      skip_nonfinite: a batch in which any feature is not finite changes no
-        statistic. Synchronized moments are not finite on all devices or on
-        none, so devices agree.
+      debias: divides the weights decay**i (1 - decay) of the batches by their
+        sum, so that the initial value has weight 0. After t batches the old
+        value has weight decay (1 - decay**t) / (1 - decay**(t + 1)), which
+        approaches decay.
+      skip_nonfinite: skips the update if any feature is nonfinite.
+        Synchronized moments are nonfinite on all devices or none, so devices
+        agree.
 
     Returns:
-      RunningStats in the dtype of old, or wider where the batch is.
+      RunningStats in the dtype of old, or wider if the batch is.
 
     Raises:
       ValueError: decay is outside [0, 1] or ddof is neither 0 nor 1; decay is
-        None or debias is True, and old counts no steps; debias is True and
-        decay is 1.
+        None or debias is True, but old.steps is None; debias is True and decay
+        is 1.
 
     Example:
       >>> batch = Moments(jnp.array(4), jnp.array([2.0]), jnp.array([12.0]))
@@ -147,21 +147,21 @@ def update_running(
 def _weight_of_new(
     decay: float | jax.Array | None, steps: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """Weight of a batch after `steps` others: the first has 1."""
+    """Returns the weight of a batch after `steps` others; 1 for the first."""
     after = (steps + 1).astype(dtype)
     if decay is None:
         return 1 / after
-    # 1 - decay**t loses its digits where decay is near 1; expm1 keeps them.
+    # 1 - decay**t cancels if decay is near 1; expm1 does not.
     exact = is_known(decay) and decay > 0
     log = math.log(decay) if exact else jnp.log(decay)
     return jnp.where(steps == 0, 1, (1 - decay) / -jnp.expm1(after * log))
 
 
 def is_finite(batch: Moments) -> jax.Array:
-    """Returns whether mean and m2 of every feature are finite.
+    """Returns whether mean and m2 of all features are finite.
 
     Args:
-      batch: moments; synchronized ones give all devices the same answer.
+      batch: moments; if synchronized, the result is equal on all devices.
 
     Returns:
       () bool.
@@ -172,22 +172,22 @@ def is_finite(batch: Moments) -> jax.Array:
 def adapt(
     running: RunningStats, batch: Moments, *, prior: float | jax.Array
 ) -> RunningStats:
-    """Blends running statistics with those of a batch of the test domain.
+    """Adapts running statistics to a batch of the test domain.
 
     With w = prior / (prior + count), mean = w mean_running + (1 - w)
-    mean_batch and var = w var_running + (1 - w) var_batch. prior = 0 takes the
-    batch alone, prior = inf the running statistics. A feature of which the
-    batch kept nothing stays as it is.
+    mean_batch and var = w var_running + (1 - w) var_batch. prior = 0 only uses
+    the batch, prior = inf only the running statistics. A feature without values
+    in the batch keeps its running statistics.
 
     Args:
-      running: (C,), of the source domain.
-      batch: moments of the batch, already global, (C,).
-      prior: (), at least 0, in kept values of a feature as batch.count is: for
-        the paper's N examples give N times the values of an example, such as
+      running: running statistics of the source domain, (C,).
+      batch: global moments of the batch, (C,).
+      prior: (), at least 0, in values per feature like batch.count: the N
+        examples of the paper are N times the values of an example, such as
         N * height * width.
 
     Returns:
-      RunningStats to normalize this batch with; running itself stays.
+      RunningStats to normalize this batch with.
 
     Raises:
       ValueError: prior is negative.
@@ -197,7 +197,7 @@ def adapt(
     """
     check_at_least("prior", prior, 0)
     known = batch.count > 0
-    # Written so that an infinite prior is not inf / inf.
+    # In this form, an infinite prior does not result in inf / inf.
     total = batch.count + jnp.asarray(prior).astype(batch.count.dtype)
     weight = jnp.where(known, batch.count / total, 0)
 

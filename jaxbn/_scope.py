@@ -1,4 +1,4 @@
-"""Which examples are normalized together."""
+"""Selects the examples that share statistics."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from collections.abc import Hashable, Sequence
 
 import jax
 
-from jaxbn._checks import AxisName, check_at_least, given_fields
+from jaxbn._axis_names import AxisName
+from jaxbn._check_values import check_at_least
+from jaxbn._checks import given_fields
 from jaxbn._collectives import (
     THIS_DEVICE,
     Devices,
     Partition,
     devices_along,
-    microbatches_among,
+    microbatch_axis,
 )
 from jaxbn._reduction import Reduction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scope:
-    """Which examples share statistics; the default is all of `axis_name`.
+    """Which examples share statistics; by default all along `axis_name`.
 
-    Every combination works, with masks, in shard_map, pmap, vmap and under jit
-    on global arrays. The moments that `batch_norm` returns, and so the running
-    statistics, are those of all examples together (of each id), merged by the
-    law of total variance: the same on every device whatever the groups.
+    All combinations work, with masks, in shard_map, pmap, vmap and under jit on
+    global arrays. The moments that `batch_norm` returns, and so the running
+    statistics, are those of all examples (for each id), merged by the law of
+    total variance: equal on every device, whatever the groups.
 
     Attributes:
-      group_size: that many neighbouring devices along `axis_name`, in their
-        order, share statistics. It divides their number.
-      axis_index_groups: lists of device indices, equally long, that share
-        statistics: any partition in place of neighbours.
-      normalize_over: about that many examples share statistics whatever the
-        topology: a larger local batch is split into runs of neighbours (ghost
-        batch normalization), a smaller one joins those of neighbouring
-        devices.
+      group_size: number of consecutive devices along `axis_name` that share
+        statistics; must divide the number of devices.
+      axis_index_groups: lists of device indices that share statistics, of equal
+        length: an arbitrary partition.
+      normalize_over: number of examples that share statistics, independent of
+        the topology: larger local batches are split into contiguous chunks
+        (ghost batch normalization), smaller ones are joined with those of
+        consecutive devices.
       num_ids: K; every example has an id in [0, K), and each id has its own
         statistics, as in domain-specific and split (auxiliary) batch
         normalization.
@@ -54,15 +56,15 @@ class Scope:
         given = [name for name in ways if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(
-                f"{' and '.join(given)} each say which devices share "
-                "statistics; give one of them."
+                f"{' and '.join(given)} both choose the devices that share "
+                "statistics; set only one of them."
             )
         for name in ("group_size", "normalize_over", "num_ids"):
             value = getattr(self, name)
             if value is not None:
                 check_at_least(name, value, 1)
         if self.axis_index_groups is not None:
-            # Hashable, so that a module with a Scope is.
+            # Hashable, so that modules with a Scope are hashable.
             groups = tuple(tuple(group) for group in self.axis_index_groups)
             object.__setattr__(self, "axis_index_groups", groups)
 
@@ -77,14 +79,14 @@ class Scope:
     def resolve(
         self, x: jax.Array, axes: tuple[int, ...], axis_name: AxisName
     ) -> tuple[Reduction, Devices]:
-        """Returns what to reduce over on a device, and which devices."""
+        """Returns the local reduction, and the devices to reduce over."""
         devices = devices_along(axis_name)
         examples = x.shape[axes[0]] if axes else 1
         reduction = Reduction(x.shape, axes, num_ids=self.num_ids)
         if self.axis_index_groups is not None:
             if not devices.names:
                 raise ValueError(
-                    f"axis_index_groups={self.axis_index_groups} numbers the "
+                    f"axis_index_groups={self.axis_index_groups} refers to "
                     f"devices along axis_name={axis_name!r}, which is not "
                     "bound here. On global arrays use group_size or "
                     "normalize_over."
@@ -94,14 +96,14 @@ class Scope:
             return reduction, devices._replace(groups=groups)
         size, over = self.group_size, self.normalize_over
         if size is not None and not devices.names:
-            # x is global: a group is the share of its devices.
+            # x is global: a group is the chunk of its devices.
             on_mesh = _devices_of_mesh(axis_name, size)
             if on_mesh % size:
                 raise ValueError(_uneven(size, on_mesh, axis_name))
             _check_share(size, on_mesh, examples)
             over = examples * size // on_mesh
             size = None
-        micro = microbatches_among(devices) if axes else None
+        micro = microbatch_axis(devices) if axes else None
         if over is not None and micro is not None:
             return _over_microbatches(over, reduction, devices, micro)
         if over is not None:
@@ -117,7 +119,7 @@ class Scope:
 
 
 def _in_groups(devices: Devices, size: int) -> Devices:
-    """Puts neighbours into groups of a size that divides their number."""
+    """Groups consecutive devices; size must divide their number."""
     if size == devices.size:
         return devices
     starts = range(0, devices.size, size)
@@ -130,7 +132,7 @@ def _over_microbatches(
 ) -> tuple[Reduction, Devices]:
     """`normalize_over` where microbatch i of k holds examples i, i + k, ...
 
-    Neighbours in the batch are then the same rows of several microbatches.
+    Consecutive examples are then the same rows of several microbatches.
     """
     rest = tuple(name for name in devices.names if name != micro)
     devices, others = devices_along((*rest, micro)), devices_along(rest)
@@ -150,16 +152,16 @@ def _over_microbatches(
     }
     nearest = min(possible, key=lambda n: (abs(n - over), n))
     raise ValueError(
-        f"normalize_over={over} does not fit {k} microbatches of {rows} "
-        f"examples on each of {others.size} devices: it has to divide the "
-        f"{examples} examples of a device, and be a multiple or a divisor of "
-        f"{k}; or be a multiple of {examples} that divides the devices. The "
-        f"nearest that works is {nearest}."
+        f"normalize_over={over} is invalid for {k} microbatches of {rows} "
+        f"examples on each of {others.size} devices: it must divide the "
+        f"{examples} examples per device, and be a multiple or divisor of {k}; "
+        f"or be a multiple of {examples} that divides the devices. The nearest "
+        f"valid value is {nearest}."
     )
 
 
 def _split_or_join(over: int, examples: int, devices: int) -> tuple[int, int]:
-    """Returns (chunks of a device, devices of a group), one of them 1."""
+    """Returns (chunks per device, devices per group); one of them is 1."""
     if isinstance(examples, int) and not examples:
         return 1, 1
     if examples % over == 0:
@@ -172,8 +174,8 @@ def _split_or_join(over: int, examples: int, devices: int) -> tuple[int, int]:
         return 1, over // examples
     if not isinstance(examples, int):
         raise ValueError(
-            f"normalize_over={over} must divide the examples of a device, which "
-            f"are {examples}: export with a batch such as {over}*b."
+            f"normalize_over={over} must divide the {examples} examples per "
+            f"device: export with a batch size such as {over}*b."
         )
     possible = {n for n in range(1, examples + 1) if examples % n == 0}
     possible |= {
@@ -181,9 +183,9 @@ def _split_or_join(over: int, examples: int, devices: int) -> tuple[int, int]:
     }
     nearest = min(possible, key=lambda n: (abs(n - over), n))
     raise ValueError(
-        f"normalize_over={over} neither divides the {examples} examples of a "
+        f"normalize_over={over} neither divides the {examples} examples per "
         f"device nor is a multiple that divides {devices} devices; the "
-        f"nearest that works is {nearest}."
+        f"nearest valid value is {nearest}."
     )
 
 
@@ -203,7 +205,7 @@ def _devices_of_mesh(axis_name: AxisName, size: int) -> int:
 
 
 def _check_share(size: int, devices: int, examples: int) -> None:
-    """Raises unless groups of devices have equally many examples."""
+    """Raises ValueError unless groups have equally many examples."""
     if examples % (devices // size) == 0:
         return
     fits = [
@@ -214,8 +216,8 @@ def _check_share(size: int, devices: int, examples: int) -> None:
     nearest = min(fits, key=lambda n: (abs(n - size), n))
     raise ValueError(
         f"group_size={size} makes {devices // size} groups of the {devices} "
-        f"devices, which cannot share {examples} examples equally; the nearest "
-        f"that works is {nearest}."
+        f"devices, which do not divide {examples} examples; the nearest valid "
+        f"value is {nearest}."
     )
 
 
@@ -232,6 +234,6 @@ def _check_groups(groups: Partition, devices: int, axis_name: AxisName) -> None:
     if members != list(range(devices)) or len(lengths) != 1:
         raise ValueError(
             f"axis_index_groups={groups} must hold each of the {devices} "
-            f"indices along axis_name={axis_name!r} once, in groups of one "
-            "length."
+            f"indices along axis_name={axis_name!r} once, in groups of "
+            "equal length."
         )

@@ -1,4 +1,4 @@
-"""Examples to random devices and back, in one exchange for a whole tree."""
+"""Shuffles examples across devices and back, with one all-to-all."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxbn._checks import AxisName, bound_axes
+from jaxbn._axis_names import AxisName, bound_axes
+from jaxbn._bitcast import from_reals, from_uint32, to_reals, to_uint32
+from jaxbn._checks import describe
 from jaxbn._compat import varying_axes
-from jaxbn._words import from_reals, from_words, to_reals, to_words
 
 Names = tuple[Hashable, ...]
 
@@ -22,45 +23,45 @@ Names = tuple[Hashable, ...]
 def shuffle(tree: Any, key: jax.Array, *, axis_name: AxisName) -> Any:
     """Moves every example to a random device and position.
 
-    For contrastive learning: where each device normalizes its own examples, a
-    query and its key must not share statistics, or the network reads from
-    them which pairs belong together. Shuffle the inputs of the key encoder,
-    and `unshuffle` what it returns.
+    For contrastive learning: if each device normalizes its own examples, a
+    query and its key must not share statistics, or the network can infer the
+    matching pairs from them. Shuffle the inputs of the key encoder, and
+    `unshuffle` its outputs.
 
-    Of n examples on each of D devices, every device sends n / D drawn at
-    random to each, itself too, and puts what it receives in random order. So
-    an example is equally likely to come to any of the n D places. Not all
-    (n D)! orders occur: two examples of different devices meet with
-    probability 1 / D, two of one device with (n / D - 1) / (n - 1), where a
-    free order has (n - 1) / (n D - 1) for both. Where D does not divide n,
-    blocks have ceil(n / D) places, of which some stay empty; which devices
-    send each other one more is drawn too.
+    With n examples on each of D devices, every device sends n / D random
+    examples to each device, including itself, and permutes what it receives. So
+    an example is equally likely to move to any of the n D positions. Not all
+    (n D)! permutations occur: two examples of different devices meet with
+    probability 1 / D, two of the same device with (n / D - 1) / (n - 1), whereas
+    in a uniform permutation both are (n - 1) / (n D - 1). If D does not divide
+    n, blocks have ceil(n / D) slots, some of them empty; which pairs of devices
+    exchange one more example is also random.
 
-    One all-to-all for the whole tree, as bits: a device receives
-    D ceil(n / D) B bytes, about n B, with B bytes an example, each leaf
-    rounded up to four. To gather the whole batch would be n D B.
+    Takes one all-to-all for the whole tree, in bits: a device receives
+    D ceil(n / D) B bytes, about n B, for B bytes per example, each leaf padded
+    to a multiple of four. Gathering the whole batch would take n D B.
 
-    Derivatives of every kind take the same route, the transpose the way back;
-    tangents of several dtypes travel in the widest.
+    Derivatives are communicated likewise, transposes in reverse; tangents of
+    several dtypes are cast to the widest.
 
     Args:
-      tree: pytree of arrays of any dtype, (n, ...) each: images, labels,
-        masks, typed keys.
-      key: of `jax.random.key` or `jax.random.PRNGKey`, the same on all
-        devices, a new one each step. With the sizes n and D it decides where
-        everything goes.
-      axis_name: name, or tuple of names, of the mapped axes that the batch
-        lies on. Not bound and no named axis in scope: the tree is the whole
-        batch, and leaves are permuted one by one as the compiler sees fit.
-        None permutes the examples of each device.
+      tree: pytree of arrays of any dtype, (n, ...): images, labels, masks,
+        typed keys.
+      key: from `jax.random.key` or `jax.random.PRNGKey`, equal on all devices,
+        and a new one each step. Together with n and D it determines the
+        permutation.
+      axis_name: name or tuple of names of the mapped axes of the batch. If not
+        bound and no named axis is in scope, the tree is the global batch, and
+        leaves are permuted individually under the compiler's control. None
+        permutes the examples of each device.
 
     Returns:
-      The tree with examples moved, bit for bit.
+      The tree with permuted examples, bitwise equal.
 
     Raises:
-      ValueError: a leaf is a scalar, leaves differ in length, key is not one
-        key or is known to differ between devices, or axis_name is not bound
-        though another named axis is.
+      ValueError: a leaf is a scalar, leaves differ in length, key is not a
+        single key or is known to differ between devices, or axis_name is not
+        bound, but another named axis is.
 
     Source: He et al. (2020), Momentum Contrast, section 3.3 (shuffling BN).
     """
@@ -68,18 +69,18 @@ def shuffle(tree: Any, key: jax.Array, *, axis_name: AxisName) -> Any:
 
 
 def unshuffle(tree: Any, key: jax.Array, *, axis_name: AxisName) -> Any:
-    """Moves every example back: undoes `shuffle` of the same key.
+    """Moves every example back: the inverse of `shuffle` with the same key.
 
-    The tree may be another one with as many examples: what a model returned
-    for the shuffled one. One all-to-all, as there.
+    The tree may be another one with as many examples, such as the outputs of a
+    model for the shuffled one. Takes one all-to-all.
 
     Args:
       tree: pytree of arrays of any dtype, (n, ...) each.
       key: the key that `shuffle` was given.
-      axis_name: as there.
+      axis_name: as in `shuffle`.
 
     Returns:
-      The tree with examples in the order from before.
+      The tree with examples in their original order.
 
     Raises:
       ValueError: as in `shuffle`.
@@ -104,12 +105,12 @@ def _permute(tree: Any, key: jax.Array, axis_name: AxisName, back: bool) -> Any:
     else:
         order = jax.random.permutation(key, length)
         order = jnp.argsort(order) if back else order
-        leaves = [_in_order(leaf, order) for leaf in leaves]
+        leaves = [_gather_rows(leaf, order) for leaf in leaves]
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _in_order(leaf: jax.Array, order: jax.Array) -> jax.Array:
-    # Where mesh axes are Explicit, the order could not say how it is split.
+def _gather_rows(leaf: jax.Array, order: jax.Array) -> jax.Array:
+    # With Explicit mesh axes, the sharding of the result must be given.
     kind = jax.typeof(leaf).sharding
     kind = None if kind.mesh.empty else kind
     return leaf.at[order].get(
@@ -120,22 +121,22 @@ def _in_order(leaf: jax.Array, order: jax.Array) -> jax.Array:
 def _route(
     key: jax.Array, length: int, names: Names
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the row to put in each slot, and the slot each row comes from.
+    """Returns the row to send in each slot, and the slot of each received row.
 
-    Slots are those of D blocks, one for each device of the other end. A row
-    of n or more leaves a slot empty.
+    Slots form D blocks, one per device. A row index of n or more leaves the
+    slot empty.
     """
     devices = jax.lax.axis_size(names)
     share, more = divmod(length, devices)
     block = math.ceil(length / devices)
     me = jax.lax.axis_index(names)
     sent, received, turn = jax.random.split(key, 3)
-    # Pairs (from, to) on `more` of D diagonals exchange one row more.
+    # Pairs (from, to) on `more` of D diagonals exchange an additional row.
     turn = jax.random.randint(turn, (), 0, devices)
     others = jnp.arange(devices)
 
     def full(away: jax.Array) -> jax.Array:
-        """Slots in use, where block i is `away` devices ahead."""
+        """Returns which slots are used, with block i `away` devices ahead."""
         sizes = share + ((away + turn) % devices < more).astype(away.dtype)
         return (jnp.arange(block)[None] < sizes[:, None]).reshape(-1)
 
@@ -149,7 +150,7 @@ def _route(
 
 
 def _reverse(out: jax.Array, into: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the route of the way back."""
+    """Returns the inverse route."""
     length, slots = into.size, out.size
     back = length + jnp.arange(slots)
     back = back.at[into].set(jnp.arange(length), unique_indices=True)
@@ -164,9 +165,9 @@ def _move(
     route: tuple[jax.Array, jax.Array],
     leaves: list[jax.Array],
 ) -> list[jax.Array]:
-    """Takes the leaves along the route as words of 32 bits."""
-    parts = _travel(names, route, [to_words(leaf) for leaf in leaves])
-    return [from_words(part, leaf) for part, leaf in zip(parts, leaves)]
+    """Sends the leaves along the route as uint32."""
+    parts = _all_to_all(names, route, [to_uint32(leaf) for leaf in leaves])
+    return [from_uint32(part, leaf) for part, leaf in zip(parts, leaves)]
 
 
 @functools.partial(_move.defjvp, symbolic_zeros=True)
@@ -174,26 +175,26 @@ def _move_jvp(
     names: Names, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     route, leaves = primals
-    out = list(tangents[1])  # where nothing moves, nothing arrives
+    out = list(tangents[1])  # symbolic zeros stay symbolic zeros
     moving = [i for i, t in enumerate(out) if not isinstance(t, SymbolicZero)]
     if moving:
-        # Bits have no derivative: tangents travel as numbers, all of the
-        # widest dtype, which holds those of the others exactly.
+        # Bits are not differentiable: tangents are sent as numbers in the widest
+        # dtype, which represents the others exactly.
         double = any(jnp.finfo(out[i].dtype).bits == 64 for i in moving)
         mixed = len({jnp.finfo(out[i].dtype).dtype for i in moving}) > 1
         wide = jnp.float64 if double else jnp.float32 if mixed else None
         parts = [to_reals(out[i], wide) for i in moving]
-        for i, part in zip(moving, _travel(names, route, parts)):
+        for i, part in zip(moving, _all_to_all(names, route, parts)):
             out[i] = from_reals(part, out[i])
     return _move(names, route, leaves), out
 
 
-def _travel(
+def _all_to_all(
     names: Names,
     route: tuple[jax.Array, jax.Array],
     parts: list[jax.Array],
 ) -> list[jax.Array]:
-    """Takes parts (n, k), all of one dtype, along the route together."""
+    """Sends parts (n, k) of equal dtype along the route in one collective."""
     out, into = route
     ends = list(itertools.accumulate(part.shape[1] for part in parts))
     rows = jnp.concatenate(parts, 1)
@@ -204,20 +205,20 @@ def _travel(
 
 
 def _check_leaves(leaves: list[Any]) -> tuple[list[jax.Array], int]:
-    """Returns leaves as arrays and the length that all of them have."""
+    """Returns leaves as arrays, and their common length."""
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     for leaf in leaves:
         if not leaf.ndim:
             raise ValueError(
-                f"a leaf is the scalar {_describe(leaf)}: examples lie along "
-                "the first axis of every leaf. Take it out of the tree, for "
-                "example by None."
+                f"a leaf is the scalar {describe(leaf)}, but the first axis of "
+                "every leaf must be that of examples. Remove it from the tree, "
+                "for example replace it by None."
             )
     lengths = {leaf.shape[0] for leaf in leaves}
     if len(lengths) > 1:
         raise ValueError(
             "leaves must hold the same number of examples along their first "
-            f"axis; got {', '.join(sorted(map(_describe, leaves)))}."
+            f"axis; got {', '.join(sorted(map(describe, leaves)))}."
         )
     return leaves, lengths.pop() if lengths else 0
 
@@ -231,12 +232,10 @@ def _check_key(key: jax.Array) -> jax.Array:
         except (TypeError, ValueError):
             raise ValueError(
                 "key must be one of jax.random.key or jax.random.PRNGKey; got "
-                f"{_describe(key)}."
+                f"{describe(key)}."
             ) from None
     if key.shape:
-        raise ValueError(
-            f"key must be one key; got {_describe(key)}. Choose one of them."
-        )
+        raise ValueError(f"key must be a single key; got {describe(key)}.")
     return key
 
 
@@ -244,11 +243,7 @@ def _check_same(key: jax.Array, names: Names) -> None:
     differing = [name for name in names if name in varying_axes(key)]
     if differing:
         raise ValueError(
-            f"key varies over the mesh axes {differing}, and must be the same "
-            "on all devices: pass it with PartitionSpec(), and do not fold "
-            "the index of the device in."
+            f"key varies over the mesh axes {differing}, but must be equal on "
+            "all devices: pass it with PartitionSpec(), and do not fold in the "
+            "device index."
         )
-
-
-def _describe(x: jax.Array) -> str:
-    return f"{x.dtype.name}{list(x.shape)}"

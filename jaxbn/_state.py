@@ -1,4 +1,4 @@
-"""The variables that training moves, and rows of them for timesteps."""
+"""The state of a layer, and its rows for timesteps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from jaxbn._running import RunningStats
 
 
 class State(NamedTuple):
-    """The variables that training moves."""
+    """The variables of a layer that training updates."""
 
     running: RunningStats  # (C,), with ids (K, C), with timesteps (T, C)
-    skipped: jax.Array | None  # () batches left out; None: nobody counts
+    skipped: (
+        jax.Array | None
+    )  # () number of skipped batches, or None if not counted
 
 
 def take_row(running: RunningStats, row: jax.Array | None) -> RunningStats:
@@ -33,10 +35,10 @@ def widened(running: RunningStats) -> RunningStats:
 
 
 def as_stored(new: RunningStats, old: RunningStats) -> RunningStats:
-    """Rounds to the dtype of old where its owner has cast it below float32.
+    """Casts to the dtype of old if that was cast below float32.
 
-    A loop that carries the state keeps its dtypes. The layer makes no state
-    that narrow itself.
+    A loop must preserve the dtypes of its carry. A layer itself only creates
+    state of at least float32.
     """
 
     def stored(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -65,7 +67,7 @@ def put_row(
 def in_row(
     batch: Moments, running: RunningStats, row: jax.Array | None
 ) -> Moments:
-    """The moments of a timestep among those of all, where the rest is empty."""
+    """Puts the moments of a timestep into a row of otherwise empty moments."""
     if row is None:
         return batch
     every = jnp.broadcast_to(batch.count, batch.mean.shape)
@@ -79,12 +81,12 @@ def in_row(
 
 
 def no_moments(running: RunningStats) -> Moments:
-    """Returns the moments of nothing, an entry for each running statistic."""
+    """Returns empty moments for running statistics."""
     mean, var, _ = jax.tree.map(jnp.zeros_like, widened(running))
     return Moments(var, mean, var)
 
 
 def record(old: Moments, batch: Moments) -> Moments:
-    """Adds a batch to the moments a layer hands out, whose shapes stay."""
+    """Merges a batch into the moments of a layer, preserving shapes."""
     count = jnp.broadcast_to(batch.count, batch.mean.shape)
     return merge(old, batch._replace(count=count))

@@ -1,4 +1,4 @@
-"""Puts the mean and variance of Moments where running statistics are."""
+"""Replaces running statistics by the mean and variance of Moments."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._checks import check_ddof
+from jaxbn._check_values import check_ddof
 from jaxbn._passes import Moments
 
 
 def with_statistics(batch_stats: Any, stats: Any, *, ddof: int = 0) -> Any:
-    """Returns batch_stats with the mean and variance of Moments.
+    """Returns batch_stats with mean and variance replaced by those of stats.
 
-    var = m2 / (count - ddof). Everything else in batch_stats, such as a count
-    of steps, stays; so does a channel of which nothing was kept.
+    var = m2 / (count - ddof). Other entries of batch_stats, such as step
+    counts, are unchanged, and so are channels without values.
 
     Args:
-      batch_stats: nested mappings, a layer's with mean and var.
-      stats: the same tree, or a part of it, with Moments in place of the
-        layers' mappings, as Precise.stats is for flax.linen.
+      batch_stats: nested mappings, with mean and var for each layer.
+      stats: a tree of the same structure, or a part of it, with Moments for
+        each layer, such as Precise.stats for flax.linen.
       ddof: 0 for the biased variance, 1 for the unbiased one.
 
     Returns:
-      The tree of batch_stats, in its dtypes; batch_stats itself stays.
+      A tree with the structure and dtypes of batch_stats.
 
     Raises:
-      ValueError: the trees do not fit, or ddof is neither 0 nor 1.
+      ValueError: the structures do not match, or ddof is neither 0 nor 1.
     """
     check_ddof(ddof)
     if isinstance(stats, Moments):
@@ -37,8 +37,8 @@ def with_statistics(batch_stats: Any, stats: Any, *, ddof: int = 0) -> Any:
     fits = isinstance(batch_stats, Mapping) and isinstance(stats, Mapping)
     if not fits or not set(stats) <= set(batch_stats):
         raise ValueError(
-            f"stats has {_words(stats)}, which batch_stats has not; it has "
-            f"{_words(batch_stats)}."
+            f"stats has {_list_keys(stats)}, but batch_stats has "
+            f"{_list_keys(batch_stats)}."
         )
     changed = {
         name: with_statistics(batch_stats[name], stats[name], ddof=ddof)
@@ -53,8 +53,8 @@ def _layer_with_statistics(
     fits = isinstance(layer, Mapping) and {"mean", "var"} <= set(layer)
     if not fits or np.shape(layer["mean"]) != np.shape(stats.mean):
         raise ValueError(
-            f"Moments with a mean of shape {np.shape(stats.mean)} do not fit "
-            f"{jax.tree.map(np.shape, layer)}."
+            f"Moments with a mean of shape {np.shape(stats.mean)} do not match "
+            f"a layer of shapes {jax.tree.map(np.shape, layer)}."
         )
     known = np.asarray(stats.count) > ddof
     var = stats.m2 / np.maximum(stats.count - ddof, 1)
@@ -69,5 +69,5 @@ def _layer_with_statistics(
     return changed
 
 
-def _words(tree: Any) -> str:
+def _list_keys(tree: Any) -> str:
     return ", ".join(map(str, tree)) if isinstance(tree, Mapping) else "none"

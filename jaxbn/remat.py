@@ -1,8 +1,8 @@
-"""What the backward pass keeps of a network with batch norm.
+"""Rematerialization policies for networks with batch norm.
 
-Convolution outputs (the inputs of batch norm) and statistics are kept; the
-normalized arrays and what follows them up to the next convolution are computed
-again: `jax.checkpoint(block, policy=jaxbn.remat.policy())`, in flax
+Saves convolution outputs (the inputs of batch norm) and statistics; normalized
+arrays and everything up to the next convolution are recomputed:
+`jax.checkpoint(block, policy=jaxbn.remat.policy())`, or in flax
 `nn.remat(Block, policy=...)` and `nnx.remat(block, policy=...)`.
 """
 
@@ -14,32 +14,31 @@ import jax
 
 __all__ = ["INPUT", "STATISTICS", "policy"]
 
-# Names of `jax.ad_checkpoint.checkpoint_name`, for policies of one's own.
+# Names of `jax.ad_checkpoint.checkpoint_name`, for custom policies.
 
-#: What a layer normalizes, in its own dtype.
+#: The input of a layer, in its own dtype.
 INPUT = "jaxbn_input"
-#: Its synchronized moments, one value a feature.
+#: The synchronized moments of a layer, one value per feature.
 STATISTICS = "jaxbn_statistics"
 
 
 def policy(*names: str, inputs: bool = True) -> Callable[..., bool]:
-    """Returns a policy for `jax.checkpoint`: keep the inputs of batch norm.
+    """Returns a policy for `jax.checkpoint` that saves inputs of batch norm.
 
-    Kept are the arguments of the function under `jax.checkpoint` and, of each
-    layer in it, the input in its own dtype and the statistics. So no
-    convolution is repeated and no statistic, which would be another
-    all-reduce: the compiled program has as many collectives as without. Between
-    two convolutions remain batch norm, activation and sum to be computed again.
+    Saves the arguments of the function under `jax.checkpoint`, and for each
+    layer in it the input in its own dtype and the statistics. So neither
+    convolutions nor statistics are recomputed, and the compiled program has no
+    additional all-reduce. Only batch norm, activations and sums between
+    convolutions are recomputed.
 
-    A block of convolutions c1, c2, c3 then keeps its input, c1, c2 and c3. Of
-    several blocks in one function the first input alone is kept: half a
-    ResNet's bytes are its convolution outputs.
+    A block with convolutions c1, c2, c3 saves its input and the outputs of c1,
+    c2 and c3. With several blocks in one function, only the input of the first
+    is saved: half of a ResNet's bytes are convolution outputs.
 
     Args:
-      *names: further names of `jax.ad_checkpoint.checkpoint_name` to keep.
-      inputs: False keeps the statistics alone: the least memory without
-        repeated collectives, for another forward pass through the
-        convolutions.
+      *names: additional names of `jax.ad_checkpoint.checkpoint_name` to save.
+      inputs: False only saves the statistics: the minimum of memory without
+        repeated collectives, at the cost of recomputing the convolutions.
 
     Returns:
       The policy, for `jax.checkpoint`, `flax.linen.remat`, `flax.nnx.remat`.
@@ -54,7 +53,7 @@ def policy(*names: str, inputs: bool = True) -> Callable[..., bool]:
         if not isinstance(name, str):
             raise TypeError(
                 f"names must be strings of jax.ad_checkpoint.checkpoint_name; "
-                f"got {name!r}. A policy is made first: policy=policy()."
+                f"got {name!r}. Call it to create a policy: policy=policy()."
             )
     kept = (INPUT, STATISTICS) if inputs else (STATISTICS,)
     chosen: Callable[..., bool] = jax.checkpoint_policies.save_only_these_names(

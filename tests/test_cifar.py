@@ -191,7 +191,7 @@ def test_other_file_format(prepared, tmp_path):
     info = json.loads(path.read_text())
     path.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
     message = fails(name, data_dir=str(tmp_path))
-    assert f"{folder} holds no array_record files" in message
+    assert f"{folder} has no array_record files" in message
 
 
 def test_missing_file(prepared, tmp_path):

@@ -41,7 +41,7 @@ def test_quick_start_from_anywhere(tmp_path):
     done = run(str(workdir), "--precise=2", module="train.evaluate")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "digits test, 360 images, at step 2 (epoch 1):" in done.stdout
-    assert "anew over 2 training batches" in done.stdout
+    assert "recomputed over 2 training batches" in done.stdout
     picture = (workdir / "doctor.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
@@ -63,7 +63,7 @@ def test_quick_start_from_anywhere(tmp_path):
         ),
         (
             [f"--config={ROOT / 'configs' / 'cifar10_94.py'}"],
-            "The config has no average_decay: it is for another program. Take "
+            "The config has no average_decay: it is for another program. Use "
             "one of digits.py, ",
         ),
         (
@@ -73,18 +73,18 @@ def test_quick_start_from_anywhere(tmp_path):
         ),
         (
             ["--config.batch_size=126"],
-            "batch_size=126 does not split over 4 devices; the nearest that "
-            "does is 124 or 128.",
+            "batch_size=126 must be divisible by 4 devices, such as 124 "
+            "or 128.",
         ),
         (
             ["--config.norm_options.normalize_over=7"],
-            "norm='jaxbn': normalize_over=7 neither divides the 16 examples of "
-            "a device nor is a multiple that divides 4 devices; the nearest "
-            "that works is 8.",
+            "norm='jaxbn': normalize_over=7 neither divides the 16 examples per "
+            "device nor is a multiple that divides 4 devices; the nearest "
+            "valid value is 8.",
         ),
         (
             ["--stall_limit=nan"],
-            "flag --stall_limit=nan: seconds, from 0 on",
+            "flag --stall_limit=nan: must be finite and not negative, in seconds",
         ),
         (["again"], "Unexpected argument 'again'; flags begin with --."),
         (["--workdri=x"], "Unknown command line flag 'workdri'"),
@@ -111,7 +111,7 @@ def test_the_doctor_of_no_run(tmp_path):
     done = run(str(tmp_path / "none"), module="train.doctor")
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert "holds no run" in line and "Give the --workdir of a run" in line
+    assert "is not a run" in line and "Use the --workdir of a run" in line
 
 
 def test_missing_data_directory(tmp_path):

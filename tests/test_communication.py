@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn.linen import BatchNorm
 from jaxbn.testing import collectives
-from train import data
+from train import batching
 from train.resnet import ResNet
-from train.step import Recipe, init_state, make_optimizer, make_train_step
+from train.state import Recipe, init_state, make_optimizer
+from train.step import make_train_step
 
 C, FLOAT = 6, 4
 X = jax.ShapeDtypeStruct((16, 4, 4, C), jnp.float32)
@@ -151,7 +152,7 @@ def test_a_training_step_sends_two_a_layer_and_the_gradient():
         seed=0,
     )
     state = jax.eval_shape(lambda: init_state(recipe, (8, 8, 3), mesh()))
-    batch = data.Batch(
+    batch = batching.Batch(
         images=np.zeros((8, 8, 8, 3), np.uint8),
         labels=np.zeros(8, np.int32),
         index=np.zeros(8, np.int32),

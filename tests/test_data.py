@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from train import UserError, data
+from train import UserError, batching, data
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 def test_train_batches_follow_order_and_drop_the_rest(digits):
-    batches = list(data.train_batches(digits.train, 100, seed=1, epoch=2))
+    batches = list(batching.train_batches(digits.train, 100, seed=1, epoch=2))
     assert len(batches) == 14
     for batch in batches:
         assert batch.images.shape == (100, 8, 8, 1)
@@ -151,7 +151,9 @@ def test_train_batches_leave_out_others_each_epoch(digits):
     used = [
         {
             int(place)
-            for batch in data.train_batches(digits.train, 100, seed=0, epoch=e)
+            for batch in batching.train_batches(
+                digits.train, 100, seed=0, epoch=e
+            )
             for place in batch.index
         }
         for e in range(2)
@@ -162,17 +164,17 @@ def test_train_batches_leave_out_others_each_epoch(digits):
 
 @pytest.mark.parametrize("batch_size", [1438, 0, -1])
 def test_train_batch_size_that_does_not_fit(digits, batch_size):
-    with pytest.raises(UserError, match=f"{batch_size} does not fit 1437 "):
-        data.train_batches(digits.train, batch_size, seed=0, epoch=0)
+    with pytest.raises(UserError, match=f"{batch_size} must be from 1 to 1437"):
+        batching.train_batches(digits.train, batch_size, seed=0, epoch=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 100, 120, 360, 500])
 def test_test_batches_hold_every_example_once(digits, batch_size):
-    batches = list(data.test_batches(digits.test, batch_size))
+    batches = list(batching.test_batches(digits.test, batch_size))
     assert all(len(array) == batch_size for b in batches for array in b)
     assert all(batch.where.all() for batch in batches[:-1])
-    merged = data.Batch(*map(np.concatenate, zip(*batches)))
-    kept = data.Batch(*(array[merged.where] for array in merged))
+    merged = batching.Batch(*map(np.concatenate, zip(*batches)))
+    kept = batching.Batch(*(array[merged.where] for array in merged))
     np.testing.assert_array_equal(kept.index, np.arange(360))
     np.testing.assert_array_equal(kept.images, digits.test.images)
     np.testing.assert_array_equal(kept.labels, digits.test.labels)
@@ -183,7 +185,7 @@ def test_test_batches_hold_every_example_once(digits, batch_size):
 
 def test_test_batch_size_must_be_positive(digits):
     with pytest.raises(UserError, match="Batch size 0 is not positive"):
-        data.test_batches(digits.test, 0)
+        batching.test_batches(digits.test, 0)
 
 
 def test_unknown_name():

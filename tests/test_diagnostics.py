@@ -297,8 +297,8 @@ shift = functools.partial(call, "internal_covariate_shift", POINT)
         (call("sharpness", iterations=3), "iterations=3.*key="),
         (call("sharpness", iterations=-1), "not be negative; got -1"),
         (shift(order=("a", "c")), "params has no 'c'; it has a, b"),
-        (shift(order=()), r"order must be the keys.*got \(\)"),
-        (shift(order="a"), "order must be the keys.*got 'a'"),
+        (shift(order=()), r"order must list the layers.*got \(\)"),
+        (shift(order="a"), "order must list the layers.*got 'a'"),
         (shift(order=("a", "b", "a")), "'a' and 'a' of order are the same"),
         (
             call(
@@ -306,7 +306,7 @@ shift = functools.partial(call, "internal_covariate_shift", POINT)
                 {"a": POINT["a"]},
                 order=("a", "b"),
             ),
-            "new_params must be a tree as params, which has a, b; got a",
+            "new_params must have the structure of params, with a, b; got a",
         ),
         (
             call(

@@ -117,7 +117,7 @@ def test_influence_and_noise_of_a_linen_model(trained):
     @jax.jit
     def measured(params, running, x, key):
         return (
-            diagnostics.influence(apply, params, running, x[:6], at_once=6),
+            diagnostics.influence(apply, params, running, x[:6], chunk_size=6),
             diagnostics.companion_noise(
                 apply,
                 params,
@@ -331,7 +331,7 @@ LAYER = {"mean": np.ones(2), "var": np.ones(2)}
     [
         (
             stale({"a": LAYER}, {"b": ONE}),
-            "precise has b, which running has not; it has a",
+            "precise has b, but running has a",
         ),
         (stale({"a": LAYER}, {"a": 3}), "precise has int, .* mean, var"),
         (stale({"a": {"mean": 1}}, {"a": ONE}), "mean and var .* it has mean"),
@@ -342,16 +342,16 @@ LAYER = {"mean": np.ones(2), "var": np.ones(2)}
         (gap(labels=(7,)), r"train must be .* got float64\[8, 3\] and int64"),
         (gap(dtype=float), r"labels \(N,\) integers"),
         (gap(batch_size=3), "must divide the 8 examples of train.*got 3"),
-        (active({}), "no activations"),
+        (active({}), "activations has no arrays"),
         (active({"a": np.ones((2, 2))}, limit=0.0), "positive; got 0.0"),
         (active({"a": np.ones((2, 2))}, order=("b",)), "no 'b'; it has a"),
         (
             active({"a": [np.ones((2, 2))] * 2}, order=("a",)),
-            "'a' is 2 arrays of activations: a/0, a/1",
+            "'a' matches 2 arrays of activations: a/0, a/1",
         ),
         (active({"a": np.ones((2, 2), int)}), "^a: x must be floating"),
         (active({"a": np.ones(2)}), "^a: .*no axis is left"),
-        (lambda: diagnostics.gradient_tail([]), "no entry"),
+        (lambda: diagnostics.gradient_tail([]), "gradient is empty"),
         (
             lambda: diagnostics.gradient_tail(np.ones(3), tail=1),
             "between 0 and 1; got 1",

@@ -33,14 +33,14 @@ def examples():
 
 
 @functools.cache
-def noise_of(batch_size, draws, at_once):
+def noise_of(batch_size, draws, chunk_size):
     return jax.jit(
         functools.partial(
             diagnostics.companion_noise,
             centered,
             batch_size=batch_size,
             draws=draws,
-            at_once=at_once,
+            chunk_size=chunk_size,
         )
     )
 
@@ -80,7 +80,7 @@ def test_noise_of_companions_is_that_of_sampling(examples, batch_size):
 
 
 def test_noise_is_unbiased_and_repeatable(examples):
-    """Few draws many times: means as of many draws, whatever at_once is."""
+    """Few draws many times: means as of many draws, whatever chunk_size is."""
     probes, pool, running = examples
     args = {}, running, probes, pool
 
@@ -88,7 +88,7 @@ def test_noise_is_unbiased_and_repeatable(examples):
     def repeated(keys):
         def run(key):
             return diagnostics.companion_noise(
-                centered, *args, batch_size=4, draws=2, key=key, at_once=2
+                centered, *args, batch_size=4, draws=2, key=key, chunk_size=2
             )
 
         return jax.vmap(run)(keys)
@@ -145,7 +145,7 @@ def influence_of(axis_name=None, sharded=False, train=True):
             diagnostics.influence,
             layered(axis_name, sharded),
             train=train,
-            at_once=8,
+            chunk_size=8,
         )
     )
 
@@ -224,14 +224,17 @@ def pair(*args, train):
 @pytest.mark.parametrize(
     "broken, message",
     [
-        (noise(pool=np.ones((4, 2))), r"of one kind; got float64\[2, 3\] and"),
+        (
+            noise(pool=np.ones((4, 2))),
+            r"of equal shape; got float64\[2, 3\] and",
+        ),
         (noise(batch_size=6), "from 2 to 5, .* pool of 4; got 6"),
         (noise(batch_size=1), "from 2 to 5, .*; got 1"),
         (noise(draws=1), "draws must be at least 2 .*; got 1 and 1"),
-        (noise(at_once=0), "at_once at least 1; got 3 and 0"),
+        (noise(chunk_size=0), "chunk_size at least 1; got 3 and 0"),
         (noise(apply=pair), r"alone, .* got \(float64\[4, 3\], dict\)"),
         (reached(dtype=int), r"x must be floating or complex; got int64"),
-        (reached(at_once=0), "at_once must be at least 1; got 0"),
+        (reached(chunk_size=0), "chunk_size must be at least 1; got 0"),
         (reached(x=(4,)), r"logits \(B, C\).*got float64\[4\]"),
         (
             reached(lambda *args, train: jnp.ones((3, 2))),

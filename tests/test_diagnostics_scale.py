@@ -299,7 +299,10 @@ def identity(y=(4, 3), g=(4, 3), scale=3, epsilon=0.0, dtype=float):
     "broken, message",
     [
         (angle(path="x"), "params has no 'x'; it has b/c, b/d, w"),
-        (angle(path="b"), "'b' is 2 arrays of params: b/c, b/d. Name one"),
+        (
+            angle(path="b"),
+            "'b' matches 2 arrays of params: b/c, b/d. Select one",
+        ),
         (
             angle(path="w", feature_axis=2),
             r"=2 is not an axis.*float64\[2, 3\]",
@@ -307,7 +310,7 @@ def identity(y=(4, 3), g=(4, 3), scale=3, epsilon=0.0, dtype=float):
         (angle(path="b/d"), r"=-1 is not an axis.*float64\[\]"),
         (
             angle(new={"w": 1.0}, path="w"),
-            "new_params must be a tree as params",
+            "new_params must have the structure of params",
         ),
         (invariance(path=("v", 2)), "params has no 'v/2'; it has v/0, v/1, w"),
         (invariance(factor=0.0), "factor must be positive; got 0.0"),

@@ -60,7 +60,7 @@ def test_negative_running_variances(batches):
     layer["var"] = layer["var"].at[1].set(-1.0)
     report, _ = examine(Once(), batches, variables=variables, exact=False)
     (warning,) = report.warnings
-    assert warning.startswith("norm holds negative running variances")
+    assert warning.startswith("norm has negative running variances")
     np.testing.assert_array_equal(report.layers[0].negative, [0, 1, 0, 0])
     assert "output is not finite" in str(report)
 
@@ -73,10 +73,10 @@ def test_a_variance_below_epsilon_is_a_matter_of_scale(batches):
     np.testing.assert_array_equal(layer.dead, [0, 0, 0, 1])
     np.testing.assert_array_equal(layer.below_epsilon, [1, 1, 1, 0])
     text = "\n".join(report.warnings)
-    assert "variance is below epsilon (75% of its channels)" in text
+    assert "variance below epsilon (75% of its channels)" in text
     least = layer.var[:3].min()
     std = np.sqrt(least / (least + 1e-5))
-    assert f"down to {std:.2g} in place of 1" in text
+    assert f"as low as {std:.2g} instead of 1" in text
     assert "norm has dead channels (25% of them)" in text
     assert "prune" in text and "far from 1" not in text
 
@@ -92,7 +92,10 @@ def test_one_value_a_channel(batches):
     (layer,) = report.layers
     assert layer.values == 1 and not layer.dead.any()
     (warning,) = report.warnings
-    assert "normalizes one value a channel, which is its own mean" in warning
+    assert (
+        "normalizes a single value per channel, which is its own mean"
+        in warning
+    )
     # Training returns 0, inference a standardized value.
     assert layer.gap == pytest.approx(1, rel=1e-3)
     report, _ = examine(Pooled(), batches)
@@ -105,7 +108,9 @@ def test_one_value_a_channel(batches):
         devices=2,
         quiet=True,
     )
-    assert any("one value a channel" in warning for warning in report.warnings)
+    assert any(
+        "a single value per channel" in warning for warning in report.warnings
+    )
 
 
 def test_calls_on_inputs_that_differ(batches):
@@ -113,7 +118,7 @@ def test_calls_on_inputs_that_differ(batches):
     model = Calls((1.0, 0.3), (0.0, -1.0))
     report, variables = examine(model, batches)
     (warning,) = report.warnings
-    assert warning.startswith("norm is called 2 times a batch, on inputs")
+    assert warning.startswith("norm is called 2 times per batch, on inputs")
     assert "num_ids" in warning
     (layer,) = report.layers
     assert layer.calls == 2 and layer.values == 32

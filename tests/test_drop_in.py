@@ -273,7 +273,7 @@ class TestScopes:
     )
     def test_groups_that_cannot_share_examples(self, size, examples, nearest):
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-        message = f"the nearest that works is {nearest}"
+        message = f"the nearest valid value is {nearest}"
         with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
             jaxbn.batch_norm(
                 draw(examples, C),

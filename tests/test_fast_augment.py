@@ -54,7 +54,9 @@ def test_view_against_numpy():
     index = np.array([4, 0, 4, 5])
     flip = np.array([True, False, False, True])
     offset = np.array([[3, -2], [0, 0], [-3, 1], [1, 3]])
-    got = augment.view(images, *map(jnp.array, (index, flip, offset)))
+    got = augment.flip_and_translate(
+        images, *map(jnp.array, (index, flip, offset))
+    )
     assert got.dtype == jnp.uint8
     for i, (dy, dx) in enumerate(offset):
         image = images[index[i]][:, :: -1 if flip[i] else 1]
@@ -69,6 +71,6 @@ def test_blank_against_numpy():
     want = images.copy()
     for image, (y, x) in zip(want, corner):
         image[y : y + 3, x : x + 3] = 0
-    got = augment.blank(jnp.float32(images), jnp.array(corner), 3)
+    got = augment.cutout(jnp.float32(images), jnp.array(corner), 3)
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    assert augment.blank(images, corner, 0) is images
+    assert augment.cutout(images, corner, 0) is images

@@ -140,7 +140,7 @@ def test_network_is_what_it_should_be_in_float64(layers):
     windows = np.lib.stride_tricks.sliding_window_view(x, (2, 2), (1, 2))
     y = np.einsum("nyxcij,ijco->nyxo", windows, filters)
     y = gelu(y + params["whitening"]["bias"])
-    for group in ("Group_0", "Group_1", "Group_2"):
+    for group in ("Block_0", "Block_1", "Block_2"):
         kernels = [params[group][f"Conv_{i}"]["kernel"] for i in range(layers)]
         y = before = gelu(norm(pooled(convolved(y, kernels[0])), group, 0))
         y = norm(convolved(y, kernels[1]), group, 1)

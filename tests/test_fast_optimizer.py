@@ -14,18 +14,18 @@ from train.fast import optimizer
 
 
 def test_triangle():
-    rate = optimizer.triangle(476, start=0.2, peak=0.23, end=0.07)
+    rate = optimizer.triangular_schedule(476, start=0.2, peak=0.23, end=0.07)
     steps = np.array([0, 50, 109, 300, 475, 476])  # int(0.23 * 476) is 109
     down = 1 - (1 - 0.07) * (steps - 109) / (476 - 109)
     want = np.where(steps < 109, 0.2 + 0.8 * steps / 109, down)
     np.testing.assert_allclose([rate(s) for s in steps], want, rtol=1e-5)
-    linear = optimizer.triangle(10, start=1.0, peak=0.0, end=0.0)
+    linear = optimizer.triangular_schedule(10, start=1.0, peak=0.0, end=0.0)
     got = [float(linear(s)) for s in (0, 5, 10)]
     np.testing.assert_allclose(got, [1, 0.5, 0], atol=1e-6)
 
 
 PARAMS = {
-    "Group_0": {"BatchNorm_0": {"bias": 3}, "Conv_0": {"kernel": (3, 3, 4, 5)}},
+    "Block_0": {"BatchNorm_0": {"bias": 3}, "Conv_0": {"kernel": (3, 3, 4, 5)}},
     "head": {"kernel": (5, 2)},
     "whitening": {"bias": 4},
 }
@@ -77,8 +77,8 @@ def by_hand(leaf, rates, momentum, decay):
 
 
 LEAVES = {
-    "kernel": lambda tree: tree["Group_0"]["Conv_0"]["kernel"],
-    "norm_bias": lambda tree: tree["Group_0"]["BatchNorm_0"]["bias"],
+    "kernel": lambda tree: tree["Block_0"]["Conv_0"]["kernel"],
+    "norm_bias": lambda tree: tree["Block_0"]["BatchNorm_0"]["bias"],
     "head": lambda tree: tree["head"]["kernel"],
     "whitening_bias": lambda tree: tree["whitening"]["bias"],
 }

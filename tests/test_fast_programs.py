@@ -23,7 +23,7 @@ from tests.helpers.fast_runs import (
     trained,
 )
 from train.fast import optimizer, programs, step
-from train.fast.recipe import Prepared
+from train.fast.recipe import Experiment
 from train.fast.run import run
 
 
@@ -233,7 +233,10 @@ def test_every_test_image_counts_once(by_steps, logits, devices, scan):
     plain = views[0, 0].argmax(-1)
     mean = views[0].mean(0) / 2 + views[1:].mean((0, 1)) / 2
     # Every label is right, by one way of looking, but for two images.
-    for guess, name in ((plain, "plain"), (mean.argmax(-1), "views")):
+    for guess, name in (
+        (plain, "single_view"),
+        (mean.argmax(-1), "multi_view"),
+    ):
         labels = guess.astype(np.int32)
         labels[[0, TEST - 1]] = (labels[[0, TEST - 1]] + 1) % CLASSES
         dataset = DATASET._replace(test=DATASET.test._replace(labels=labels))
@@ -258,9 +261,9 @@ def evaluation(dataset, devices, scan, state):
 
 def test_one_run(recipe, by_steps):
     made, states, losses = by_steps
-    found = run(made, Prepared(None, DATASET, recipe), 0)
+    found = run(made, Experiment(None, DATASET, recipe), 0)
     assert found.seed == 0 and found.seconds > 0
     correct = made.evaluate(states[-1])
-    assert found.accuracy == int(correct.plain) / TEST
-    assert found.augmented == int(correct.views) / TEST
+    assert found.accuracy == int(correct.single_view) / TEST
+    assert found.tta_accuracy == int(correct.multi_view) / TEST
     assert found.loss == pytest.approx(np.mean(losses[6:]))

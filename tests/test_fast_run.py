@@ -19,7 +19,7 @@ from tests.helpers.fast_runs import (
 )
 from train import UserError, data
 from train.fast import optimizer, programs, step
-from train.fast.recipe import make_recipe, prepare
+from train.fast.recipe import build_experiment, make_recipe
 from train.fast.run import table, train
 
 
@@ -36,8 +36,8 @@ from train.fast.run import table, train
 )
 def test_variants_take_a_step(monkeypatch, changes):
     monkeypatch.setattr(data, "load", lambda *_, **__: DATASET)
-    prepared = prepare(small(widths=(8,), **changes))
-    recipe = prepared.recipe
+    experiment = build_experiment(small(widths=(8,), **changes))
+    recipe = experiment.recipe
 
     @jax.jit
     def one(train, batch):
@@ -77,7 +77,7 @@ def test_learns_and_reports(tmp_path, capsys):
     )
     assert not summary["on_accelerator"]
     out = capsys.readouterr().out
-    assert out.count("the times and images/s mean nothing") == 2
+    assert out.count("times and images/s are not") == 2
     assert out.count("\nseed ") == 2 and table(summary) in out
     assert "test accuracy, test-time augmentation" in out
     with pytest.raises(UserError, match="holds another run"):
@@ -99,21 +99,24 @@ def test_learns_and_reports(tmp_path, capsys):
         ({"translate": -1}, r"translate must be in \[0, 1000\]; got -1"),
         ({"layers": 4}, r"layers must be in \[2, 3\]; got 4"),
         ({"widths": (8, 0, 8)}, "every entry of widths must be in"),
-        ({"devices": 3}, "batch_size=16 does not split over devices=3"),
-        ({"devices": 16}, "devices=16, but there are 8 here. Simulate more"),
-        ({"batch_size": 2000}, "more than the 1437 examples of digits"),
+        ({"devices": 3}, "batch_size=16 must be divisible by devices=3"),
+        (
+            {"devices": 16},
+            "devices=16, but only 8 are available. Simulate more",
+        ),
+        ({"batch_size": 2000}, "exceeds the 1437 examples of digits"),
         ({"cutout": 32}, "cutout=32 must be less than the 32 pixels"),
     ],
     ids=str,
 )
 def test_bad_configs(changes, message):
     with pytest.raises(UserError, match=message):
-        prepare(small(dataset="digits", **changes))
+        build_experiment(small(dataset="digits", **changes))
 
 
 def test_digits_are_enlarged():
-    prepared = prepare(small(dataset="digits"))
-    images = prepared.dataset.train.images
+    experiment = build_experiment(small(dataset="digits"))
+    images = experiment.dataset.train.images
     assert images.shape[1:] == (32, 32, 1)
     np.testing.assert_array_equal(
         images[:, ::4, 1::4], data.load("digits").train.images
@@ -132,7 +135,7 @@ def test_digits_are_enlarged():
         ([f"--config={digits.__file__}"], "The config has no bias_scale: it"),
         (
             [f"--config={cifar10_94.__file__}:adam"],
-            "configs/cifar10_94.py has no 'adam'; take one of sgd, muon",
+            "configs/cifar10_94.py has no 'adam'; use one of sgd, muon",
         ),
     ],
 )
@@ -164,12 +167,12 @@ def test_configs_stand_for_the_published_steps(config, steps, ends):
     assert made.steps == steps
     assert (
         sum(
-            programs.kind(made, epoch)[0]
+            programs.epoch_signature(made, epoch)[0]
             for epoch in range(programs.epochs(made))
         )
         == steps
     )
-    rate = optimizer.triangle(
+    rate = optimizer.triangular_schedule(
         steps,
         start=config.rate_start,
         peak=config.rate_peak,
@@ -181,5 +184,5 @@ def test_configs_stand_for_the_published_steps(config, steps, ends):
 
 def test_the_last_epoch_is_a_part_of_one():
     made = make_recipe(cifar10_94.get_config(), FULL, norm_of())
-    kinds = [programs.kind(made, epoch) for epoch in range(10)]
-    assert kinds == [(48, True)] * 3 + [(48, False)] * 6 + [(44, False)]
+    signatures = [programs.epoch_signature(made, epoch) for epoch in range(10)]
+    assert signatures == [(48, True)] * 3 + [(48, False)] * 6 + [(44, False)]

@@ -264,13 +264,13 @@ def test_zero_init_starts_as_the_shortcut_and_learns(
     "changes, message",
     [
         ({"model": "widee"}, "model='widee' is unknown; did you mean 'wide'?"),
-        ({"depth": 21}, "depth=21 is not 6n + 2; take 20 or 26."),
-        ({"depth": 5}, "depth=5 is not 6n + 2; take 8."),
+        ({"depth": 21}, "depth=21 must be 6n + 2, such as 20 or 26."),
+        ({"depth": 5}, "depth=5 must be 6n + 2, such as 8."),
         (
             {"model": "preact_bottleneck", "depth": 110 + 54 + 1},
-            "depth=165 is not 9n + 2; take 164 or 173.",
+            "depth=165 must be 9n + 2, such as 164 or 173.",
         ),
-        ({"model": "wide"}, "depth=20 is not 6n + 4; take 16 or 22."),
+        ({"model": "wide"}, "depth=20 must be 6n + 4, such as 16 or 22."),
         ({"model": "resnet18"}, "depth=20 must be 18 for ResNet-18."),
         ({"width": 0}, "width must be at least 1; got 0."),
         ({"model": "wide", "widen": -1}, "widen must be at least 1; got -1."),
@@ -341,14 +341,14 @@ def test_recipes_of_the_papers():
         (
             resnet_cifar,
             "57",
-            "configs/resnet_cifar.py has no '57'; take one of 20, 32, 44, 56, "
+            "configs/resnet_cifar.py has no '57'; use one of 20, 32, 44, 56, "
             "110 and one of cifar10, cifar100, such as configs/resnet_cifar.py:"
             "110,cifar100.",
         ),
-        (wide_cifar, "16-4,cifar", "has no 'cifar'; take one of 16-4, 28-10"),
-        (preact_cifar, "110,164", "cannot be 110 and 164; take one of 110"),
-        (resnet18_cifar, "18", "has no '18'; take one of cifar10, cifar100, "),
-        (large_batch, "100", "has no '100'; take one of 1024, 256, 512"),
+        (wide_cifar, "16-4,cifar", "has no 'cifar'; use one of 16-4, 28-10"),
+        (preact_cifar, "110,164", "cannot be 110 and 164; use one of 110"),
+        (resnet18_cifar, "18", "has no '18'; use one of cifar10, cifar100, "),
+        (large_batch, "100", "has no '100'; use one of 1024, 256, 512"),
     ],
 )
 def test_argument_that_there_is_not(module, argument, message):

@@ -73,12 +73,18 @@ OUT_OF_RANGE = [
         dict(running=jaxbn.Running(debias=True), momentum=1.0),
         "debias=True needs momentum < 1",
     ),
-    (dict(per_id="both"), "needs sharing.num_ids; got num_ids=None."),
+    (
+        dict(per_id="both"),
+        "needs sharing.num_ids, the rows of scale and bias; got num_ids=None.",
+    ),
     (
         dict(per_id="both", running=jaxbn.Running(num_timesteps=2)),
-        "needs sharing.num_ids; got num_ids=",
+        "needs sharing.num_ids, the rows of scale and bias; got num_ids=",
     ),
-    (dict(per_id="affine"), "needs sharing.num_ids; got num_ids=None."),
+    (
+        dict(per_id="affine"),
+        "needs sharing.num_ids, the rows of scale and bias; got num_ids=None.",
+    ),
     (
         dict(per_id="scale", sharing=jaxbn.Scope(num_ids=2)),
         "per_id must be one of ('statistics', ",
@@ -88,14 +94,14 @@ OUT_OF_RANGE = [
             sharing=jaxbn.Scope(num_ids=2),
             running=jaxbn.Running(num_timesteps=2),
         ),
-        "give one of them",
+        "set only one of them",
     ),
     (
         dict(
             axis_index_groups=[[0, 1]],
             sharing=jaxbn.Scope(axis_index_groups=[[0, 1]]),
         ),
-        "axis_index_groups is given twice",
+        "axis_index_groups is set twice",
     ),
     (dict(sharing=8), "sharing must be jaxbn.Scope; got 8."),
     (dict(running={"ddof": 1}), "running must be jaxbn.Running; got {'ddof"),
@@ -105,7 +111,7 @@ OUT_OF_RANGE = [
     ),
     (
         dict(group_size=2, normalize_over=4),
-        "group_size and normalize_over each say which devices share",
+        "group_size and normalize_over both choose the devices",
     ),
     (
         dict(group_size=0),
@@ -251,8 +257,8 @@ def test_a_mask_is_bool(call, dtype):
         (
             {},
             dict(mask=np.ones(4, bool)),
-            "mask is bool[4] and x is float32[4, 2, 3]: a mask over the first "
-            "axis is written mask[:, None, None], one over the last axis "
+            "mask is bool[4] and x is float32[4, 2, 3]: write a mask over the "
+            "first axis as mask[:, None, None], and one over the last axis as "
             "mask[None, :].",
         ),
         (
@@ -263,7 +269,7 @@ def test_a_mask_is_bool(call, dtype):
         (
             {},
             dict(ids=np.zeros(4, int)),
-            "num_ids of the layer and ids of the call go together; got "
+            "num_ids of the layer and ids of the call must be given together; got "
             "num_ids=None and ids=int",
         ),
         (
@@ -296,7 +302,9 @@ class TestOneValue:
     """Its variance is 0, so that y is bias and x receives no gradient."""
 
     X = draw(1, 3)
-    MESSAGE = re.escape("x is float32[1, 3], so each statistic is of one value")
+    MESSAGE = re.escape(
+        "x is float32[1, 3], so each statistic is over a single value"
+    )
 
     def test_in_training_it_is_an_error(self):
         with pytest.raises(ValueError, match=self.MESSAGE):
@@ -308,13 +316,17 @@ class TestOneValue:
 
     @pytest.mark.parametrize("shape", ((1, 3), (1, 1, 1, 3)))
     def test_in_the_core(self, shape):
-        with pytest.raises(ValueError, match="each statistic is of one value"):
+        with pytest.raises(
+            ValueError, match="each statistic is over a single value"
+        ):
             jaxbn.batch_norm(self.X.reshape(shape))
         jaxbn.batch_norm(jnp.zeros((1, 2, 3)))
         assert jaxbn.moments(self.X).count == 1
 
     def test_in_ghost_batches_of_one(self):
-        with pytest.raises(ValueError, match="each statistic is of one value"):
+        with pytest.raises(
+            ValueError, match="each statistic is over a single value"
+        ):
             jaxbn.batch_norm(draw(4, 3), sharing=jaxbn.Scope(normalize_over=1))
 
     def test_where_it_is_defined(self):

@@ -128,9 +128,9 @@ class TestSharedStatistics:
 
     def test_ids_that_choose_nothing(self):
         x = draw(8, 3)
-        with pytest.raises(ValueError, match="ids choose rows of statistics"):
+        with pytest.raises(ValueError, match="ids select rows of statistics"):
             jaxbn.batch_norm(x, jnp.ones(3), ids=IDS)
-        with pytest.raises(ValueError, match="ids choose rows of statistics"):
+        with pytest.raises(ValueError, match="ids select rows of statistics"):
             jaxbn.normalize(x, jnp.ones(3), jnp.ones(3), ids=IDS)
         message = r"bias must have shape \(3,\) or \(2, 3\)"
         with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ from configs import resnet20_cifar10, resnet20_cifar10_short
 from train import UserError, augment
 from train import recipe as recipes
 from train.resnet import ResNet
-from train.step import make_optimizer
+from train.state import make_optimizer
 
 # Augmentation
 
@@ -68,7 +68,7 @@ def test_pixel_statistics_are_exact():
 
 def test_network_errors():
     model = ResNet(depth=21, num_classes=10)
-    with pytest.raises(UserError, match=re.escape("depth=21 is not 6n + 2")):
+    with pytest.raises(UserError, match=re.escape("depth=21 must be 6n + 2")):
         jax.eval_shape(
             functools.partial(model.init, train=False),
             jax.random.key(0),

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from train import UserError, checksums
 from train.checkpoint import Checkpoints, Progress
-from train.step import TrainState
+from train.state import TrainState
 
 STEPS = (2, 4, 6)
 
@@ -114,7 +114,7 @@ def test_damage_to_any_file_is_seen(how, written, tmp_path):
         if later and how not in (replace, pipe):
             checksums.verify(copy)
             continue
-        with pytest.raises(checksums.Damaged):
+        with pytest.raises(checksums.CorruptCheckpoint):
             checksums.verify(copy)
 
 
@@ -148,7 +148,7 @@ def test_the_same_step_damaged_twice(folder):
     for aside in ("damaged-checkpoint-6", "damaged-checkpoint-6-2"):
         truncate(newest_data(folder))
         with (
-            pytest.warns(UserWarning, match=f"and is now .*{aside};"),
+            pytest.warns(UserWarning, match=f"and was moved to .*{aside};"),
             Checkpoints(folder) as checkpoints,
         ):
             assert checkpoints.restore(like())[1] == Progress(4)
@@ -161,9 +161,11 @@ def test_nothing_is_moved_where_nothing_is_left(folder):
     for step in STEPS:
         flip(newest_data(folder, step))
     before = files(folder.parent)
-    with pytest.raises(UserError, match="No checkpoint in .* is whole") as told:
+    with pytest.raises(
+        UserError, match="All checkpoints in .* are damaged"
+    ) as told:
         restored(folder)
-    assert "They stay where they are" in str(told.value)
+    assert "They were not moved" in str(told.value)
     assert files(folder.parent) == before
 
 
@@ -171,7 +173,7 @@ def test_no_run_begins_again_beside_damaged_checkpoints(folder):
     shutil.move(folder / "6", folder.parent / "damaged-checkpoint-6")
     assert restored(folder)[1] == Progress(4)
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="would begin again at"):
+    with pytest.raises(UserError, match="would restart from"):
         restored(folder)
     shutil.rmtree(folder.parent / "damaged-checkpoint-6")
     assert restored(folder) is None
@@ -219,7 +221,9 @@ def test_other_code_is_not_damage(folder):
             re.escape("is float32[6] and not bfloat16[6]"),
         ),
     ):
-        with pytest.raises(UserError, match=f"not for this code: .*{message}"):
+        with pytest.raises(
+            UserError, match=f"does not match this code: .*{message}"
+        ):
             restored(folder, want)
     assert sorted(folder.parent.rglob("*")) == before
 
@@ -231,7 +235,7 @@ def test_what_orbax_cannot_restore_is_not_damage(folder, monkeypatch):
     before = sorted(folder.parent.rglob("*"))
     with Checkpoints(folder) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "restore", fail)
-        message = "as it was written, but cannot be restored here: MemoryError"
+        message = "is intact but cannot be restored: MemoryError"
         with pytest.raises(UserError, match=message):
             checkpoints.restore(like())
     assert sorted(folder.parent.rglob("*")) == before
@@ -264,14 +268,16 @@ def test_the_newest_two_and_the_best_are_kept(folder):
 def test_the_best_one_damaged_is_an_error_for_those_who_want_it(folder):
     flip(newest_data(folder, 2))
     with Checkpoints(folder, read_only=True) as checkpoints:
-        with pytest.raises(UserError, match="step 2: state/.* not as it was"):
+        with pytest.raises(
+            UserError, match="step 2: state/.* has a wrong checksum"
+        ):
             checkpoints.restore(like(), best=True)
         assert checkpoints.restore(like())[1] == Progress(6)
 
 
 @pytest.mark.parametrize("name", ["a[1]", "a]", "back\\slash", "a*"])
 def test_names_that_orbax_reads_as_patterns(name, tmp_path):
-    with pytest.raises(UserError, match="Take another --workdir"):
+    with pytest.raises(UserError, match="Use another --workdir"):
         Checkpoints(tmp_path / name / "checkpoints")
     assert not [*tmp_path.iterdir()]
 

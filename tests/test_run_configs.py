@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 
 from configs import cifar10_94, defaults, digits, fast_defaults
 from configs.ranges import RANGES
-from train import UserError, config_files, ranges, topology
+from train import UserError, config_checks, config_files
 from train import flags as command_line
 from train.norms import norm_of
+from train.topology import make_topology
 
 BOTH = (defaults, fast_defaults)
 
@@ -49,7 +50,7 @@ def test_one_table_has_every_number_and_nothing_else():
 
 @pytest.mark.parametrize("module", BOTH)
 def test_every_number_is_kept_in_its_range(module):
-    ranges.check(module.get_config(), module)
+    config_checks.check(module.get_config(), module)
     for name, value, kind in numbers(module):
         low, high = map(float, RANGES[name][1:-1].split(","))
         wrong = [
@@ -65,9 +66,9 @@ def test_every_number_is_kept_in_its_range(module):
             one = (each,) if isinstance(value, tuple) else each
             config = changed(module.get_config(), name, one)
             with pytest.raises(UserError, match=f"{name} must be"):
-                ranges.check(config, module)
-        assert ranges.in_range(name, high) == (RANGES[name][-1] == "]")
-        assert ranges.in_range(name, low) == (RANGES[name][0] == "[")
+                config_checks.check(config, module)
+        assert config_checks.in_range(name, high) == (RANGES[name][-1] == "]")
+        assert config_checks.in_range(name, low) == (RANGES[name][0] == "[")
 
 
 @pytest.mark.parametrize(
@@ -84,20 +85,20 @@ def test_every_number_is_kept_in_its_range(module):
         ("flip", 1, "flip must be of type bool; got 1."),
         ("boundaries", 5, "boundaries must be a tuple; got 5."),
         ("boundaries", (1.5,), "every entry of boundaries must be of type int"),
-        ("norm_options", 5, "norm_options holds fields of its own; got 5."),
+        ("norm_options", 5, "norm_options must be a ConfigDict; got 5."),
     ],
 )
 def test_other_fields(name, value, message):
     config = changed(digits.get_config(), name, value)
     with pytest.raises(UserError, match=re.escape(message)):
-        ranges.check(config, defaults)
+        config_checks.check(config, defaults)
 
 
 def test_a_field_that_is_gone():
     config = digits.get_config()
     del config.norm_options.ddof
     with pytest.raises(UserError, match="The config has no norm_options.ddof"):
-        ranges.check(config, defaults)
+        config_checks.check(config, defaults)
 
 
 FILES = {
@@ -123,7 +124,7 @@ FILES = {
     "from ml_collections import ConfigDict, config_dict\n"
     "def get_config():\n"
     "    return ConfigDict({'a': config_dict.required_placeholder(int)})\n": (
-        r"required_placeholder has no value; give it one there"
+        r"required_placeholder field has no value; set it in the file"
     ),
     "class Odd(Exception):\n"
     "    def __str__(self): return 1 / 0\n"
@@ -185,8 +186,10 @@ def test_config_files_that_are_none(tmp_path):
     refused(
         "There is no file nowhere.py; configs/ holds digits.py", "nowhere.py"
     )
-    refused("is no file; configs/ holds", str(tmp_path))
-    refused("get_config() takes nothing behind the colon; got 'x'", here(":x"))
+    refused("is not a file; configs/ holds", str(tmp_path))
+    refused(
+        "get_config() takes no argument after the colon; got 'x'", here(":x")
+    )
     refused("The config has no average_decay: it is for", cifar10_94.__file__)
 
 
@@ -260,17 +263,17 @@ def test_home_is_expanded(parse, monkeypatch):
         (["--config.=1"], "There is no config.; --help lists all."),
         (["--config...=1"], "There is no config...; --help lists all."),
         (["--config.norm_options.zzz=1"], "There is no config.zzz"),
-        (["--config="], "--config= is no file; configs/ holds"),
+        (["--config="], "--config= is not a file; configs/ holds"),
         (["--config"], "Missing value for flag --config"),
         (["--config=nowhere.py"], "There is no file nowhere.py"),
         (["--flagfile=/nowhere"], "/nowhere"),
-        (["--workdir="], "--workdir= names no folder"),
+        (["--workdir="], "--workdir= is empty"),
         (["--workdir=a[1]"], "'[' in "),
         (["--workdir=a*"], "'*' in "),
-        (["--workdir=a\\b"], "Take another --workdir, without any of"),
-        (["--workdir=gs://bucket/run"], "is an address. Mount the storage"),
-        (["--workdir=a\nb"], "cannot be printed"),
-        (["--workdir=a\udcff"], "cannot be printed"),
+        (["--workdir=a\\b"], "Use another --workdir, without any of"),
+        (["--workdir=gs://bucket/run"], "is a URL. Mount the storage"),
+        (["--workdir=a\nb"], "contains unprintable characters"),
+        (["--workdir=a\udcff"], "contains unprintable characters"),
         (["--workdir=~nobody-here/x"], "home directory"),
     ],
     ids=str,
@@ -288,10 +291,16 @@ def test_command_lines(arguments, message, parse, tmp_path, monkeypatch):
     [
         (
             {"warmup_epochs": 99.0},
-            "warmup_epochs=99.0 is more than the epochs=20",
+            "warmup_epochs=99.0 must not exceed epochs=20",
         ),
-        ({"boundaries": (5, 2)}, "boundaries=(5, 2) must rise"),
-        ({"boundaries": (5, 5)}, "boundaries=(5, 5) must rise"),
+        (
+            {"boundaries": (5, 2)},
+            "boundaries=(5, 2) must be strictly increasing",
+        ),
+        (
+            {"boundaries": (5, 5)},
+            "boundaries=(5, 5) must be strictly increasing",
+        ),
         (
             {"seed": 2147483647, "seeds": 2},
             "seed=2147483647 with seeds=2 ends at 2147483648",
@@ -311,8 +320,12 @@ def test_what_fields_ask_of_each_other(changes, message):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("zzz", 1, "norm_options.zzz is no option of jaxbn.linen.BatchNorm."),
-        ("axis_name", "x", "norm_options.axis_name is set by the run"),
+        (
+            "zzz",
+            1,
+            "norm_options.zzz is not an option of jaxbn.linen.BatchNorm.",
+        ),
+        ("axis_name", "x", "norm_options.axis_name must not be set"),
         ("normalize_over", "x", "norm='jaxbn': "),
     ],
 )
@@ -320,6 +333,6 @@ def test_options_of_the_layer(name, value, message):
     config = digits.get_config()
     with config.norm_options.ignore_type():
         config.norm_options[name] = value
-    place = topology.make("data", config.batch_size)
+    topology = make_topology("data", config.batch_size)
     with pytest.raises(UserError, match=re.escape(message)):
-        norm_of(config, place)
+        norm_of(config, topology)

@@ -16,15 +16,15 @@ from tests.helpers.made_runs import make_run
 from train import (
     UserError,
     cifar,
-    command,
+    cli,
     compare,
     data,
     files,
     report,
-    saved,
+    trained_run,
     workdir,
 )
-from train.prepared import prepare
+from train.experiment import build_experiment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -55,7 +55,7 @@ def test_a_link_is_replaced_and_not_written_through(tmp_path):
 def test_what_fails_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), files.replacing(path) as file:
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as file:
         file.write(b"new")
         _ = 1 / 0
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
@@ -94,13 +94,13 @@ def loop_of_links(path):
 DAMAGED = {
     "": "is damaged: Expecting value",
     '{"epochs": 3': "is damaged: Expecting",
-    "null": "is damaged: it holds 'null' where {...} belongs",
-    "[1]": "is damaged: it holds '[1]' where",
+    "null": "is damaged: expected a JSON object; got 'null'",
+    "[1]": "is damaged: expected a JSON object; got '[1]'",
     "[" * 100_000: "is damaged: maximum recursion depth",
     '{"epochs": ' + "9" * 5000 + "}": "is damaged: Exceeds the limit",
-    b"\xff\xfe{": "is damaged: it holds no text",
-    directory: "cannot be read: it is no regular file",
-    os.mkfifo: "cannot be read: it is no regular file",
+    b"\xff\xfe{": "is damaged: it is not UTF-8 text",
+    directory: "cannot be read: it is not a regular file",
+    os.mkfifo: "cannot be read: it is not a regular file",
     loop_of_links: "cannot be read: Too many levels of symbolic links",
 }
 
@@ -121,7 +121,7 @@ def test_json_of_any_kind(name, how, tmp_path):
     message = f"{run / name} {DAMAGED[how]}"
     refused(message, compare.read, run)
     if name == "config.json":
-        refused(message, saved.read_config, run)
+        refused(message, trained_run.read_config, run)
         refused(message, workdir.open_workdir, run, digits.get_config())
     else:
         refused(message, workdir.read_summary, run)
@@ -145,7 +145,7 @@ def test_json_of_any_kind(name, how, tmp_path):
         ({"seed": True}, "seed must be of type int; got True"),
         (
             {"widths": [1]},
-            "has a field 'widths' that no run of python -m train",
+            "has a field 'widths' that python -m train does not know",
         ),
     ],
     ids=str,
@@ -154,13 +154,13 @@ def test_configs_of_strangers(changes, message, tmp_path):
     run = make_run(tmp_path / "run", [0.5] * 3)
     path = run / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    refused(message, saved.read_config, run)
-    refused(message, saved.use_devices, run)
+    refused(message, trained_run.read_config, run)
+    refused(message, trained_run.use_devices, run)
 
 
 RECORDS = {
     "{}": "line 1, is damaged: epoch must be a number; got None",
-    "[1]": "line 1, is damaged: it holds '[1]'",
+    "[1]": "line 1, is damaged: expected a JSON object; got '[1]'",
     "garbage": "line 1, is damaged: Expecting value",
 }
 
@@ -186,16 +186,13 @@ def test_epochs_without_a_record_are_named(tmp_path, capsys):
     with open_report(run, done=4) as made:
         assert [record["epoch"] for record in made.records] == [1, 4]
     assert (
-        "metrics.jsonl lacks epochs 2 to 3; going on" in capsys.readouterr().out
+        "metrics.jsonl lacks epochs 2 to 3; continuing"
+        in capsys.readouterr().out
     )
-    refused("metrics.jsonl lacks epochs 2 to 3. Put it back", compare.read, run)
-    refused(
-        "lacks epochs 2, 3, 5, and with it the result", open_report, run, done=5
-    )
+    refused("metrics.jsonl lacks epochs 2 to 3. Restore it", compare.read, run)
+    refused("lacks epochs 2, 3, 5, and so the result", open_report, run, done=5)
     path.write_text(lines[1] + lines[0])
-    refused(
-        "line 2, is damaged: epoch 1 stands after epoch 2", compare.read, run
-    )
+    refused("line 2, is damaged: epoch 1 follows epoch 2", compare.read, run)
     # What a crash has left behind the checkpoint is dropped, and nothing else.
     path.write_text("".join(lines))
     with open_report(run, done=2):
@@ -214,7 +211,7 @@ def test_a_workdir_without_training_takes_another_config(tmp_path):
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     config.momentum = 0.7
     refused(
-        "there momentum is 0.5, here", workdir.open_workdir, tmp_path, config
+        "with momentum=0.5 instead of", workdir.open_workdir, tmp_path, config
     )
     (tmp_path / "config.json").unlink()
     refused(
@@ -226,10 +223,10 @@ def test_a_workdir_without_training_takes_another_config(tmp_path):
 
 @pytest.mark.parametrize("name", ["a[1]", "a]", "a*", "a?", "a\\b"])
 def test_names_that_orbax_takes_for_patterns(name, tmp_path):
-    message = "would be taken for a pattern of names"
+    message = "would be treated as a glob pattern"
     config = digits.get_config()
     refused(message, workdir.open_workdir, tmp_path / name / "run", config)
-    refused(message, saved.read_config, tmp_path / name / "run")
+    refused(message, trained_run.read_config, tmp_path / name / "run")
     assert not (tmp_path / name).exists()
 
 
@@ -257,7 +254,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         UserError, match=r"Cannot write to /x: Is a directory\."
     ):
         (tmp_path / "file").mkdir()
-        with files.writing("/x"):
+        with files.as_user_error("/x"):
             files.write_text(tmp_path / "file", "")
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
 
@@ -285,9 +282,9 @@ def test_output_that_takes_nothing(where, tmp_path):
     assert done.returncode == 0
     # Not even what comes first gets the number of standard output.
     assert (tmp_path / "first").read_text() == ""
-    said = "train: the output cannot be written (No space left on device)"
+    said = "train: cannot write to standard output (No space left on device)"
     lines = done.stderr.splitlines()
-    assert lines == ([] if closed else [said + "; going on without it."])
+    assert lines == ([] if closed else [said + "; continuing without it."])
 
 
 def test_threads_of_libraries_show_no_traceback():
@@ -310,7 +307,7 @@ def test_programs_that_read_end_in_a_line(monkeypatch, capsys):
             raise error
 
         with pytest.raises(SystemExit) as caught:
-            command.run("train.compare", main)
+            cli.run("train.compare", main)
         return caught.value.code, capsys.readouterr().err
 
     monkeypatch.setattr(sys, "argv", ["train.compare"])
@@ -326,10 +323,12 @@ def test_the_picture_is_where_it_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     compare.main([str(run), "--out=picture"])
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.endswith("The picture is picture.png.\n")
+    assert capsys.readouterr().out.endswith("Wrote picture.png.\n")
     assert not (tmp_path / "picture").exists()
-    refused("is a folder; give a file", compare.main, [str(run), "--out=a"])
-    message = "Cannot draw --out=b.doc: 'doc' is none of "
+    refused(
+        "is a directory; it must be a file", compare.main, [str(run), "--out=a"]
+    )
+    message = "Cannot plot --out=b.doc: 'doc' is not one of "
     refused(message, compare.main, [str(run), "--out=b.doc"])
 
 
@@ -352,10 +351,10 @@ def test_a_foreign_config_downloads_to_nowhere(tmp_path, monkeypatch):
         raise UserError("enough")
 
     run = make_run(tmp_path / "run", [0.5] * 3, data_dir=str(tmp_path))
-    monkeypatch.setattr(saved, "prepare", note)
-    refused("enough", saved.load, run)
+    monkeypatch.setattr(trained_run, "build_experiment", note)
+    refused("enough", trained_run.load, run)
     assert asked == {"data_dir": str(tmp_path), "download": False}
-    refused("enough", saved.load, run, data_dir="/mine")
+    refused("enough", trained_run.load, run, data_dir="/mine")
     assert asked == {"data_dir": "/mine", "download": True}
 
 
@@ -371,4 +370,8 @@ def test_damaged_description_of_the_data(text, tmp_path):
 def test_crops_that_would_hold_nothing_of_an_image():
     config = digits.get_config()
     config.crop_padding = 8
-    refused("crop_padding=8 must be less than the 8 pixels", prepare, config)
+    refused(
+        "crop_padding=8 must be less than the 8 pixels",
+        build_experiment,
+        config,
+    )

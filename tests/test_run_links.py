@@ -10,7 +10,7 @@ from tests.test_tools import make_run
 from train import exits, files, lock, loop, seeds, trace, workdir
 from train.checkpoint import Checkpoints
 
-LINK = " is a link, and nothing is written through the links of a workdir"
+LINK = " is a symbolic link, and links in a workdir are not followed"
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_no_run_begins_again_over_its_results(
         left = f"metrics.jsonl and {left}"
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     for _ in range(2):
-        refused(f"no checkpoint, but {left} is left of a run", restored, run)
+        refused(f"no checkpoint, but an earlier run left {left}", restored, run)
     assert {p: p.stat().st_mtime_ns for p in run.iterdir()} == before
 
 
@@ -105,7 +105,7 @@ def test_a_crash_before_the_first_checkpoint_is_gone_on_from(tmp_path):
     (run / "checkpoints").mkdir()
     assert restored(run) is None
     (run / "checkpoints").rmdir()
-    refused("but metrics.jsonl is left", restored, run)
+    refused("but an earlier run left metrics.jsonl", restored, run)
 
 
 # Several seeds
@@ -127,7 +127,7 @@ def two_seeds():
 
 @pytest.mark.parametrize("name", ["", "seed-0"])
 def test_seeds_write_nothing_where_another_run_is_at_work(name, run, never):
-    with lock.held(run / name):
+    with lock.locked(run / name):
         before = sorted(run.rglob("*"))
         refused("Another run (process", seeds.train, two_seeds(), run)
     assert {*run.rglob("*")} - {*before} <= {run / "lock"}
@@ -136,14 +136,14 @@ def test_seeds_write_nothing_where_another_run_is_at_work(name, run, never):
 
 def test_seeds_keep_out_of_the_workdir_of_one(run, never):
     (run / "config.json").write_text("{}")
-    refused("holds a run of one seed", seeds.train, two_seeds(), run)
+    refused("holds a run with a single seed", seeds.train, two_seeds(), run)
 
 
 def test_one_seed_keeps_out_of_the_workdir_of_several(run):
     make_run(run / "seed-0", [0.5])
     (run / "summary.json").write_text('{"test_accuracy": 0.5, "seconds": 1}')
     one = digits.get_config()
-    refused("holds a run of several seeds", workdir.open_workdir, run, one)
+    refused("holds a run with several seeds", workdir.open_workdir, run, one)
     assert not (run / "config.json").exists()
 
 

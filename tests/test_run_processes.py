@@ -23,7 +23,7 @@ from tests.helpers.runs import (
     steps_of,
     wait_until,
 )
-from train import UserError, lock, meet
+from train import UserError, distributed, lock
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,9 @@ def test_two_processes_stopped_and_started_again_end_well(tmp_path):
 
 # Met, but not alike
 
-OTHER_CODE = TINY + "\nfrom train import processes\nprocesses._code = lambda: 1"
+OTHER_CODE = (
+    TINY + "\nfrom train import processes\nprocesses._source_digest = lambda: 1"
+)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +77,9 @@ OTHER_CODE = TINY + "\nfrom train import processes\nprocesses._code = lambda: 1"
                 ("--config.seeds=2", "--num_processes=3"),
             ),
             None,
-            "started differently: checkpoint_every is 5 in process 0 and 3 in "
+            "The processes differ: checkpoint_every is 5 in process 0 and 3 in "
             "process 1; num_processes is 2 in process 0 and 3 in process 1; "
-            "seeds is 1 in process 0 and 2 in process 1. Give the same command "
+            "seeds is 1 in process 0 and 2 in process 1. Run the same command "
             "on all hosts",
         ),
         pytest.param(
@@ -102,7 +104,7 @@ def test_a_workdir_that_they_do_not_share(tmp_path):
     each = (f"--workdir={tmp_path / 'a'}",), (f"--workdir={tmp_path / 'b'}",)
     for code, _, error in end_all(start_two(tmp_path, each=each)):
         assert code == 1
-        assert "is not the same folder in all processes" in one_line(error)
+        assert "is not the same directory on all hosts" in one_line(error)
     assert not steps_of(tmp_path / "a")
 
 
@@ -136,27 +138,27 @@ def test_a_coordinator_that_cannot_be():
             ),
             (
                 ("127.0.0.1:1", 2, 2),
-                "must be from 0 to num_processes - 1, which is 1",
+                "must be from 0 to 1, num_processes - 1",
             ),
             (("127.0.0.1:1", 0, 0), "--num_processes=0 must be at least 1"),
             (
                 (address, 2, 0),
-                "Address already in use. Give an address of its own host and a "
+                "Address already in use. Use an address of its host and a "
                 "free port.",
             ),
             (("203.0.113.1:9876", 2, 0), "Cannot assign requested address"),
             (
                 ("nowhere.invalid:9876", 2, 0),
-                "cannot listen at --coordinator=nowhere.invalid:9876",
+                "cannot listen on --coordinator=nowhere.invalid:9876",
             ),
-            (("x..y:9876", 2, 0), "9876: it is no name of a host. Give"),
+            (("x..y:9876", 2, 0), "9876: it is not a valid host name. Use"),
             (
                 ("127.0.0.1", 2, 1),
                 "--coordinator=127.0.0.1 must be HOST:PORT of process 0",
             ),
         ):
             with pytest.raises(UserError, match=re.escape(message)):
-                meet.start(*arguments)
+                distributed.initialize(*arguments)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
@@ -170,7 +172,7 @@ def test_a_name_of_loopback_is_not_listened_to_everywhere(address, monkeypatch):
     note = lambda *_, **options: given.update(options)  # noqa: E731
     monkeypatch.setattr(jax.distributed, "initialize", note)
     port = free_port()
-    meet.start(f"here:{port}", 2, 0)
+    distributed.initialize(f"here:{port}", 2, 0)
     shown = f"[{address}]" if ":" in address else address
     assert given["coordinator_bind_address"] == f"{shown}:{port}"
 
@@ -190,7 +192,7 @@ def test_one_process_alone_waits_no_longer_than_a_minute(process, tmp_path):
     assert time.monotonic() - since < 75
     assert code == 1
     assert re.match(
-        "The processes did not meet|Nobody listens", one_line(error)
+        "The processes did not connect|Nothing listens", one_line(error)
     )
 
 
@@ -219,19 +221,19 @@ def test_a_process_that_is_lost_ends_the_others(lost, number, tmp_path):
         end(both[lost])
     assert code == 75
     line = one_line(error)
-    assert line.startswith("Another process died or left: ")
+    assert line.startswith("Lost the connection to another process")
     assert re.search("Gloo|coordination|JAX distributed service", log_of(line))
 
 
 HANGS = """
-from train import data
+from train import batching
 import time
-batches = data.train_batches
+batches = batching.train_batches
 def hang(*a, epoch, **k):
     if epoch == 2:
         time.sleep(1000)
     return batches(*a, epoch=epoch, **k)
-data.train_batches = hang
+batching.train_batches = hang
 """
 
 
@@ -244,7 +246,7 @@ def test_a_process_that_hangs_in_python_ends_all(tmp_path):
     for code, _, error in end_all(both):
         assert code == 75
         line = one_line(error)
-        assert re.match("No progress for 20 s|Another process died", line)
+        assert re.match("No progress for 20 s|Lost the connection", line)
     assert "hang" in (tmp_path / "error-1.log").read_text()
 
 
@@ -270,15 +272,15 @@ def test_an_error_of_ones_own_is_no_lost_process(tmp_path):
 
 def test_the_second_to_take_a_workdir_is_told_who_has_it(tmp_path):
     message = rf"Another run \(process {os.getpid()} on .* is at work in"
-    with lock.held(tmp_path / "run"):
+    with lock.locked(tmp_path / "run"):
         with (
             pytest.raises(UserError, match=message),
-            lock.held(tmp_path / "run"),
+            lock.locked(tmp_path / "run"),
         ):
             pass
-        with lock.held(tmp_path / "other"):
+        with lock.locked(tmp_path / "other"):
             pass
-    with lock.held(tmp_path / "run"):
+    with lock.locked(tmp_path / "run"):
         pass
 
 
@@ -305,7 +307,7 @@ def test_a_workdir_belongs_to_one_run_at_a_time(tmp_path):
 @pytest.mark.slow
 def test_workdirs_by_name(tmp_path):
     code, _, error = end(start(""))
-    assert code == 1 and "--workdir= names no folder" in one_line(error)
+    assert code == 1 and "--workdir= is empty" in one_line(error)
     code, _, error = end(start(tmp_path / "a[1]"))
     assert code == 1 and "would be taken for a pattern" in one_line(error)
     assert not [*tmp_path.iterdir()]

@@ -61,8 +61,8 @@ def slow(*a, **k):
         return made(*b)
     return first
 
-import train.loop
-train.loop.make_train_step = slow
+import train.epoch
+train.epoch.make_train_step = slow
 """
 IMPORTING = """
 import sys, time
@@ -108,7 +108,9 @@ def test_before_the_first_step_it_leaves_at_once(patch, number, tmp_path):
     code, _, error = end(process)
     assert time.monotonic() - since < 8
     assert code == CODES[number]
-    assert one_line(error).startswith("Stopped with nothing to save; give the ")
+    assert one_line(error).startswith(
+        "Stopped with nothing to save; rerun the "
+    )
 
 
 @pytest.mark.parametrize("program", ["evaluate", "doctor", "compare", "fast"])
@@ -126,7 +128,7 @@ def test_a_reader_that_takes_nothing_keeps_no_program():
     """As a pager does: standard output is full, and is written to."""
     process = start_script(
         "import threading; from train import exits\n"
-        "threading.Timer(0.5, exits.leave, ('so', 75)).start()\n"
+        "threading.Timer(0.5, exits.exit_now, ('so', 75)).start()\n"
         "while True: print('x' * 1000)"
     )
     assert process.wait(timeout=10) == 75
@@ -157,7 +159,7 @@ def test_a_second_one_leaves_at_once(tmp_path):
     code, _, error = end(process)
     assert time.monotonic() - since < 5
     assert code == 130
-    assert one_line(error).startswith("Left at once, without saving; ")
+    assert one_line(error).startswith("Exited immediately, without saving; ")
 
 
 @pytest.mark.slow
@@ -177,8 +179,8 @@ def test_where_no_program_listens_sigterm_alone_is_noted():
 
     before = signal.getsignal(signal.SIGTERM)
     with Interrupt() as interrupt:
-        assert not interrupt.asked
+        assert not interrupt.requested
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.asked and interrupt.code == 75
+        assert interrupt.requested and interrupt.code == 75
     assert signal.getsignal(signal.SIGTERM) is before
-    assert not interrupt.asked
+    assert not interrupt.requested

@@ -145,11 +145,11 @@ def run_in_vmap(scope, **changes):
     [
         (
             dict(normalize_over=3),
-            "normalize_over=3 neither divides the 4 examples of a device nor "
-            "is a multiple that divides 8 devices; the nearest that works is 2",
+            "normalize_over=3 neither divides the 4 examples per device nor "
+            "is a multiple that divides 8 devices; the nearest valid value is 2",
         ),
-        (dict(normalize_over=64), "the nearest that works is 32"),
-        (dict(normalize_over=12), "the nearest that works is 8"),
+        (dict(normalize_over=64), "the nearest valid value is 32"),
+        (dict(normalize_over=12), "the nearest valid value is 8"),
         (
             dict(group_size=3),
             "group_size=3 does not divide the 8 devices along axis_name='data'",
@@ -160,10 +160,10 @@ def run_in_vmap(scope, **changes):
         ),
         (
             dict(group_size=2, normalize_over=8),
-            "group_size and normalize_over each say which devices share",
+            "group_size and normalize_over both choose the devices",
         ),
         (dict(num_ids=0), "num_ids must be at least 1; got 0"),
-        (dict(num_ids=2), "ids and sharing.num_ids go together"),
+        (dict(num_ids=2), "ids and sharing.num_ids must be given together"),
     ],
 )
 def test_scopes_that_cannot_be(scope, message):

@@ -341,7 +341,7 @@ def test_statistics_are_those_of_the_examples_that_met():
         (
             np.ones(4),
             jax.random.split(jax.random.key(0), 3),
-            "key must be one key; got key<fry>[3]",
+            "key must be a single key; got key<fry>[3]",
         ),
     ],
 )

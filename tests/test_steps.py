@@ -15,14 +15,10 @@ from jax.sharding import PartitionSpec as P
 from configs import digits
 from jaxbn import accumulate
 from tests.helpers.recipes import make_recipe as plain_recipe
-from train import data, norms, topology
-from train.step import (
-    augmented,
-    init_state,
-    make_optimizer,
-    make_test_step,
-    make_train_step,
-)
+from train import batching, data, norms
+from train.state import init_state, make_optimizer
+from train.step import augmented_images, make_test_step, make_train_step
+from train.topology import MICROBATCH_AXIS, Topology, make_topology
 
 
 class Poisoned(nn.Module):
@@ -62,37 +58,37 @@ def make_recipe(**changes):
 
 
 @pytest.fixture(scope="module")
-def place():
+def topology():
     auto = (AxisType.Auto,)
-    return topology.Topology(jax.make_mesh((8,), ("data",), axis_types=auto))
+    return Topology(jax.make_mesh((8,), ("data",), axis_types=auto))
 
 
 @pytest.fixture(scope="module")
 def batches():
     """Four of 32 images; in the third a share of one device is white."""
     images = data.load("digits", train_split="train[:128]").train
-    found = list(data.train_batches(images, 32, seed=0, epoch=0))
+    found = list(batching.train_batches(images, 32, seed=0, epoch=0))
     found[2].images[8:11] = 255
     return found
 
 
-def walk(recipe, place, batches):
-    step = make_train_step(recipe, place.mesh)
-    state = init_state(recipe, (8, 8, 1), place.mesh)
+def walk(recipe, topology, batches):
+    step = make_train_step(recipe, topology.mesh)
+    state = init_state(recipe, (8, 8, 1), topology.mesh)
     states, sums = [], []
     for batch in batches:
-        state, got = step(state, place.put(batch, 32), 0)
+        state, got = step(state, topology.put(batch, 32), 0)
         states.append(jax.device_get(state))
         sums.append(jax.device_get(got))
     return states, sums
 
 
 @pytest.fixture(scope="module")
-def skipping(place, batches):
+def skipping(topology, batches):
     recipe = make_recipe(
         stop_if_nonfinite=False, average_decay=0.75, label_smoothing=0.2
     )
-    return recipe, *walk(recipe, place, batches)
+    return recipe, *walk(recipe, topology, batches)
 
 
 def test_a_batch_that_is_not_finite_leaves_no_trace(skipping):
@@ -116,14 +112,14 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(skipping):
     assert all(jax.tree.leaves(moved))
 
 
-def test_the_schedule_counts_the_batches_that_are_left_out(place, batches):
+def test_the_schedule_counts_the_batches_that_are_left_out(topology, batches):
     """The fourth step takes the rate of the fourth, with the third left out."""
     rates = jnp.array([0.1, 0.1, 0.1, 0.0, 0.5])
     optimizer = make_optimizer(
         lambda count: rates[count], momentum=0.0, nesterov=False, weight_decay=0
     )
     recipe = make_recipe(stop_if_nonfinite=False, optimizer=optimizer)
-    states, _ = walk(recipe, place, batches)
+    states, _ = walk(recipe, topology, batches)
     counts = [int(optax.tree.get(s.opt_state, "count")) for s in states]
     assert counts == [int(s.step) for s in states] == [1, 2, 3, 4]
     chex.assert_trees_all_equal(states[3].params, states[2].params)
@@ -137,8 +133,8 @@ def test_the_schedule_counts_the_batches_that_are_left_out(place, batches):
 
 
 @pytest.fixture(scope="module")
-def stopping(place, batches):
-    return walk(make_recipe(), place, batches)
+def stopping(topology, batches):
+    return walk(make_recipe(), topology, batches)
 
 
 def test_a_run_that_is_to_stop_waits_where_it_was(stopping):
@@ -161,16 +157,16 @@ def test_average_of_the_weights(skipping):
     chex.assert_trees_all_close(states[1].average, want, rtol=1e-5, atol=1e-7)
 
 
-def test_label_smoothing(skipping, place, batches):
+def test_label_smoothing(skipping, topology, batches):
     """The first loss, from the logits of the network as it began."""
     recipe, _, sums = skipping
-    state = init_state(recipe, (8, 8, 1), place.mesh)
+    state = init_state(recipe, (8, 8, 1), topology.mesh)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     model = network(axis_name=None)
 
     @jax.jit
     def logits_of(variables, batch):
-        images = augmented(recipe, batch, 0)
+        images = augmented_images(recipe, batch, 0)
         trained, _ = model.apply(
             variables, images, train=True, mutable=["batch_stats"]
         )
@@ -185,30 +181,30 @@ def test_label_smoothing(skipping, place, batches):
     hot = np.eye(10)[batches[0].labels]
     want = loss(trained, 0.8 * hot + 0.02)
     np.testing.assert_allclose(sums[0].loss, want, rtol=1e-5)
-    test_step = make_test_step(recipe, place.mesh)
-    got = test_step(*variables.values(), place.put(batches[0], 32))
+    test_step = make_test_step(recipe, topology.mesh)
+    got = test_step(*variables.values(), topology.put(batches[0], 32))
     np.testing.assert_allclose(got.loss, loss(tested, hot), rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["microbatches", "steps of one dispatch"])
-def test_the_same_steps_in_another_way(how, skipping, place, batches):
+def test_the_same_steps_in_another_way(how, skipping, topology, batches):
     recipe, states, want_sums = skipping
-    state = init_state(recipe, (8, 8, 1), place.mesh)
+    state = init_state(recipe, (8, 8, 1), topology.mesh)
     if how == "microbatches":
         recipe = recipe._replace(
-            microbatches=2, in_microbatches=network(("data", "micro"))
+            microbatches=2, microbatch_model=network(("data", "micro"))
         )
-        step = make_train_step(recipe, place.mesh)
+        step = make_train_step(recipe, topology.mesh)
         sums = []
         for batch in batches:
-            state, got = step(state, place.put(batch, 32), 0)
+            state, got = step(state, topology.put(batch, 32), 0)
             sums.append(got)
         total = jax.tree.map(lambda *each: sum(each), *sums)
     else:
-        ((count, rows),) = data.stacked(batches, 4)
+        ((count, rows),) = batching.stack_batches(batches, 4)
         assert count == 4
-        step = make_train_step(recipe, place.mesh, steps=4)
-        state, total = step(state, place.put(rows, 32, stacked=True), 0)
+        step = make_train_step(recipe, topology.mesh, steps=4)
+        state, total = step(state, topology.put(rows, 32, stacked=True), 0)
     want = jax.tree.map(lambda *each: sum(each), *want_sums)
     chex.assert_trees_all_close(total, want, rtol=1e-5)
     chex.assert_trees_all_close(state, states[-1], rtol=1e-3, atol=1e-5)
@@ -216,20 +212,22 @@ def test_the_same_steps_in_another_way(how, skipping, place, batches):
 
 def test_stacked_batches():
     batches = [
-        data.Batch(*(np.full((2, 3), i + 10 * j) for j in range(4)))
+        batching.Batch(*(np.full((2, 3), i + 10 * j) for j in range(4)))
         for i in range(5)
     ]
-    got = list(data.stacked(batches, 2))
+    got = list(batching.stack_batches(batches, 2))
     assert [count for count, _ in got] == [2, 2, 1]
     np.testing.assert_array_equal(got[1][1].labels[:, 0, 0], [12, 13])
     np.testing.assert_array_equal(got[2][1].labels, batches[4].labels)
     assert got[2][1].labels.shape == (2, 3)
-    assert [b.images[0, 0] for _, b in data.stacked(batches, 1)] == [*range(5)]
+    assert [b.images[0, 0] for _, b in batching.stack_batches(batches, 1)] == [
+        *range(5)
+    ]
 
 
-def test_bfloat16_computes_and_float32_keeps(stopping, place, batches):
+def test_bfloat16_computes_and_float32_keeps(stopping, topology, batches):
     recipe = make_recipe(model=network(dtype=jnp.bfloat16))
-    (state,), (sums,) = walk(recipe, place, batches[:1])
+    (state,), (sums,) = walk(recipe, topology, batches[:1])
     kept = (state.params, state.batch_stats, state.opt_state)
     floats = [x for x in jax.tree.leaves(kept) if np.ndim(x)]
     assert {x.dtype for x in floats} == {np.dtype(np.float32)}
@@ -259,8 +257,8 @@ def test_groups_on_a_mesh(mesh, axes, groups, microbatches):
     """Two examples a device; each group has statistics of its own."""
     config = digits.get_config()
     config.update(mesh=mesh, norm_axes=axes, batch_size=16)
-    place = topology.make(mesh, 16, microbatches)
-    layer = norms.norm_of(config, place, microbatches=microbatches)(
+    topology = make_topology(mesh, 16, microbatches)
+    layer = norms.norm_of(config, topology, microbatches=microbatches)(
         use_running_average=False
     )
     x = np.random.default_rng(0).normal(3, 2, (16, 5)).astype(np.float32)
@@ -279,15 +277,15 @@ def test_groups_on_a_mesh(mesh, axes, groups, microbatches):
             one,
             in_axes=(None, 0),
             out_axes=(0, None),
-            axis_name=topology.MICRO,
+            axis_name=MICROBATCH_AXIS,
         )(variables, x.reshape(microbatches, -1, 5))
         return y.reshape(-1, 5), new
 
     sharded = jax.shard_map(
         apply,
-        mesh=place.mesh,
-        in_specs=(P(), P(place.axes)),
-        out_specs=(P(place.axes), P()),
+        mesh=topology.mesh,
+        in_specs=(P(), P(topology.axes)),
+        out_specs=(P(topology.axes), P()),
         check_vma=True,
     )
     y, new = jax.jit(sharded)(variables, x)

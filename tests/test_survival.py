@@ -107,7 +107,7 @@ def test_a_run_that_suffers_ends_bit_for_bit_as_one_that_did_not(
     process.terminate()
     code, _, error = end(process)
     assert code == 75, error
-    assert "the same command goes on from there" in error
+    assert "rerun the same command to resume" in error
     stopped = steps_of(workdir)[-1]
     assert f"saved at step {stopped};" in error
 
@@ -118,7 +118,7 @@ def test_a_run_that_suffers_ends_bit_for_bit_as_one_that_did_not(
     # Threads of the libraries may have had a word before.
     (last,) = re.findall("^train: .*", error, re.MULTILINE)
     assert last.startswith("train: Cannot write"), error
-    assert f"The checkpoint of step {stopped} is whole" in last
+    assert f"resume from the checkpoint of step {stopped}." in last
     assert steps_of(workdir)[-1] == stopped
 
     # kill -9, as soon as a checkpoint was written.

@@ -14,10 +14,19 @@ import pytest
 from configs import digits
 from tests.helpers import numpy_networks
 from tests.helpers.made_runs import make_run
-from train import UserError, averaged, compare, data, evaluate, saved
+from train import (
+    UserError,
+    compare,
+    confusion,
+    data,
+    evaluate,
+    learning_curves,
+    trained_run,
+    weight_average,
+)
 from train.checkpoint import Checkpoints, Progress
-from train.prepared import prepare
-from train.step import init_state
+from train.experiment import build_experiment
+from train.state import init_state
 from train.workdir import open_workdir
 
 # Evaluate
@@ -44,11 +53,13 @@ class Made:
 
     def __init__(self, workdir):
         config = small_config()
-        prepared = prepare(config)
+        experiment = build_experiment(config)
         open_workdir(workdir, config)
-        shape = prepared.dataset.train.images.shape[1:]
+        shape = experiment.dataset.train.images.shape[1:]
         blank = jax.eval_shape(
-            lambda: init_state(prepared.recipe, shape, prepared.place.mesh)
+            lambda: init_state(
+                experiment.recipe, shape, experiment.topology.mesh
+            )
         )
         self.workdir, self.variables = workdir, {}
         # The best; the second epoch; and one within the third, without a test.
@@ -70,16 +81,16 @@ class Made:
                     state,
                     blank,
                 )
-                state = jax.device_put(state, prepared.place.everywhere)
+                state = jax.device_put(state, experiment.topology.replicated)
                 checkpoints.save(
                     state,
                     Progress(epoch, batch),
                     test_accuracy=accuracy,
                 )
-        self.saved = saved.Saved(
-            config, prepared, state, Progress(epoch, batch)
+        self.saved = trained_run.TrainedRun(
+            config, experiment, state, Progress(epoch, batch)
         )
-        self.inputs = prepared.recipe.pixel_mean, prepared.recipe.pixel_std
+        self.inputs = experiment.recipe.pixel_mean, experiment.recipe.pixel_std
 
     def logits(self, step, images):
         """In float64, by the equations of the network."""
@@ -116,10 +127,10 @@ def check(found, logits, labels):
 
 
 def test_evaluation_is_that_of_the_equations(made, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "_BATCH", 32)  # the last one is padded
+    monkeypatch.setattr(confusion, "_BATCH", 32)  # the last one is padded
     before = sorted((made.workdir / "checkpoints").rglob("*"))
     found = evaluate.evaluate(made.workdir, made.saved, precise=3)
-    split = made.saved.prepared.dataset.test
+    split = made.saved.experiment.dataset.test
     check(found, made.logits(10, split.images), split.labels)
     assert (found["step"], found["epoch"]) == (10, 2)
     assert found["split"] == "test[:100]"
@@ -132,7 +143,7 @@ def test_evaluation_is_that_of_the_equations(made, monkeypatch, capsys):
     assert again["loss"] != pytest.approx(found["loss"], rel=0.01)
     out = capsys.readouterr().out
     assert "digits test[:100], 100 images, at step 10 (epoch 2):" in out
-    for one, more in ((found, ""), (again, "  with statistics taken anew")):
+    for one, more in ((found, ""), (again, "  with statistics recomputed")):
         line = f"accuracy {one['accuracy']:.2%}  loss {one['loss']:.4f}{more}"
         assert line in out
     for k, (one, other) in enumerate(zip(found["classes"], again["classes"])):
@@ -146,14 +157,14 @@ def test_evaluation_is_that_of_the_equations(made, monkeypatch, capsys):
 
 def test_new_statistics_are_those_of_so_many_training_batches(made):
     run = made.saved
-    stats = averaged.precise_statistics(
+    stats = weight_average.precise_statistics(
         run.config,
-        run.prepared,
+        run.experiment,
         run.state.params,
         run.state.batch_stats,
         batches=3,
     )
-    images = run.prepared.dataset.train.images
+    images = run.experiment.dataset.train.images
     # Of the last epoch, that the config asks for.
     places = data.order(IMAGES, seed=0, epoch=2)[: 3 * EVERY]
     mean, std = made.inputs
@@ -166,7 +177,7 @@ def test_new_statistics_are_those_of_so_many_training_batches(made):
 
 
 def test_best_checkpoint_and_another_split(made):
-    best = saved.load(made.workdir, best=True)
+    best = trained_run.load(made.workdir, best=True)
     found = evaluate.evaluate(made.workdir, best, split="train[300:340]")
     assert (found["step"], found["epoch"]) == (4, 1)
     assert "precise" not in found
@@ -174,7 +185,7 @@ def test_best_checkpoint_and_another_split(made):
     check(found, made.logits(4, split.images), split.labels)
     # Those of the run are not read again.
     for name in ("train", "test"):
-        own = getattr(made.saved.prepared.dataset, name)
+        own = getattr(made.saved.experiment.dataset, name)
         expression = made.saved.config[f"{name}_split"]
         assert evaluate._examples(made.saved, expression) is own
 
@@ -182,7 +193,7 @@ def test_best_checkpoint_and_another_split(made):
 def test_no_more_batches_than_an_epoch_has(made, monkeypatch):
     asked = []
 
-    def anew(config, prepared, params, batch_stats, *, batches):
+    def anew(config, experiment, params, batch_stats, *, batches):
         asked.append(batches)
         return batch_stats
 
@@ -193,7 +204,7 @@ def test_no_more_batches_than_an_epoch_has(made, monkeypatch):
 
 def test_what_cannot_be_evaluated(made, tmp_path):
     run = made.workdir, made.saved
-    with pytest.raises(UserError, match="holds no run.*Give the --workdir"):
+    with pytest.raises(UserError, match="is not a run.*Use the --workdir"):
         evaluate.main([str(tmp_path)])
     with pytest.raises(UserError, match="--precise must be at least 1; got -1"):
         evaluate.main([str(made.workdir), "--precise=-1"])
@@ -201,13 +212,13 @@ def test_what_cannot_be_evaluated(made, tmp_path):
         evaluate.evaluate(*run, split="validation")
     config = small_config(norm="flax")
     other = made.saved._replace(config=config)
-    with pytest.raises(UserError, match="norm='flax' does not hand out"):
+    with pytest.raises(UserError, match="norm='flax' does not support"):
         evaluate.evaluate(made.workdir, other, precise=3)
     open_workdir(tmp_path, made.saved.config)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(made.saved.state, made.saved.progress)
     with pytest.raises(UserError, match="has no checkpoint with a test yet"):
-        saved.load(tmp_path, best=True)
+        trained_run.load(tmp_path, best=True)
 
 
 def test_reading_a_run_leaves_a_damaged_checkpoint_where_it_is(made, tmp_path):
@@ -219,7 +230,7 @@ def test_reading_a_run_leaves_a_damaged_checkpoint_where_it_is(made, tmp_path):
     unfinished = workdir / "checkpoints" / "12.orbax-checkpoint-tmp"
     unfinished.mkdir()
     with pytest.warns(UserWarning, match="step 10 is damaged"):
-        found = saved.load(workdir)
+        found = trained_run.load(workdir)
     assert int(found.state.step) == 8 and found.progress.epoch == 2
     assert newest.is_dir() and unfinished.is_dir()
     assert not [*workdir.glob("damaged*")]
@@ -273,8 +284,8 @@ def test_curves_are_means_in_a_band(tmp_path):
         for i, accuracies in enumerate([[0.5, 0.8, 0.9], [0.7, 0.8, 1.0]])
     ]
     groups, _ = compare.grouped([compare.read(run) for run in runs])
-    figure, axes = compare.plt.subplots()
-    compare._curve(axes, groups[0], "test_accuracy", 100, "C0", "-")
+    figure, axes = learning_curves.plt.subplots()
+    learning_curves._curve(axes, groups[0], "test_accuracy", 100, "C0", "-")
     (line,), (band,) = axes.lines, axes.collections
     np.testing.assert_allclose(line.get_xdata(), [1, 2, 3])
     np.testing.assert_allclose(line.get_ydata(), [60, 80, 95])
@@ -284,7 +295,7 @@ def test_curves_are_means_in_a_band(tmp_path):
     np.testing.assert_allclose(
         [at_first.min(), at_first.max()], [60 - spread, 60 + spread]
     )
-    compare.plt.close(figure)
+    learning_curves.plt.close(figure)
 
 
 def test_fields_within_a_field_and_averages(tmp_path, capsys):
@@ -332,16 +343,16 @@ def test_what_cannot_be_compared(tmp_path):
         with pytest.raises(UserError, match=re.escape(message)):
             compare.compare(paths, out)
 
-    refused(f"{tmp_path} holds no run", run, tmp_path)
+    refused(f"{tmp_path} is not a run", run, tmp_path)
     refused("/b/../a is given twice", run, tmp_path / "b" / ".." / "a")
     refused("Cannot write to --out=", run, out=tmp_path / "no" / "out.png")
-    refused("Cannot draw --out=", run, out=tmp_path / "out.doc")
+    refused("Cannot plot --out=", run, out=tmp_path / "out.doc")
     (run / "metrics.jsonl").write_text('{"epoch": 1')
     refused("metrics.jsonl, line 1, is damaged: Expecting", run)
     (run / "metrics.jsonl").unlink()
-    refused("metrics.jsonl lacks epochs 1 to 3. Put it back", run)
+    refused("metrics.jsonl lacks epochs 1 to 3. Restore it", run)
     (run / "summary.json").unlink()
-    refused(f"{run} has no records yet; the first comes after", run)
+    refused(f"{run} has no records yet; they are written after", run)
     (run / "config.json").write_text("{")
     refused("config.json is damaged", run)
     assert not out.exists()
@@ -352,4 +363,4 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     compare.main([str(run) for run in runs])
     assert pathlib.Path("compare.png").exists()
-    assert capsys.readouterr().out.endswith("The picture is compare.png.\n")
+    assert capsys.readouterr().out.endswith("Wrote compare.png.\n")

@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 
 from tests.helpers.recipes import make_recipe, mesh_of, small_config
-from train import UserError, checkpoint, data, files, loop, report, seeds
-from train.step import init_state, make_test_step, make_train_step
+from train import (
+    UserError,
+    batching,
+    checkpoint,
+    data,
+    files,
+    loop,
+    report,
+    seeds,
+)
+from train.state import init_state
+from train.step import make_test_step, make_train_step
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +43,9 @@ def test_steps_are_the_same_on_any_number_of_devices(images, monkeypatch):
         state = init_state(recipe, (8, 8, 1), mesh)
         start, losses = jax.device_get(state.params), []
         for epoch in range(2):
-            batches = data.train_batches(images.train, 64, seed=0, epoch=epoch)
+            batches = batching.train_batches(
+                images.train, 64, seed=0, epoch=epoch
+            )
             for batch in batches:
                 state, sums = step(state, batch, epoch)
                 losses.append(float(sums.loss))
@@ -55,7 +67,7 @@ def test_evaluation_counts_every_image_once(images):
     step = make_test_step(recipe, mesh)
     sums = [
         step(state.params, state.batch_stats, batch)
-        for batch in data.test_batches(images.test, 64)
+        for batch in batching.test_batches(images.test, 64)
     ]
     total = jax.tree.map(lambda *a: float(sum(a)), *sums)
     inputs = (images.test.images.astype(np.float32) - 80) / 90
@@ -157,7 +169,7 @@ def test_seeds_are_runs_of_their_own(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "summary.json").read_text()) == got
     seeds.train(small_config(seed=3, seeds=3), tmp_path)
     assert ran[2:] == [(5, 1)], "what is finished is not run again"
-    with pytest.raises(UserError, match="there momentum is 0.9, here 0.5"):
+    with pytest.raises(UserError, match="with momentum=0.9 instead of 0.5"):
         seeds.train(small_config(seed=3, seeds=3, momentum=0.5), tmp_path)
 
 
@@ -216,7 +228,7 @@ def test_interrupted_run_goes_on_as_if_nothing_had_been(
 def test_workdir_of_another_run_is_refused(finished):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text()
-    message = "there momentum is 0.9, here 0.5"
+    message = "with momentum=0.9 instead of 0.5"
     with pytest.raises(UserError, match=message):
         loop.train(small_config(momentum=0.5), workdir)
     assert (workdir / "metrics.jsonl").read_text() == before

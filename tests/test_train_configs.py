@@ -5,30 +5,31 @@ import re
 import pytest
 
 from tests.helpers.recipes import small_config
-from train import UserError, loop, topology
+from train import UserError, loop
 from train.norms import norm_of
+from train.topology import make_topology
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"batch_size": 60}, "nearest that does is 56 or 64"),
-        ({"batch_size": 4}, "nearest that does is 8."),
-        ({"batch_size": 512}, "batch_size=512 is more than the 256 examples"),
+        ({"batch_size": 60}, "devices, such as 56 or 64"),
+        ({"batch_size": 4}, "devices, such as 8."),
+        ({"batch_size": 512}, "batch_size=512 exceeds the 256 examples"),
         ({"epochs": 0}, "epochs must be in (0, 1e6]; got 0."),
         ({"schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"dtype": "float16"}, "dtype='float16' is unknown"),
-        ({"norm": "group"}, "norm='group' is unknown; take one of debiased, "),
+        ({"norm": "group"}, "norm='group' is unknown; choose from debiased, "),
         ({"mesh": "rows"}, "write the axes replica and data once each"),
-        ({"mesh": "replica=3,data=2"}, "does not fit 8 devices"),
-        ({"mesh": "replica=3,data"}, "does not fit 8 devices"),
+        ({"mesh": "replica=3,data=2"}, "does not match 8 devices"),
+        ({"mesh": "replica=3,data"}, "does not match 8 devices"),
         ({"norm_axes": "replica"}, "must be one of all, none, data"),
-        ({"norm": "flax", "norm_axes": "none"}, "it must be 'all'"),
+        ({"norm": "flax", "norm_axes": "none"}, "requires 'all'"),
         (
             {"norm_options": {"normalize_over": 7}},
-            "norm='jaxbn': normalize_over=7 neither divides the 8 examples of "
-            "a device nor is a multiple that divides 8 devices; the nearest "
-            "that works is 8.",
+            "norm='jaxbn': normalize_over=7 neither divides the 8 examples per "
+            "device nor is a multiple that divides 8 devices; the nearest "
+            "valid value is 8.",
         ),
         (
             {"norm": "ghost", "batch_size": 40},
@@ -36,12 +37,12 @@ from train.norms import norm_of
         ),
         (
             {"norm_options": {"normalize_over": 3}, "microbatches": 4},
-            "normalize_over=3 neither divides the 2 examples of a device nor "
+            "normalize_over=3 neither divides the 2 examples per device nor "
             "is a multiple that divides 32 devices",
         ),
         (
             {"norm_options": {"normalize_over": 8}, "norm_axes": "none"},
-            "norm_axes='none' and normalize_over=8 each say which examples",
+            "norm_axes='none' and normalize_over=8 both choose the examples",
         ),
         (
             {"norm_options": {"ddof": 2}},
@@ -66,7 +67,7 @@ def test_config_that_cannot_run(changes, message, tmp_path):
 @pytest.mark.parametrize("over", [1, 2, 4, 16, 64])
 def test_normalize_over_that_fits_the_microbatches(over):
     config = small_config(norm_options={"normalize_over": over}, microbatches=4)
-    place = topology.make("data", config.batch_size, config.microbatches)
+    topology = make_topology("data", config.batch_size, config.microbatches)
     for microbatches in (1, 4):
-        norm = norm_of(config, place, microbatches=microbatches)
+        norm = norm_of(config, topology, microbatches=microbatches)
         assert norm().sharing.normalize_over == over

@@ -1,28 +1,28 @@
-"""Training loops: ResNets that learn with synchronized batch statistics."""
+"""Training ResNets with synchronized batch statistics."""
 
 import os
 
 # XLA sizes its CPU thread pool by this when JAX starts. With fewer threads
-# than twice the simulated devices, collectives wait for each other for ever.
+# than twice the number of simulated devices, collectives deadlock.
 os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
 
-# Exit codes of a run, besides 0 when it is done and 1 when something is wrong.
-# Stopped, or ended with no fault of its own: the same command goes on.
-# sysexits.h calls it EX_TEMPFAIL.
+# Exit codes besides 0 (success) and 1 (error).
+# Stopped, or failed through no fault of its own: rerun the same command to
+# resume. EX_TEMPFAIL in sysexits.h.
 RESUME = 75
-INTERRUPTED = 130  # Ctrl-C: the same command goes on, but nobody is to give it
+INTERRUPTED = 130  # Ctrl-C: can be resumed, but not automatically
 
 
 class UserError(Exception):
-    """Something the user can put right; shown as its message alone."""
+    """An error that the user can fix; shown without a traceback."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved; the same command goes on.
+    """The run was asked to stop and has saved a checkpoint.
 
     Args:
       message: which step was saved.
-      code: that the program exits with.
+      code: exit code of the program.
     """
 
     def __init__(self, message: str, code: int = RESUME):

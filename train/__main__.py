@@ -1,14 +1,14 @@
 # ruff: noqa: E402
 """Trains a ResNet: python -m train [--config FILE] [--workdir DIR].
 
-Any field of the config can be set: --config.batch_size=256. On several hosts
-the same command is given on each; where no SLURM, Open MPI, Kubernetes or
-Cloud TPU says who they are, with --coordinator=HOST:PORT --num_processes=N
---process_id=I. The workdir must then be one that all of them share.
+Override any field of the config with --config.batch_size=256. For multi-host
+training, run the same command on every host, with a workdir that all of them
+share. Unless SLURM, Open MPI, Kubernetes or Cloud TPU describes the cluster,
+add --coordinator=HOST:PORT --num_processes=N --process_id=I.
 
-Exits with 0 when done; 1 when something is wrong, in one line; 75 when stopped
-by SIGTERM, or because another process was lost: give the same command again to
-go on; 130 when stopped by Ctrl-C, which the same command goes on from too.
+Exit codes: 0 on success; 1 on an error, reported in one line; 75 if stopped by
+SIGTERM, or because another process was lost: rerun the same command to resume;
+130 if interrupted by Ctrl-C, which can be resumed as well.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ def _define() -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        "Where the run is kept; the same command goes on with what is there. "
+        "Directory of the run; if it holds one already, training resumes. "
         "Default: runs/CONFIG-TIME, a new run.",
     )
     flags.DEFINE_string(
         "coordinator",
         None,
-        "HOST:PORT of process 0. Without it, what SLURM, Open MPI, Kubernetes "
-        "or a Cloud TPU say; else one process.",
+        "HOST:PORT of process 0. Default: detected from SLURM, Open MPI, "
+        "Kubernetes or Cloud TPU; otherwise a single process.",
     )
     flags.DEFINE_integer(
-        "num_processes", None, "Processes of the run, with --coordinator."
+        "num_processes", None, "Number of processes, with --coordinator."
     )
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+    flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
     flags.DEFINE_float(
         "stall_limit",
         1800.0,
-        "Seconds without progress after which each of several processes ends "
-        "with code 75, because one of them hangs; 0 waits for ever.",
+        "With several processes, seconds without progress after which each of "
+        "them exits with code 75, because one hangs; 0 disables.",
     )
     flags.register_validator(
         "stall_limit",
         lambda seconds: 0 <= seconds < math.inf,
-        message="seconds, from 0 on",
+        message="must be finite and not negative, in seconds",
     )
 
 
@@ -76,36 +76,37 @@ _parse = functools.partial(
 
 
 def main(config: ConfigDict) -> None:
-    """Trains, and prints the result in one line."""
+    """Trains and prints a one-line result."""
     command_line.simulate(config.cpu_devices)
-    # What fails in a thread is raised, and said once.
+    # Errors in threads are raised in the main thread and reported once.
     logging.set_verbosity(logging.FATAL)
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     warnings.formatwarning = lambda message, *_, **__: f"train: {message}\n"
-    # Once the number of devices is set.
-    from train import loop, meet, processes, seeds, told, topology
+    # Not before the number of devices is set.
+    from train import distributed, loop, processes, seeds
+    from train.summary import versions
 
     given = flags.FLAGS
     workdir = command_line.workdir()
-    meet.start(
+    distributed.initialize(
         given.coordinator,
         given.num_processes,
         given.process_id,
-        prepare=_several,
+        before_connecting=_several,
     )
     if jax.distributed.is_initialized():
-        _log.met()
-        signals.share()
+        _log.connected()
+        signals.forward_to_jax()
         watchdog.start(given.stall_limit, _log)
         if not given.workdir and jax.process_count() > 1:
             raise UserError(
-                "Several processes need one --workdir that all of them share."
+                "With several processes, set --workdir to a shared directory."
             )
-    processes.agree(config, told.versions())
+    processes.check_consistent(config, versions())
     _log.use(workdir)
     several = config.seeds > 1
     summary = (seeds if several else loop).train(config, workdir)
-    if not topology.is_main():
+    if not processes.is_main():
         return
     deviation = ""
     if several:
@@ -116,33 +117,33 @@ def main(config: ConfigDict) -> None:
     output.say(
         f"test accuracy {summary['test_accuracy']:.2%}{deviation} after "
         f"{summary['epochs']} epochs ({summary['steps']:,} steps) in "
-        f"{summary['seconds']:.0f} s; results are in {workdir}"
+        f"{summary['seconds']:.0f} s; results in {workdir}"
     )
 
 
 def _several(process: int) -> None:
-    """Gets ready for libraries that abort where another process dies."""
+    """Captures the output of libraries that abort if another process dies."""
     global _log
     _log = exits.ErrorLog(process)
     _log.capture()
 
 
 def _run() -> int:
-    """Returns the exit code; what went wrong is said in one line."""
+    """Returns the exit code; errors are reported in one line."""
     try:
         app.run(main, flags_parser=_parse)
     except UserError as user_error:
         from train import processes
 
-        # All leave, and the coordinator must not do so before the others.
-        agreed = isinstance(user_error, processes.Agreed)
+        # All processes exit; the coordinator must be the last.
+        agreed = isinstance(user_error, processes.SharedUserError)
         _log.finish(1)
         last = jax.distributed.shutdown if agreed else None
-        exits.leave(str(user_error), 1, last=last)
+        exits.exit_now(str(user_error), 1, last=last)
     except Stopped as stopped:
         print(f"train: {stopped}", file=sys.stderr, flush=True)
         return stopped.code
-    except SystemExit as end:  # of app.run, where all went well
+    except SystemExit as end:  # raised by app.run on success
         return end.code or 0
     except Exception as unexpected:
         from train import processes

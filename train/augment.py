@@ -1,4 +1,4 @@
-"""Images to network inputs, on the device, inside the compiled step."""
+"""Image preprocessing and augmentation on the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def pixel_counts(images: np.ndarray) -> np.ndarray:
-    """Returns how often each channel has each level, (C, 256) integers.
+    """Returns a histogram of each channel, (C, 256) integers.
 
     Args:
       images: (N, H, W, C) uint8, in host memory.
@@ -24,10 +24,10 @@ def pixel_statistics(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and standard deviation of each channel, in 0..255.
 
-    Exact, from the histogram: a float copy of the images is never made.
+    Exact, from the histogram, without a floating-point copy of the images.
 
     Args:
-      histogram: (C, 256) of `pixel_counts`; those of parts add up.
+      histogram: (C, 256), from `pixel_counts`; additive over parts.
     """
     levels = np.arange(256)
     means, stds = [], []
@@ -40,11 +40,11 @@ def pixel_statistics(
 
 
 def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns one key an example, whatever batch or device it lies on.
+    """Returns one key per example, independent of batch and device.
 
     Args:
-      key: of the run and the epoch.
-      index: (B,) integers, places in the training split.
+      key: key of the run and epoch.
+      index: (B,) integers, indices into the training split.
 
     Returns:
       (B,) keys.
@@ -55,7 +55,7 @@ def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
 def to_float(
     images: jax.Array, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
-    """Returns (images - mean) / std in float32, as networks see them.
+    """Returns (images - mean) / std in float32.
 
     Args:
       images: (B, H, W, C) uint8.
@@ -71,13 +71,13 @@ def to_float(
 def crop_and_flip(
     images: jax.Array, keys: jax.Array, *, padding: int, flip: bool
 ) -> jax.Array:
-    """Random crop of the zero-padded image, mirrored half of the time.
+    """Random crop of the zero-padded image, and random horizontal flip.
 
     Args:
-      images: (B, H, W, C) floating, already centred: zero is the mean.
-      keys: (B,) one key an example.
-      padding: pixels added on every side; 0 does not crop.
-      flip: mirrors left and right with probability 1/2.
+      images: (B, H, W, C) floating, centered.
+      keys: (B,) keys, one per example.
+      padding: pixels added on every side; 0 disables cropping.
+      flip: flips horizontally with probability 1/2.
 
     Returns:
       Array of the shape of images.

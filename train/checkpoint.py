@@ -1,53 +1,58 @@
-"""Checkpoints of a run, by orbax."""
+"""Saves and restores checkpoints with orbax."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import pathlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
 
 from train import UserError, processes
-from train.aside import put_aside, refuse_to_begin_again
-from train.checksums import SealedPath
-from train.examine import arrays, examine, read_record, tested
+from train.checkpoint_checks import (
+    array_specs,
+    find_damage,
+    read_metadata,
+    read_test_accuracy,
+)
+from train.checkpoint_errors import as_user_errors, newest_step
+from train.checksums import ChecksummedPath
+from train.damaged_checkpoints import move_damaged, refuse_fresh_start
 from train.files import exists, refuse_links
-from train.step import Sums, TrainState
+from train.state import Sums, TrainState
 from train.workdir import check_name
 
-# JAX wants a number that rises in the life of a process, over all its runs.
-_QUESTIONS = itertools.count(1)
+# JAX expects a step that increases over the lifetime of the process.
+_preemption_queries = itertools.count(1)
 
-KEEP = 2  # a crash while the newest is written leaves the one before
+NUM_RECENT = 2  # a crash while writing the newest leaves the previous one
 
 
 class Progress(NamedTuple):
-    """Where in the run a state is; kept beside it in a checkpoint."""
+    """Position in the run, saved with the state."""
 
-    epoch: int = 0  # finished epochs
-    batch: int = 0  # finished batches of the next one
-    sums: tuple[float, ...] = (0.0,) * len(Sums._fields)  # over these
+    epoch: int = 0  # completed epochs
+    batch: int = 0  # completed batches of the current epoch
+    sums: tuple[float, ...] = (0.0,) * len(Sums._fields)  # over those batches
 
 
 class Checkpoints:
-    """Saves and restores TrainState under a folder; use as a context.
+    """Context manager that saves and restores TrainState in a directory.
 
-    Keeps the newest two, and the one with the best test accuracy. Writes in the
-    background, from all processes; a checkpoint is there whole or not at all,
-    and with checksums of its files.
+    Keeps the two most recent checkpoints and the one with the best test
+    accuracy. Saving is asynchronous and done by all processes. Checkpoints are
+    atomic and carry checksums of their files.
 
     Args:
-      folder: that they lie in.
-      read_only: leaves the folder as it is, for a run that may go on meanwhile.
+      folder: the checkpoint directory.
+      read_only: does not modify the directory, so that the run may continue.
 
     Raises:
-      UserError: orbax cannot work in the folder, it is a link or holds one, or
-        it is gone while results of the run are left.
+      UserError: orbax cannot use the directory; it is or contains a symbolic
+        link; or it is missing while other results of the run exist.
     """
 
     def __init__(self, folder: pathlib.Path, *, read_only: bool = False):
@@ -55,17 +60,19 @@ class Checkpoints:
         self._folder = folder.absolute()
         self._read_only = read_only
         self._accuracy: dict[int, float] = {}
-        with processes.together():
+        with processes.sync_errors():
             if not read_only and jax.process_index() == 0:
                 refuse_links(self._folder)
                 if not exists(self._folder):
-                    refuse_to_begin_again(self._folder)
+                    refuse_fresh_start(self._folder)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else _Keep(self._accuracy),
+            preservation_policy=None
+            if read_only
+            else _RetentionPolicy(self._accuracy),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
-            temporary_path_class=SealedPath,
+            temporary_path_class=ChecksummedPath,
             lightweight_initialize=True,
         )
         try:
@@ -75,7 +82,7 @@ class Checkpoints:
                 f"Cannot use {self._folder}: {error.strerror or error}."
             ) from error
         for step in self._manager.all_steps():
-            accuracy = tested(self._folder / str(step))
+            accuracy = read_test_accuracy(self._folder / str(step))
             if accuracy is not None:
                 self._accuracy[step] = accuracy
 
@@ -84,17 +91,17 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            # What went wrong is known already.
+            # The first error is the one to report.
             with contextlib.suppress(Exception):
                 self._manager.close()
             return
-        with _clear_errors(self._folder, self._manager):
-            self._manager.close()  # waits for what is still being written
+        with as_user_errors(self._folder, self._manager):
+            self._manager.close()  # waits for pending writes
 
     @property
     def newest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
-        return _newest(self._manager)
+        """Step of the most recent complete checkpoint."""
+        return newest_step(self._manager)
 
     def save(
         self,
@@ -103,7 +110,7 @@ class Checkpoints:
         *,
         test_accuracy: float | None = None,
     ) -> None:
-        """Begins to write the state; progress is where to go on.
+        """Starts saving the state and progress asynchronously.
 
         Raises:
           UserError: this one, or the one before, cannot be written.
@@ -117,9 +124,9 @@ class Checkpoints:
         saved = {
             **progress._asdict(),
             "test_accuracy": test_accuracy,
-            "arrays": arrays(tree),
+            "arrays": array_specs(tree),
         }
-        with _clear_errors(self._folder, self._manager):
+        with as_user_errors(self._folder, self._manager):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -129,39 +136,42 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns once everything is written."""
-        with _clear_errors(self._folder, self._manager):
+        """Blocks until all saves are complete."""
+        with as_user_errors(self._folder, self._manager):
             self._manager.wait_until_finished()
 
     def preempted(self) -> bool:
-        """Whether the machines are to be given back; all processes agree.
+        """Whether a preemption notice was received, consistent across processes.
 
-        Each has to ask equally often: they agree on one of the questions.
+        Every process must call this equally often: they agree on one call.
         """
         return jax.process_count() > 1 and self._manager.reached_preemption(
-            next(_QUESTIONS)
+            next(_preemption_queries)
         )
 
     def restore(
         self, like: TrainState, *, best: bool = False
     ) -> tuple[TrainState, Progress] | None:
-        """Returns (state, progress) of the newest that is whole, or None.
+        """Returns (state, progress) of the most recent intact checkpoint.
 
-        Damage is that a file is not as it was written. Such a checkpoint is put
-        aside once an older one has been read, or if read_only passed over, with
-        a warning. What is whole and cannot be restored stays, and is an error.
+        A checkpoint is damaged if a file has changed since it was written. Once
+        an older one has been restored, damaged ones are moved away with a
+        warning, or only skipped if read_only. An intact checkpoint that cannot
+        be restored is an error.
 
         Args:
-          like: of `abstract_state`. What is read gets its shapes, dtypes and
-            devices, however many devices had written it.
-          best: takes the one with the best test accuracy; None also where
-            none has a test.
+          like: result of `abstract_state`. The restored arrays have its shapes,
+            dtypes and shardings, however many devices wrote them.
+          best: restores the checkpoint with the best test accuracy instead.
+
+        Returns:
+          (state, progress), or None without a checkpoint, or with best without
+          one that was tested.
 
         Raises:
-          UserError: there are checkpoints, and all are damaged; the newest that
-            is not cannot be read, or holds other arrays than the code asks for;
-            or there are none, but what else is in the workdir says that there
-            were.
+          UserError: all checkpoints are damaged; the newest intact one cannot
+            be read or does not match the code; or there are none, but other
+            files in the workdir show that there were.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if best:
@@ -171,26 +181,26 @@ class Checkpoints:
             steps = tested[-1:]
         damaged: dict[int, str] = {}
         for step in steps:
-            wrong = examine(self._folder / str(step), like)
+            wrong = find_damage(self._folder / str(step), like)
             if not wrong:
                 found = self._read(step, like)
-                put_aside(self._folder, damaged, step, self._read_only)
+                move_damaged(self._folder, damaged, step, self._read_only)
                 self._manager.reload()
                 return found
             damaged[step] = wrong
         if damaged:
             listed = "; ".join(f"step {n}: {why}" for n, why in damaged.items())
             raise UserError(
-                f"No checkpoint in {self._folder} is whole ({listed}). They "
-                "stay where they are: mend them, or take another --workdir."
+                f"All checkpoints in {self._folder} are damaged ({listed}). "
+                "They were not moved: repair them, or use another --workdir."
             )
-        with processes.together():
+        with processes.sync_errors():
             if not self._read_only and jax.process_index() == 0:
-                refuse_to_begin_again(self._folder)
+                refuse_fresh_start(self._folder)
         return None
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
-        about = read_record(self._folder / str(step))
+        about = read_metadata(self._folder / str(step))
         try:
             found = self._manager.restore(
                 step,
@@ -201,12 +211,11 @@ class Checkpoints:
         except Exception as error:
             if processes.is_lost(error):
                 raise
-            # Orbax reports in many lines; the first words say what it is.
+            # Orbax's messages are long; the beginning is enough.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"The checkpoint of step {step} in {self._folder} is as it was "
-                f"written, but cannot be restored here: {reason}. Nothing was "
-                "moved."
+                f"The checkpoint of step {step} in {self._folder} is intact but "
+                f"cannot be restored: {reason}. Nothing was moved."
             ) from error
         progress = Progress(
             about["epoch"], about["batch"], tuple(about["sums"])
@@ -214,11 +223,11 @@ class Checkpoints:
         return TrainState(**found.state), progress
 
 
-class _Keep:
-    """Keeps the newest checkpoints, and the one with the best test accuracy.
+class _RetentionPolicy:
+    """Keeps the most recent checkpoints and the one with the best accuracy.
 
     Args:
-      accuracy: by step; of those that have been tested.
+      accuracy: maps steps to test accuracy, where it was measured.
     """
 
     def __init__(self, accuracy: dict[int, float]):
@@ -229,50 +238,8 @@ class _Keep:
     ) -> list[bool]:
         del context
         steps = [info.step for info in checkpoints]
-        keep = {*sorted(steps)[-KEEP:]}
+        keep = {*sorted(steps)[-NUM_RECENT:]}
         tested = [step for step in sorted(steps) if step in self._accuracy]
         if tested:
             keep.add(max(reversed(tested), key=self._accuracy.__getitem__))
         return [step in keep for step in steps]
-
-
-# What the system says when a file cannot be written, in orbax's words.
-_SYSTEM = re.compile(
-    r"no space left|file too large|disk quota|read-only file|permission denied"
-    r"|input/output error",
-    re.IGNORECASE,
-)
-
-
-@contextlib.contextmanager
-def _clear_errors(
-    folder: pathlib.Path, manager: ocp.CheckpointManager | None
-) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        reason = _SYSTEM.search(str(error))
-        if not reason and not isinstance(error, OSError):
-            raise
-        whole = None if manager is None else _newest(manager)
-        raise UserError(
-            f"Cannot write a checkpoint to {folder}: "
-            f"{reason[0].lower() if reason else error}. {what_is_left(whole)}"
-        ) from error
-
-
-def _newest(manager: ocp.CheckpointManager) -> int | None:
-    """What lies in the folder; orbax counts what it is writing as well."""
-    with contextlib.suppress(Exception):
-        manager.wait_until_finished()
-    return max(manager.all_steps(read=True), default=None)
-
-
-def what_is_left(step: int | None) -> str:
-    """Says from where a run goes on that could not write."""
-    if step is None:
-        return "There is no checkpoint."
-    return (
-        f"The checkpoint of step {step} is whole: the same command goes on "
-        "from there."
-    )

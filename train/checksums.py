@@ -1,4 +1,4 @@
-"""Checksums of the files of a checkpoint, which tell damage from all else."""
+"""Checksums of checkpoint files, to detect damage."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from orbax.checkpoint.path import atomicity
 from train.files import sync_folder
 
 NAME = "checksums.json"
-# Orbax writes these after the checksums; it can do without what they say.
+# Orbax writes these after the checksums; they are not needed to restore.
 _LATER = ("_CHECKPOINT_METADATA", atomicity.COMMIT_SUCCESS_FILE)
 
 
-class Damaged(Exception):
-    """A file is not as it was written."""
+class CorruptCheckpoint(Exception):
+    """A file has changed since it was written, or is missing."""
 
 
-class SealedPath(atomicity.AtomicRenameTemporaryPath):
-    """A checkpoint that gets its checksums before it gets its name.
+class ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
+    """Writes checksums before a checkpoint is renamed to its final name.
 
-    Whatever has a name is therefore complete, and can be verified.
+    So every checkpoint with a final name is complete and can be verified.
     """
 
     async def finalize(self) -> None:
         folder = pathlib.Path(self.get())
-        if atomicity.TMP_DIR_SUFFIX not in folder.parent.name:  # of no item
-            await asyncio.to_thread(_seal, folder)
+        if atomicity.TMP_DIR_SUFFIX not in folder.parent.name:  # not an item's
+            await asyncio.to_thread(_write_checksums, folder)
         await super().finalize()
         folder = pathlib.Path(self.get_final()).parent
         await asyncio.to_thread(sync_folder, folder)
 
 
-def _seal(folder: pathlib.Path) -> None:
+def _write_checksums(folder: pathlib.Path) -> None:
     sums = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -57,15 +57,15 @@ def _digest(file: BinaryIO) -> str:
 
 
 def verify(folder: pathlib.Path, under: str = "") -> None:
-    """Reads files of a checkpoint and compares.
+    """Verifies the checksums of a checkpoint's files.
 
     Args:
-      folder: of the checkpoint.
-      under: begin of the names of those to read; all by default.
+      folder: the checkpoint.
+      under: prefix of the file names to verify; all by default.
 
     Raises:
-      Damaged: a file differs from what was written, or is missing.
-      OSError: one cannot be read, which says nothing about what is in it.
+      CorruptCheckpoint: a file has changed since it was written, or is missing.
+      OSError: a file cannot be read; it may be intact.
     """
     with _open(folder, NAME) as file:
         text = file.read()
@@ -74,26 +74,26 @@ def verify(folder: pathlib.Path, under: str = "") -> None:
         names = [name for name in sums if name.startswith(under)]
         wanted = {name: str(sums[name]) for name in names}
     except (ValueError, TypeError, RecursionError) as error:
-        raise Damaged(f"{NAME} cannot be decoded") from error
+        raise CorruptCheckpoint(f"{NAME} cannot be decoded") from error
     if not wanted:
-        raise Damaged(f"{NAME} names no files")
+        raise CorruptCheckpoint(f"{NAME} names no files")
     for name, digest in wanted.items():
         with _open(folder, name) as file:
             found = _digest(file)
         if found != digest:
-            raise Damaged(f"{name} is not as it was written")
+            raise CorruptCheckpoint(f"{name} has a wrong checksum")
     for name in _LATER:
         path = folder / name
         if path.exists() and not path.is_file():
-            raise Damaged(f"{name} is no regular file")
+            raise CorruptCheckpoint(f"{name} is not a regular file")
 
 
 def _open(folder: pathlib.Path, name: str) -> BinaryIO:
     path = folder / name
     try:
-        # A pipe would be waited for.
+        # Opening a pipe would block.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise Damaged(f"{name} is no regular file")
+            raise CorruptCheckpoint(f"{name} is not a regular file")
         return path.open("rb")
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise Damaged(f"{name} is missing") from error
+        raise CorruptCheckpoint(f"{name} is missing") from error

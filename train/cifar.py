@@ -18,12 +18,12 @@ import numpy as np
 from train import UserError
 
 
-def prepared(name: str, data_dir: str | None, *, download: bool = True):
+def load_builder(name: str, data_dir: str | None, *, download: bool = True):
     """Returns a TFDS builder whose array_record files are on disk.
 
     Raises:
-      UserError: they are damaged, or are neither there nor can be made; or are
-        not there, and download is False.
+      UserError: the files are damaged, or do not exist and cannot be prepared;
+        or do not exist and download is False.
     """
     from tensorflow_datasets.image_classification import cifar
 
@@ -32,30 +32,30 @@ def prepared(name: str, data_dir: str | None, *, download: bool = True):
     class Builder(_FromTar, base, skip_registration=True):
         name = base.name
 
-    # TFDS itself reads the variable only once, when it is imported.
+    # TFDS reads the variable only once, at import.
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
     root = pathlib.Path(data_dir or "~/tensorflow_datasets").expanduser()
     builder = _read(Builder, root)
     if not builder.data_path.exists():
         if not download:
             raise UserError(
-                f"{name} is not prepared in {root}, which the run's config "
-                "names. Say where it is with --data_dir; with a folder where "
-                "it is not, it is prepared there."
+                f"{name} is not prepared in {root}, the data_dir of the run. "
+                "Set --data_dir to prepared data, or to a directory to prepare "
+                "it in."
             )
         _prepare(Builder(data_dir=root, file_format="array_record"), root)
         builder = _read(Builder, root)  # as it is on disk
     formats = builder.info.available_file_formats()
     if "array_record" not in (format.value for format in formats):
         raise UserError(
-            f"{builder.data_dir} holds no array_record files. "
+            f"{builder.data_dir} has no array_record files. "
             f"Remove it, or point data_dir elsewhere, to have {name} prepared."
         )
     return builder
 
 
 def _read(make, root: pathlib.Path):
-    """Returns the builder, which reads what describes the data on disk."""
+    """Returns the builder after reading the metadata on disk."""
     try:
         builder = make(data_dir=root)
         features = builder.info.features
@@ -70,9 +70,9 @@ def _read(make, root: pathlib.Path):
 
 
 class _FromTar:
-    """Mixin: has TFDS's CIFAR builders write their files without TensorFlow.
+    """Mixin that makes TFDS's CIFAR builders work without TensorFlow.
 
-    Keys and features are theirs, and so are the files, order included.
+    Keys, features and files, including their order, are unchanged.
     """
 
     def _split_generators(self, dl_manager):
@@ -103,20 +103,22 @@ class _FromTar:
 
 
 def _prepare(builder, root: pathlib.Path) -> None:
-    """Writes the array_record files, downloading the archive if need be."""
+    """Writes the array_record files, downloading the archive if necessary."""
     import tensorflow_datasets as tfds
 
     name, url = builder.name, builder._cifar_info.url
     downloads, archive = root / "downloads", url.rsplit("/", 1)[1]
     manual = downloads / "manual" / archive
-    cached = f"*{archive.removesuffix('.tar.gz')}*.INFO"  # beside a download
+    cached = (
+        f"*{archive.removesuffix('.tar.gz')}*.INFO"  # metadata of a download
+    )
     patterns = f"manual/{archive}", cached, f"{name}/{cached}"
     if not any(any(downloads.glob(pattern)) for pattern in patterns):
-        # Offline, TFDS would try again for minutes.
+        # Offline, TFDS would retry for minutes.
         reason = _unreachable(url)
         if reason:
             raise UserError(
-                f"{name} is not prepared in {root}, and {url} cannot be had "
+                f"{name} is not prepared in {root}, and {url} is unreachable "
                 f"({reason}). Point data_dir or TFDS_DATA_DIR at prepared "
                 f"data, or put the archive at {manual}; "
                 "`python -m train` needs no download."
@@ -128,19 +130,19 @@ def _prepare(builder, root: pathlib.Path) -> None:
         culprit = manual if manual.exists() else url
         raise UserError(
             f"{culprit} has a wrong checksum: it is not {name}, or damaged. "
-            f"Replace it by the file from {url}."
+            f"Replace it with the file from {url}."
         ) from error
     except (OSError, tfds.download.DownloadError) as error:
-        if builder.data_path.exists():  # Another process has been faster.
+        if builder.data_path.exists():  # prepared by another process meanwhile
             return
         raise UserError(
             f"{name} cannot be prepared in {root}: {one_line(error)}. "
-            "Resolve that, or point data_dir or TFDS_DATA_DIR elsewhere."
+            "Fix this, or point data_dir or TFDS_DATA_DIR elsewhere."
         ) from error
 
 
 def _unreachable(url: str, *, seconds: float = 5.0) -> str | None:
-    """Says why url gives no answer in time; None if it does."""
+    """Returns why url cannot be reached, or None."""
     reason = f"no answer in {seconds:g} s"
 
     def probe() -> None:
@@ -151,11 +153,11 @@ def _unreachable(url: str, *, seconds: float = 5.0) -> str | None:
             reason = None
         except (OSError, ValueError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
-            # TFDS has certificates of its own: let it try.
+            # TFDS uses its own certificates: let it try.
             distrust = isinstance(cause, ssl.SSLCertVerificationError)
             reason = None if distrust else one_line(cause)
 
-    # A thread, since the timeout does not cover the look-up of the host.
+    # A thread, since the timeout does not cover DNS resolution.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(seconds)

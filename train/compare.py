@@ -1,10 +1,10 @@
 # ruff: noqa: E402
 """Compares finished and unfinished runs: python -m train.compare RUN RUN ...
 
-Prints a table with the fields of the configs that differ and the results, and
-draws the curves over each other. Runs that differ in nothing but seed are one
-line, mean ± standard deviation; the folder of a run of several seeds stands for
-all of them. Reads config.json, metrics.jsonl and summary.json alone.
+Prints a table of the config fields that differ and the results, and plots the
+learning curves. Runs that differ only in seed are averaged, mean ± standard
+deviation; the directory of a multi-seed run stands for all its seeds. Reads
+only config.json, metrics.jsonl and summary.json.
 """
 
 from __future__ import annotations
@@ -12,112 +12,22 @@ from __future__ import annotations
 from train import signals
 
 if __name__ == "__main__":
-    signals.end_at_ctrl_c(
+    signals.exit_on_ctrl_c(
         "train.compare"
     )  # before the imports, which take seconds
 
-import json
 import pathlib
 import statistics
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
-import numpy as np
-
-from train import UserError, command
-from train.files import replacing, writing
-from train.saved import read_config
-from train.workdir import lacking, read_records, read_summary
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-# Fields that change no result.
-NO_MATTER = ("seed", "seeds", "data_dir", "checkpoint_every", "profile")
-
-
-class Run(NamedTuple):
-    """What a workdir says."""
-
-    path: pathlib.Path
-    config: dict[str, Any]  # by name, those within a field with a dot
-    records: list[dict[str, float]]  # of its epochs
-    summary: dict[str, Any]  # empty until the run is finished
-
-
-class Group(NamedTuple):
-    """Runs that differ in nothing but seed, of the same number of epochs."""
-
-    runs: list[Run]
-    label: str  # what is special about its config, or its folder
-
-
-def read(path: pathlib.Path) -> Run:
-    """Reads one run.
-
-    Raises:
-      UserError: path is no workdir, no epoch is recorded, or a file is damaged.
-    """
-    config = _flat(json.loads(read_config(path).to_json()))
-    records, summary = read_records(path), read_summary(path)
-    if not records and not summary:
-        raise UserError(
-            f"{path} has no records yet; the first comes after the first epoch."
-        )
-    last = max([int(one["epoch"]) for one in records], default=0)
-    missing = lacking(records, config["epochs"] if summary else last)
-    if missing:
-        raise UserError(
-            f"{path / 'metrics.jsonl'} lacks {missing}. Put it back from a "
-            "copy, or leave this run away."
-        )
-    return Run(path, config, records, summary)
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def grouped(runs: list[Run]) -> tuple[list[Group], list[str]]:
-    """Returns the groups, in the order of their first run, and what differs.
-
-    An unfinished run stands with those that have come as far.
-    """
-    every = {name for run in runs for name in run.config}
-    differ = [
-        name
-        for name in sorted(every - {*NO_MATTER})
-        if len({json.dumps(run.config.get(name)) for run in runs}) > 1
-    ]
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        values = [run.config.get(name) for name in differ]
-        key = json.dumps([values, len(run.records)])
-        groups.setdefault(key, []).append(run)
-    found = [
-        Group(members, _label(members, differ)) for members in groups.values()
-    ]
-    return found, differ
-
-
-def _label(runs: list[Run], differ: list[str]) -> str:
-    run, done = runs[0], len(runs[0].records)
-    values = [f"{name}={run.config.get(name)}" for name in differ]
-    label = ", ".join(values) or run.path.name
-    if done < run.config["epochs"]:
-        label += f" ({done} of {run.config['epochs']} epochs)"
-    return label if len(runs) == 1 else f"{label}, {len(runs)} runs"
+from train import UserError, cli
+from train.learning_curves import draw
+from train.run_groups import Group, Run, grouped, read
 
 
 def table(groups: list[Group], differ: list[str]) -> str:
-    """Returns the groups as lines of text, in columns."""
+    """Formats the groups as a text table."""
     averaged = any("average_test_accuracy" in _last(g.runs[0]) for g in groups)
     head = ["run", *differ, "seeds", "epochs", "accuracy %", "loss"]
     head += ["average's %"] if averaged else []
@@ -144,8 +54,8 @@ def table(groups: list[Group], differ: list[str]) -> str:
 
 
 def _last(run: Run) -> dict[str, Any]:
-    """The results of a run, of the last epoch that it has."""
-    # The first epoch holds the compilation.
+    """Returns the results of a run after its last epoch."""
+    # The first epoch includes compilation.
     speeds = [record["images_per_second"] for record in run.records]
     speed = statistics.median(speeds[1:] or speeds)
     return {**run.summary, **run.records[-1], "images_per_second": speed}
@@ -158,7 +68,7 @@ def _devices(run: Run) -> str:
 
 
 def _spread(runs: list[Run], key: str, form: str, unit: float = 1.0) -> str:
-    """Words the mean, and the deviation where there are several."""
+    """Formats the mean, with the standard deviation of several runs."""
     last = [_last(run) for run in runs]
     if any(key not in one for one in last):
         return "-"
@@ -169,83 +79,25 @@ def _spread(runs: list[Run], key: str, form: str, unit: float = 1.0) -> str:
     return f"{mean} ± {form.format(statistics.stdev(values))}"
 
 
-def draw(groups: list[Group], path: pathlib.Path) -> None:
-    """Draws loss and accuracy of all groups over the epochs.
-
-    Of several runs the mean, in a band of one standard deviation.
-
-    Raises:
-      UserError: path cannot be written, or has an ending of no known format.
-    """
-    figure, (loss, accuracy) = plt.subplots(
-        1, 2, figsize=(11, 4.5), layout="constrained"
-    )
-    for i, group in enumerate(groups):
-        color = f"C{i % 10}"
-        _curve(loss, group, "train_loss", 1, color, ":")
-        _curve(loss, group, "test_loss", 1, color, "-", group.label)
-        _curve(accuracy, group, "test_accuracy", 100, color, "-", group.label)
-    loss.set(xlabel="epoch", ylabel="loss (nats); dotted: in training")
-    loss.set_yscale("log")
-    accuracy.set(xlabel="epoch", ylabel="test accuracy (%)")
-    figure.legend(
-        *accuracy.get_legend_handles_labels(), loc="outside lower center"
-    )
-    kind = path.suffix[1:]
-    try:
-        if kind not in figure.canvas.get_supported_filetypes():
-            known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
-            raise UserError(
-                f"Cannot draw --out={path}: {kind!r} is none of {known}."
-            )
-        # Through a link: whose it is, who calls has said.
-        with writing(f"--out={path}"), replacing(path.resolve()) as file:
-            figure.savefig(file, format=kind, dpi=150)
-    finally:
-        plt.close(figure)
-
-
-def _curve(
-    axes: plt.Axes,
-    group: Group,
-    key: str,
-    unit: float,
-    color: str,
-    style: str,
-    label: str | None = None,
-) -> None:
-    epochs = [record["epoch"] for record in group.runs[0].records]
-    values = unit * np.array(
-        [[record[key] for record in run.records] for run in group.runs]
-    )
-    mean = values.mean(0)
-    dots = "." if len(epochs) < 30 else ""
-    axes.plot(epochs, mean, style, color=color, label=label, marker=dots)
-    if len(values) > 1:
-        deviation = values.std(0, ddof=1)
-        low, high = mean - deviation, mean + deviation
-        axes.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
-
-
-def with_ending(out: pathlib.Path) -> pathlib.Path:
-    """Returns the name of the picture: a PNG if it says nothing else."""
+def with_extension(out: pathlib.Path) -> pathlib.Path:
+    """Appends .png to a path without an extension."""
     return out if out.suffix else out.with_name(out.name + ".png")
 
 
 def compare(
     paths: Iterable[pathlib.Path], out: pathlib.Path
 ) -> tuple[list[Group], list[str]]:
-    """Prints the table of the runs and draws their curves into out.
+    """Prints a table of the runs and plots their learning curves.
 
     Args:
-      paths: of runs, or of folders of seeds.
-      out: of the picture; its ending says the format, which it must have.
+      paths: workdirs of runs, or of multi-seed runs.
+      out: output path; its extension selects the format.
 
     Returns:
-      The groups, and the fields of the configs that differ.
+      The groups, and the names of the config fields that differ.
 
     Raises:
-      UserError: a folder is no run or has no records, or is given twice; or out
+      UserError: a path is not a run, has no records or is given twice; or out
         cannot be written.
     """
     paths = [one for path in paths for one in _seeds(path)]
@@ -261,7 +113,7 @@ def compare(
 
 
 def _seeds(path: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the runs in a folder of seeds, or else the path itself."""
+    """Returns the runs of a multi-seed run, or else the path itself."""
     runs = [config.parent for config in path.glob("seed-*/config.json")]
     if (path / "config.json").exists() or not runs:
         return [path]
@@ -269,31 +121,30 @@ def _seeds(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def main(arguments: list[str]) -> None:
-    parser = command.Parser(
+    parser = cli.Parser(
         "python -m train.compare", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
         "runs",
         nargs="+",
-        type=command.folder,
+        type=cli.folder,
         metavar="RUN",
         help="the --workdir of a run",
     )
     parser.add_argument(
         "--out",
-        type=command.folder,
+        type=cli.folder,
         default=pathlib.Path("compare.png"),
         metavar="FILE",
-        help="of the picture; compare.png without, and .png if it has no "
-        "ending",
+        help="output file; default compare.png",
     )
     given = parser.parse_args(arguments)
     if given.out.is_dir():
-        parser.error(f"--out={given.out} is a folder; give a file")
-    out = with_ending(given.out)
+        parser.error(f"--out={given.out} is a directory; it must be a file")
+    out = with_extension(given.out)
     compare(given.runs, out)
-    print(f"The picture is {out}.")
+    print(f"Wrote {out}.")
 
 
 if __name__ == "__main__":
-    command.run("train.compare", main)
+    cli.run("train.compare", main)

@@ -1,4 +1,4 @@
-"""Config files: whether one runs, and where it does not."""
+"""Loads config files and reports errors in them."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def check(given: str, fields: ModuleType) -> None:
     """Raises UserError unless a config file returns a config of the program.
 
     Args:
-      given: FILE, or FILE:ARGUMENT for its get_config(ARGUMENT).
-      fields: the module of configs/ with every field that there is.
+      given: FILE, or FILE:ARGUMENT for get_config(ARGUMENT).
+      fields: the module of configs/ that defines all fields.
     """
     file, colon, argument = given.partition(":")
     if not pathlib.Path(file).exists():
         raise UserError(
-            f"There is no file {file}; configs/ holds {of(fields)}."
+            f"There is no file {file}; configs/ holds {names_for(fields)}."
         )
     if not pathlib.Path(file).is_file():
         raise UserError(
-            f"--config={file} is no file; configs/ holds {of(fields)}."
+            f"--config={file} is not a file; configs/ holds {names_for(fields)}."
         )
     try:
         config = _config(file, (argument,) if colon else ())
     except UserError:
         raise
-    # Whatever a program may raise, and also that it wants to end this one.
+    # A config file may raise anything, SystemExit included.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and _ctrl_c_raises():
             raise
-        raise UserError(_words(error, file)) from error
+        raise UserError(_describe_error(error, file)) from error
     if not isinstance(config, ConfigDict) or isinstance(
         config, FrozenConfigDict
     ):
@@ -56,24 +56,24 @@ def check(given: str, fields: ModuleType) -> None:
         config.copy_and_resolve_references()
     except RequiredValueError as error:
         raise UserError(
-            f"{file}: a field that is a required_placeholder has no value; "
-            "give it one there."
+            f"{file}: a required_placeholder field has no value; set it in the "
+            "file."
         ) from error
     missing = sorted({*fields.get_config()} - {*config})
     if missing:
         raise UserError(
-            f"The config has no {missing[0]}: it is for another program. Take "
-            f"one of {of(fields)} in configs/."
+            f"The config has no {missing[0]}: it is for another program. Use "
+            f"one of {names_for(fields)} in configs/."
         )
 
 
 def _ctrl_c_raises() -> bool:
-    """Whether KeyboardInterrupt may come from outside; see train.signals."""
+    """Whether Ctrl-C raises KeyboardInterrupt; see train.signals."""
     return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def of(fields: ModuleType) -> str:
-    """Names the files of configs/ that set these fields."""
+def names_for(fields: ModuleType) -> str:
+    """Lists the files of configs/ that build on these fields."""
     name = fields.__name__.rpartition(".")[2]
     paths = sorted(CONFIGS.glob("*.py"))
     return ", ".join(p.name for p in paths if _builds_on(p, name))
@@ -101,9 +101,9 @@ def _config(file: str, arguments: tuple[str, ...]) -> Any:
     try:
         inspect.signature(get).bind(*arguments)
     except TypeError as error:
-        after = f"behind the colon; got {arguments[0]!r}" if arguments else ""
+        after = f"after the colon; got {arguments[0]!r}" if arguments else ""
         raise UserError(
-            f"{file}: get_config() takes nothing {after}."
+            f"{file}: get_config() takes no argument {after}."
             if after
             else f"{file}: get_config() cannot be called: {error}; give "
             f"--config={file}:ARGUMENT."
@@ -111,14 +111,14 @@ def _config(file: str, arguments: tuple[str, ...]) -> Any:
     return get(*arguments)
 
 
-def _words(error: BaseException, file: str) -> str:
-    """Says in a line what happened in a config file, and where."""
+def _describe_error(error: BaseException, file: str) -> str:
+    """Describes an error in a config file and its location in one line."""
     try:
         said = " ".join(str(error).split())
-    except Exception:  # of a class of the file's own
+    except Exception:  # an exception class defined in the file
         said = ""
     if isinstance(error, ValueError) and said.startswith("configs/"):
-        return said  # of what stands behind the colon
+        return said  # about the argument after the colon
     if isinstance(error, SyntaxError):
         line = f", line {error.lineno}" if error.lineno else ""
         at = f"{error.filename or file}{line}"

@@ -1,13 +1,13 @@
-"""Image data sets as uint8 arrays in memory, and batches of them.
+"""Image data sets as uint8 arrays in memory.
 
-CIFAR is read, and if need be prepared, by tensorflow-datasets (TFDS) without
-TensorFlow, which its own archive extraction and CIFAR reader would import.
+CIFAR is read, and prepared if necessary, by tensorflow-datasets (TFDS). Its own
+archive extraction and CIFAR reader are replaced: they would import TensorFlow.
 """
 
 import contextlib
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ _CHUNK = 1000  # examples decoded at a time
 
 
 class Split(NamedTuple):
-    """Examples, as arrays or as columns that are read when asked for."""
+    """Examples as arrays, or as lazy arrays that are read on access."""
 
     images: np.ndarray  # (N, H, W, C) uint8
     labels: np.ndarray  # (N,) int32
@@ -32,16 +32,9 @@ class Dataset(NamedTuple):
     num_classes: int
 
 
-class Batch(NamedTuple):
-    images: np.ndarray  # (B, H, W, C) uint8
-    labels: np.ndarray  # (B,) int32
-    index: np.ndarray  # (B,) int32, the example's place in its Split
-    where: np.ndarray  # (B,) bool, False for padding
-
-
 class _Source(NamedTuple):
     splits: dict  # split name -> tfds.core.SplitInfo
-    # (split name, places) -> examples
+    # (split name, indices) -> examples
     read: Callable[[str, Sequence[int]], Split]
     num_classes: int
     image_shape: tuple[int, ...]
@@ -66,13 +59,13 @@ def load(
         in place of a download.
       train_split, test_split: TFDS split expressions. A validation set is
         train_split="train[:45000]", test_split="train[45000:]".
-      lazy: Reads and decodes an example when it is first asked for, and then
-        keeps it: where several processes each want a share.
-      download: False writes nothing: CIFAR has to be prepared already.
+      lazy: Reads and decodes each example on first access and caches it, for
+        processes that each need only a part.
+      download: False never writes: CIFAR must have been prepared before.
 
     Raises:
       UserError: name, data_dir or a split does not exist, a split is empty, or
-        CIFAR is neither prepared nor can be.
+        CIFAR is not prepared and cannot be.
     """
     if name not in NAMES:
         near = difflib.get_close_matches(name.lower(), NAMES, n=1)
@@ -93,166 +86,76 @@ def load(
 
 
 def order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of range(num_examples): a function of (seed, epoch) alone."""
+    """Permutation of range(num_examples), a function of (seed, epoch) only."""
     return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
 
-def train_batches(
-    split: Split,
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    start: int = 0,
-    rows: np.ndarray | None = None,
-) -> Iterator[Batch]:
-    """Full batches in `order`; the rest of the epoch is left out.
-
-    Args:
-      split: what to read from.
-      batch_size: of all processes together.
-      seed, epoch: decide the order.
-      start: batches to leave out at the beginning, without reading them.
-      rows: places in each batch to read; None reads all.
-
-    Raises:
-      UserError: batch_size is not in 1..N.
-    """
-    num_examples = len(split.labels)
-    if not 1 <= batch_size <= num_examples:
-        raise UserError(
-            f"Batch size {batch_size} does not fit {num_examples} training "
-            f"examples. Choose one from 1 to {num_examples}."
-        )
-    places = order(num_examples, seed=seed, epoch=epoch)
-    full = num_examples - num_examples % batch_size
-    places = places[start * batch_size : full]
-    return _batches(split, places, batch_size, rows)
-
-
-def stacked(
-    batches: Iterable[Batch], count: int
-) -> Iterator[tuple[int, Batch]]:
-    """Yields (how many, batches on a new first axis); what is left, singly.
-
-    A batch that comes alone has no such axis.
-    """
-    waiting: list[Batch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if len(waiting) == count:
-            yield count, waiting[0] if count == 1 else _stack(waiting)
-            waiting = []
-    for batch in waiting:
-        yield 1, batch
-
-
-def _stack(batches: Sequence[Batch]) -> Batch:
-    return Batch(*map(np.stack, zip(*batches)))
-
-
-def test_batches(
-    split: Split, batch_size: int, *, rows: np.ndarray | None = None
-) -> Iterator[Batch]:
-    """Every example once, in place; zeros fill the last batch.
-
-    Args:
-      split: what to read from.
-      batch_size: of all processes together.
-      rows: places in each batch to read; None reads all.
-
-    Raises:
-      UserError: batch_size is not positive.
-    """
-    if batch_size < 1:
-        raise UserError(f"Batch size {batch_size} is not positive.")
-    return _batches(split, np.arange(len(split.labels)), batch_size, rows)
-
-
-test_batches.__test__ = False  # for pytest, where it is imported by name
-
-
-def _batches(
-    split: Split, places: np.ndarray, size: int, rows: np.ndarray | None
-) -> Iterator[Batch]:
-    rows = np.arange(size) if rows is None else rows
-    for start in range(0, len(places), size):
-        batch = places[start : start + size].astype(np.int32)
-        index = batch[rows[rows < len(batch)]]
-        where = np.ones(len(index), bool)
-        values = split.images[index], split.labels[index], index, where
-        padding = (0, len(rows) - len(index))
-        yield Batch(
-            *(np.pad(x, [padding] + [(0, 0)] * (x.ndim - 1)) for x in values)
-        )
-
-
 def _select(source: _Source, expression: str, lazy: bool) -> Split:
-    """Finds the examples of a TFDS split expression, in its order."""
+    """Selects the examples of a TFDS split expression, in order."""
     import tensorflow_datasets as tfds
 
     parts = []
-    # TFDS's errors for what is malformed, unknown or out of range.
+    # TFDS raises various errors for malformed or unknown expressions.
     with contextlib.suppress(Exception):
         instruction = tfds.core.ReadInstruction.from_spec(expression)
         for part in instruction.to_absolute(source.splits):
-            places = range(source.splits[part.splitname].num_examples)
-            parts.append((part.splitname, places[part.from_ : part.to]))
-    if not any(places for _, places in parts):
+            indices = range(source.splits[part.splitname].num_examples)
+            parts.append((part.splitname, indices[part.from_ : part.to]))
+    if not any(indices for _, indices in parts):
         sizes = (f"{n} ({s.num_examples})" for n, s in source.splits.items())
         raise UserError(
             f"Split {expression!r} selects nothing of {' or '.join(sizes)}. "
             "Write it like train, train[:1000], train[90%:] or test."
         )
     if lazy:
-        return _Lazy(source, parts).split
+        return _LazySplit(source, parts).split
     arrays = zip(*(source.read(*part) for part in parts))
     return Split(*map(np.concatenate, arrays))
 
 
-class _Lazy:
-    """Examples in memory once they have been asked for."""
+class _LazySplit:
+    """Examples that are read on first access and cached."""
 
     def __init__(self, source: _Source, parts: list[tuple[str, range]]):
         self._source = source
-        self._places = [(name, p) for name, places in parts for p in places]
-        n = len(self._places)
-        # The system gives memory to what is written, not to what is reserved.
-        self._kept = Split(
+        self._indices = [(name, p) for name, indices in parts for p in indices]
+        n = len(self._indices)
+        # Memory is only allocated by the system when written.
+        self._cache = Split(
             np.empty((n, *source.image_shape), np.uint8), np.empty(n, np.int32)
         )
-        self._known = np.zeros(n, bool)
-        self.split = Split(*(_Column(self, i) for i in range(2)))
+        self._cached = np.zeros(n, bool)
+        self.split = Split(*(_LazyArray(self, i) for i in range(2)))
 
     def rows(self, index: np.ndarray, column: int) -> np.ndarray:
-        wanted = np.unique(index[~self._known[index]])
-        names = np.array([self._places[i][0] for i in wanted])
+        wanted = np.unique(index[~self._cached[index]])
+        names = np.array([self._indices[i][0] for i in wanted])
         for name in np.unique(names):
             part = wanted[names == name]
-            read = self._source.read(name, [self._places[i][1] for i in part])
-            for kept, values in zip(self._kept, read):
+            read = self._source.read(name, [self._indices[i][1] for i in part])
+            for kept, values in zip(self._cache, read):
                 kept[part] = values
-        self._known[wanted] = True
-        return self._kept[column][index]
+        self._cached[wanted] = True
+        return self._cache[column][index]
 
-    def whole(self, column: int) -> np.ndarray:
-        return self._kept[column]
+    def array(self, column: int) -> np.ndarray:
+        return self._cache[column]
 
 
-class _Column:
-    """One array of the examples; indexed by arrays of places."""
+class _LazyArray:
+    """A lazy array of examples; supports indexing by arrays and slices."""
 
-    def __init__(self, examples: _Lazy, column: int):
+    def __init__(self, examples: _LazySplit, column: int):
         self._examples, self._column = examples, column
-        self.shape = examples.whole(column).shape
-        self.dtype = examples.whole(column).dtype
+        self.shape = examples.array(column).shape
+        self.dtype = examples.array(column).dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
-        places = np.arange(len(self))[index]
-        return self._examples.rows(places, self._column)
+        indices = np.arange(len(self))[index]
+        return self._examples.rows(indices, self._column)
 
 
 def _digits() -> _Source:
@@ -273,26 +176,26 @@ def _digits() -> _Source:
         for name, split in data.items()
     }
 
-    def read(name: str, places: Sequence[int]) -> Split:
-        return Split(*(x[np.asarray(places)] for x in data[name]))
+    def read(name: str, indices: Sequence[int]) -> Split:
+        return Split(*(x[np.asarray(indices)] for x in data[name]))
 
     return _Source(splits, read, 10, images.shape[1:])
 
 
 def _cifar(name: str, data_dir: str | None, download: bool) -> _Source:
-    builder = cifar.prepared(name, data_dir, download=download)
+    builder = cifar.load_builder(name, data_dir, download=download)
     features = builder.info.features
 
     shape = features["image"].shape
 
-    def read(split: str, places: Sequence[int]) -> Split:
-        images = np.empty((len(places), *shape), np.uint8)
-        labels = np.empty(len(places), np.int32)
+    def read(split: str, indices: Sequence[int]) -> Split:
+        images = np.empty((len(indices), *shape), np.uint8)
+        labels = np.empty(len(indices), np.int32)
         try:
             rows = builder.as_data_source(split, file_format="array_record")
-            for start in range(0, len(places), _CHUNK):
+            for start in range(0, len(indices), _CHUNK):
                 chunk = slice(start, start + _CHUNK)
-                decoded = rows.__getitems__(list(places[chunk]))
+                decoded = rows.__getitems__(list(indices[chunk]))
                 images[chunk] = [row["image"] for row in decoded]
                 labels[chunk] = [row["label"] for row in decoded]
         except Exception as error:  # whatever a damaged file leads to

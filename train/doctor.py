@@ -1,8 +1,8 @@
 # ruff: noqa: E402
-"""Examines the batch norm layers of a run: python -m train.doctor RUN.
+"""Diagnoses the batch norm layers of a run: python -m train.doctor RUN.
 
-Prints a table of the layers and what is wrong with them, and draws it into
-RUN/doctor.png. Reads training batches as the run saw them.
+Prints a table of the layers with warnings and plots it to RUN/doctor.png. Reads
+training batches, augmented as in the run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from train import signals
 
 if __name__ == "__main__":
-    signals.end_at_ctrl_c(
+    signals.exit_on_ctrl_c(
         "train.doctor"
     )  # before the imports, which take seconds
 
@@ -23,10 +23,10 @@ import matplotlib
 import numpy as np
 
 from jaxbn import doctor
-from train import command, data
-from train.files import replacing, writing
-from train.saved import Saved, load, use_devices
-from train.step import augmented
+from train import batching, cli
+from train.files import as_user_error, atomic_write
+from train.step import augmented_images
+from train.trained_run import TrainedRun, load, use_devices
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,62 +35,62 @@ from matplotlib import pyplot as plt
 def examine(
     run: pathlib.Path, batches: int, *, data_dir: str | None = None
 ) -> doctor.Report:
-    """Prints the report on a run and draws it into doctor.png.
+    """Prints the report on a run and plots it to doctor.png.
 
     Args:
-      run: its workdir.
-      batches: to read.
-      data_dir: of TFDS; None is that of the run, see `train.saved.load`.
+      run: the workdir.
+      batches: number of batches to read.
+      data_dir: TFDS data directory; None uses that of the run, see `train.trained_run.load`.
 
     Raises:
-      UserError: run holds nothing to examine, or cannot be written to.
+      UserError: run has no checkpoint, or cannot be written to.
     """
     saved = load(run, data_dir=data_dir)
     state = saved.state
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     report = doctor.examine(
-        saved.prepared.recipe.model,
+        saved.experiment.recipe.model,
         variables,
         itertools.islice(_images(saved), batches),
-        devices=saved.prepared.place.mesh.size,
+        devices=saved.experiment.topology.mesh.size,
     )
-    with writing(run):
+    with as_user_error(run):
         draw(report, run / "doctor.png")
     return report
 
 
-def _images(saved: Saved) -> Iterator[jax.Array]:
-    """Yields augmented images, batch by batch, of the last epoch."""
+def _images(saved: TrainedRun) -> Iterator[jax.Array]:
+    """Yields batches of augmented images of the last epoch."""
     config, epoch = saved.config, max(saved.progress.epoch - 1, 0)
-    recipe = saved.prepared.recipe
-    see = jax.jit(lambda batch: augmented(recipe, batch, epoch))
-    for batch in data.train_batches(
-        saved.prepared.dataset.train,
+    recipe = saved.experiment.recipe
+    augment = jax.jit(lambda batch: augmented_images(recipe, batch, epoch))
+    for batch in batching.train_batches(
+        saved.experiment.dataset.train,
         config.batch_size,
         seed=config.seed,
         epoch=epoch,
     ):
-        yield see(batch)
+        yield augment(batch)
 
 
 def draw(report: doctor.Report, path: pathlib.Path) -> None:
-    """Draws every layer's statistics against the data's into a PNG."""
+    """Plots the statistics of each layer against those of the data."""
     layers = report.layers
-    places = np.arange(len(layers))
+    positions = np.arange(len(layers))
     figure, axes = plt.subplots(
         3, 1, figsize=(max(6, 0.3 * len(layers) + 2), 8), sharex=True
     )
     shift, noise, scale = axes
     worst = [float(np.max(layer.z)) for layer in layers]
     middle = [float(np.median(layer.z)) for layer in layers]
-    shift.bar(places, worst, color="C0", label="worst channel")
-    shift.bar(places, middle, color="C1", label="median channel")
+    shift.bar(positions, worst, color="C0", label="worst channel")
+    shift.bar(positions, middle, color="C1", label="median channel")
     shift.set_ylabel("|running mean - mean| / std")
     shift.legend()
     shift.set_title("Running statistics against those of the data")
-    noise.plot(places, [layer.gap for layer in layers], "o-", label="gap")
+    noise.plot(positions, [layer.gap for layer in layers], "o-", label="gap")
     noise.plot(
-        places,
+        positions,
         [layer.noise for layer in layers],
         ".--",
         label="with exact statistics",
@@ -101,37 +101,39 @@ def draw(report: doctor.Report, path: pathlib.Path) -> None:
         np.abs(np.ones(1) if layer.scale is None else layer.scale)
         for layer in layers
     ]
-    scale.boxplot(kept, positions=places, manage_ticks=False)
+    scale.boxplot(kept, positions=positions, manage_ticks=False)
     scale.set_ylabel("|scale|")
-    scale.set_xticks(places, [layer.path for layer in layers], rotation=90)
+    scale.set_xticks(positions, [layer.path for layer in layers], rotation=90)
     figure.tight_layout()
     try:
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             figure.savefig(file, format="png", dpi=120)
     finally:
         plt.close(figure)
 
 
 def main(arguments: list[str]) -> None:
-    parser = command.Parser(
+    parser = cli.Parser(
         "python -m train.doctor", description=__doc__.partition("\n")[0]
     )
+    parser.add_argument("run", type=cli.folder, help="the --workdir of a run")
     parser.add_argument(
-        "run", type=command.folder, help="the --workdir of a run"
+        "--batches",
+        type=int,
+        default=20,
+        help="number of batches to read; default 20",
     )
     parser.add_argument(
-        "--batches", type=int, default=20, help="to read; 20 without"
-    )
-    parser.add_argument(
-        "--data_dir", help="of TFDS; the run's, if the data is there already"
+        "--data_dir",
+        help="TFDS data directory; default: that of the run, if prepared",
     )
     given = parser.parse_args(arguments)
     if given.batches < 1:
         parser.error(f"--batches must be at least 1; got {given.batches}")
     use_devices(given.run)
     examine(given.run, given.batches, data_dir=given.data_dir)
-    print(f"The picture is {given.run / 'doctor.png'}.")
+    print(f"Wrote {given.run / 'doctor.png'}.")
 
 
 if __name__ == "__main__":
-    command.run("train.doctor", main)
+    cli.run("train.doctor", main)

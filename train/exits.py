@@ -1,4 +1,4 @@
-"""The end of a process: one line, one exit code, and a file with the rest."""
+"""Exits with a one-line error, an exit code, and a log with the details."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ from typing import Any, NoReturn, TextIO
 
 from train import RESUME
 
-_ending = threading.Lock()  # held for good by the thread that ends the process
+_ending = threading.Lock()  # never released by the thread that exits
 
 
-def leave(
+def exit_now(
     message: str,
     code: int,
     *,
     program: str = "train",
     last: Callable[[], Any] | None = None,
 ) -> NoReturn:
-    """Prints a line and ends the process at once, from any thread.
+    """Prints a line and exits immediately, from any thread.
 
-    A clean exit would wait: for other processes, in a collective that this one
-    will never join, and for threads that wait for a file system.
+    A clean exit could block: on other processes, in a collective that this one
+    never joins, or on threads waiting for a file system.
 
     Args:
-      message: the line.
-      code: that the process ends with.
-      program: that the line begins with.
-      last: is called once the line is out; what it raises is dropped.
+      message: the line to print.
+      code: the exit code.
+      program: prefix of the line.
+      last: called after printing; exceptions are ignored.
     """
     _ending.acquire()
-    # A reader that takes nothing, such as a pager, would be waited for.
-    with contextlib.suppress(RuntimeError):  # no thread while Python ends
+    # Flushing blocks while a pager does not read.
+    with contextlib.suppress(
+        RuntimeError
+    ):  # no new thread at interpreter shutdown
         flushing = threading.Thread(target=_flush, daemon=True)
         flushing.start()
         flushing.join(1.0)
@@ -57,10 +59,10 @@ def _flush() -> None:
 
 
 class ErrorLog:
-    """Where the details of an error go, so that the user gets one line.
+    """Log file for the details of an error; the user sees one line.
 
     Args:
-      process: index of this process; None where there is only one.
+      process: index of this process; None with a single process.
     """
 
     def __init__(self, process: int | None = None):
@@ -68,28 +70,27 @@ class ErrorLog:
         self._folder: pathlib.Path | None = None
         self._captured: io.BufferedRandom | None = None
         self._finished: int | None = None
-        self._meeting = True
-        self._handler: Any = None  # ctypes calls it as long as it is kept
+        self._connecting = True
+        self._handler: Any = None  # kept alive for ctypes
 
     def use(self, workdir: pathlib.Path) -> None:
-        """Writes to this folder, once it exists, and not to a temporary one."""
+        """Logs to this directory once it exists, instead of a temporary one."""
         self._folder = workdir
 
     def write(self, text: str) -> pathlib.Path | None:
-        """Appends text, and what libraries have printed, to the file.
+        """Appends text and the captured output of libraries to the log.
 
         Returns:
-          The file, or None where none can be written.
+          Path of the log, or None if none could be written.
         """
-        import tempfile  # here: what is imported first delays `listen`
+        import tempfile  # imported late to keep `listen` early
 
         text = f"{text.rstrip()}\n\n{self._printed()}".rstrip() + "\n"
         temporary = pathlib.Path(tempfile.gettempdir())
         own = temporary / f"train-{os.getpid()}-{self._name}"
         found = self._folder is not None and self._folder.is_dir()
         for path in (self._folder / self._name, own) if found else (own,):
-            # Not through a link that somebody has laid there, and not into a
-            # pipe that nobody reads.
+            # Follow no symbolic link, and do not block on a pipe.
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             flags |= os.O_NOFOLLOW | os.O_NONBLOCK
             with contextlib.suppress(OSError):
@@ -99,50 +100,50 @@ class ErrorLog:
         return None
 
     def capture(self) -> None:
-        """Takes in what libraries print on standard output and error.
+        """Captures what libraries print to standard output and error.
 
-        They say there which processes have met, and where one dies those of the
-        others print a hundred lines and abort. Python's own sys.stdout and
-        sys.stderr stay the user's.
+        They log connections there, and when a process dies, the libraries of
+        the others print a hundred lines and abort. sys.stdout and sys.stderr
+        still reach the user.
         """
         import tempfile
 
-        # It stays open until the process ends.
+        # Stays open until the process exits.
         self._captured = tempfile.TemporaryFile()  # noqa: SIM115
-        sys.stdout = _moved(sys.stdout, 1, self._captured.fileno())
-        sys.stderr = _moved(sys.stderr, 2, self._captured.fileno())
+        sys.stdout = _redirect(sys.stdout, 1, self._captured.fileno())
+        sys.stderr = _redirect(sys.stderr, 2, self._captured.fileno())
         threading.excepthook = self._thread_failed
         self._on_abort()
 
-    def met(self) -> None:
-        """From here on an abort means that another process is gone."""
-        self._meeting = False
+    def connected(self) -> None:
+        """From now on an abort means that another process was lost."""
+        self._connecting = False
 
     def finish(self, code: int) -> None:
-        """The rest is known: an abort while JAX shuts down changes nothing."""
+        """Sets the exit code; an abort while JAX shuts down does not change it."""
         self._finished = code
 
     def lost(self, error: str) -> NoReturn:
-        """Ends the process because another one has."""
+        """Exits because another process was lost."""
         path = self.write(error)
-        leave(
-            "Another process died or left: the connection to it is lost. Its "
-            "own output says why; the same command on all hosts goes on from "
-            f"the last checkpoint.{_see(path)}",
+        exit_now(
+            "Lost the connection to another process, which died or exited; see "
+            "its output for the reason. Rerun the same command on all hosts to "
+            f"resume from the last checkpoint.{_see_file(path)}",
             RESUME,
         )
 
     def unexpected(self, error: BaseException) -> NoReturn:
-        """Ends the process with what nobody has foreseen."""
+        """Exits with an unexpected error."""
         text = "".join(traceback.format_exception(error))
         path = self.write(text)
         if path is None:
-            leave(text, 1)
+            exit_now(text, 1)
         words = " ".join(str(error).split())
         short = words[:200] + ("..." if len(words) > 200 else "")
-        leave(
+        exit_now(
             f"Unexpected {type(error).__name__}: {short.rstrip('.')}."
-            f"{_see(path)}",
+            f"{_see_file(path)}",
             1,
         )
 
@@ -166,9 +167,9 @@ class ErrorLog:
         )
 
     def _on_abort(self) -> None:
-        """JAX aborts where it loses another process, in a thread of its own.
+        """Handles SIGABRT: JAX aborts, in a thread, if it loses a process.
 
-        Python's handlers would run later and in the main thread: never.
+        Python's signal handlers run in the main thread, so never.
         """
 
         @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -187,20 +188,21 @@ class ErrorLog:
         printed = self._printed()
         if "distributed service detected fatal errors" not in printed:
             path = self.write("A library aborted the process.")
-            leave(f"A library aborted the process.{_see(path)}", 1)
-        if self._meeting:
-            path = self.write("The processes did not meet.")
-            leave(
-                "The processes did not meet: give the same --coordinator, an "
-                "address that all reach, and --num_processes to all of them, and "
-                f"to each a --process_id of its own, within a minute.{_see(path)}",
+            exit_now(f"A library aborted the process.{_see_file(path)}", 1)
+        if self._connecting:
+            path = self.write("The processes did not connect.")
+            exit_now(
+                "The processes did not connect. Start all of them within a "
+                "minute, with the same --coordinator, which all can reach, the "
+                "same --num_processes, and distinct --process_id."
+                f"{_see_file(path)}",
                 1,
             )
         self.lost("JAX aborted the process.")
 
 
-def _moved(stream: TextIO, number: int, captured: int) -> TextIO:
-    """Gives a stream a descriptor of its own, and its old one to libraries."""
+def _redirect(stream: TextIO, number: int, captured: int) -> TextIO:
+    """Moves a stream to a new descriptor; libraries keep the old one."""
     stream.flush()
     own = os.dup(number)
     os.dup2(captured, number)
@@ -213,5 +215,5 @@ def _moved(stream: TextIO, number: int, captured: int) -> TextIO:
     )
 
 
-def _see(path: pathlib.Path | None) -> str:
+def _see_file(path: pathlib.Path | None) -> str:
     return "" if path is None else f" The original error is in {path}."

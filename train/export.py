@@ -18,7 +18,7 @@ from __future__ import annotations
 from train import signals
 
 if __name__ == "__main__":
-    signals.end_at_ctrl_c("train.export")  # before the imports
+    signals.exit_on_ctrl_c("train.export")  # before the imports
 
 import pathlib
 from typing import Any
@@ -29,10 +29,10 @@ import numpy as np
 from safetensors.numpy import save
 
 from jaxbn.fold import Folded, fold
-from train import UserError, command
-from train.files import replacing, write_json, writing
+from train import UserError, cli
+from train.files import as_user_error, atomic_write, write_json
 from train.load import Trained, load
-from train.saved import use_devices
+from train.trained_run import use_devices
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -69,13 +69,13 @@ def export(trained: Trained, out: pathlib.Path) -> dict[str, Any]:
         "largest_difference": float(folded.max_difference.relative),
         "jax": jax.__version__,
     }
-    with writing(out):
+    with as_user_error(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, content in (
             ("program.bin", program.serialize()),
             ("weights.safetensors", save(weights)),
         ):
-            with replacing(out / name) as file:
+            with atomic_write(out / name) as file:
                 file.write(content)
         write_json(out / "about.json", about)
     return about
@@ -93,12 +93,10 @@ def folded_network(trained: Trained) -> Folded:
 
 
 def main(arguments: list[str]) -> None:
-    parser = command.Parser(
+    parser = cli.Parser(
         "python -m train.export", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument(
-        "run", type=command.folder, help="the --workdir of a run"
-    )
+    parser.add_argument("run", type=cli.folder, help="the --workdir of a run")
     parser.add_argument(
         "--out", help="folder to write to; RUN/exported without"
     )
@@ -116,4 +114,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run("train.export", main)
+    cli.run("train.export", main)

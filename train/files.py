@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and files of unknown content."""
+"""Atomic writes, and reads that validate their input."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from train import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Yields a file that takes the place of path once it is whole.
+def atomic_write(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Yields a file that replaces path once it is complete.
 
-    A crash, of the machine too, leaves the old file or the new. What lies at
-    path is replaced and never written through, be it a link: the folder may
-    come from a stranger.
+    After a crash, even of the machine, path is the old file or the new one. A
+    symbolic link at path is replaced, not followed: the directory may not be
+    trusted.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -41,7 +41,7 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Makes a new name in a folder survive a loss of power."""
+    """Flushes a directory to disk, so that new names survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -50,19 +50,19 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes text in one piece: a crash leaves the old file or the new."""
-    with replacing(path) as file:
+    """Writes text atomically."""
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes value as JSON, likewise."""
+    """Writes value as JSON atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def writing(what: pathlib.Path | str) -> Iterator[None]:
-    """Raises UserError where what is inside cannot be written."""
+def as_user_error(what: pathlib.Path | str) -> Iterator[None]:
+    """Turns an OSError of the context into a UserError."""
     try:
         yield
     except OSError as error:
@@ -72,35 +72,34 @@ def writing(what: pathlib.Path | str) -> Iterator[None]:
 
 
 def exists(path: pathlib.Path) -> bool:
-    """Whether there is something, be it unreadable or a link to nothing."""
+    """Whether path exists, even if unreadable or a broken link."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
-        return True  # reading it says what is wrong
+        return True  # reading it reports the error
     return True
 
 
 def refuse_links(folder: pathlib.Path, *, below: bool = False) -> None:
-    """Raises UserError if a folder to be written to leads elsewhere.
+    """Raises UserError if a directory is or contains a symbolic link.
 
-    A library would write through a link, or delete what it leads to.
+    Libraries would write through the link, or delete its target.
 
     Args:
-      folder: that may not be there yet.
-      below: looks at all that is below it too, not only at what it holds.
+      folder: the directory; it may not exist yet.
+      below: checks recursively, not only its entries.
     """
     links = [folder] if folder.is_symlink() else []
     if not links and folder.is_dir():
-        with writing(folder):
+        with as_user_error(folder):
             inside = folder.rglob("*") if below else folder.iterdir()
             links = [path for path in inside if path.is_symlink()]
     if links:
         raise UserError(
-            f"{links[0]} is a link, and nothing is written through the links of "
-            "a workdir. Put in its place what it leads to, or take another "
-            "--workdir."
+            f"{links[0]} is a symbolic link, and links in a workdir are not "
+            "followed. Replace it by its target, or use another --workdir."
         )
 
 
@@ -108,39 +107,39 @@ def read_text(path: pathlib.Path) -> str:
     """Returns the text of a file.
 
     Raises:
-      UserError: it cannot be read, is no file, or holds no text.
+      UserError: it cannot be read, is not a regular file, or is not text.
     """
     try:
-        # A pipe would be waited for, a device read for ever.
+        # Reading a pipe or a device could block forever.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f"{path} cannot be read: it is no regular file.")
+            raise UserError(f"{path} cannot be read: it is not a regular file.")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror or error}."
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: it holds no text.") from error
+        raise UserError(f"{path} is damaged: it is not UTF-8 text.") from error
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the JSON object that a file holds.
 
     Raises:
-      UserError: it cannot be read, or holds something else.
+      UserError: it cannot be read, or is not a JSON object.
     """
     return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """Returns the JSON object in text; where is what a message calls it."""
+    """Parses a JSON object; where names its origin in errors."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is damaged: {error}.") from error
     if not isinstance(found, dict):
         raise UserError(
-            f"{where} is damaged: it holds {text.strip()[:20]!r} where {{...}} "
-            "belongs."
+            f"{where} is damaged: expected a JSON object; got "
+            f"{text.strip()[:20]!r}."
         )
     return found

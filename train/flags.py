@@ -1,4 +1,4 @@
-"""The command line of a program that a config file and flags describe."""
+"""Command line of a program that is configured by a config file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs.ranges import RANGES
-from train import UserError, config_files, output, ranges
+from train import UserError, config_checks, config_files, output
 from train.config_files import CONFIGS
 from train.workdir import check_name
 
@@ -30,21 +30,20 @@ def parse(
     default: str,
     define: Callable[[], None],
 ) -> ConfigDict:
-    """Returns the config that the flags ask for; other flags stay flags.
+    """Parses argv with absl and returns the config.
 
     Args:
-      argv: as the program was started.
-      doc: what --help says first.
-      fields: the module of configs/ with every field that there is.
-      default: the file of configs/ that is taken without --config.
-      define: defines the other flags, --workdir among them.
+      argv: the command line.
+      doc: the beginning of --help.
+      fields: the module of configs/ that defines all fields.
+      default: the file of configs/ used without --config.
+      define: defines the other flags, among them --workdir.
 
     Raises:
-      UserError: anything about argv or the config is wrong, with what to
-        change.
+      UserError: argv or the config is invalid, with what to change.
     """
     output.guard()
-    argv = _last_of_each(argv)
+    argv = _without_overridden(argv)
     for word in argv:
         name = re.match(r"--?(?:no)?config\.([^=]*)", word)
         if name and not re.fullmatch(r"\w+(\.\w+)*", name[1]):
@@ -64,7 +63,7 @@ def parse(
             config_files.check(file, fields)
         rest = flags.FLAGS(argv)
         config = flags.FLAGS.config.lock()
-    except BrokenPipeError:  # of --help: who reads it has seen enough
+    except BrokenPipeError:  # the reader of --help has closed the pipe
         sys.exit(1)
     except (
         flags.Error,
@@ -79,11 +78,11 @@ def parse(
         raise UserError(
             f"Unexpected argument {rest[1]!r}; flags begin with --."
         )
-    ranges.check(config, fields)
+    config_checks.check(config, fields)
     if flags.FLAGS.workdir is not None:
         if not flags.FLAGS.workdir:
             raise UserError(
-                "--workdir= names no folder; leave it away for a new one in "
+                "--workdir= is empty; leave it out for a new directory in "
                 "runs/."
             )
         path = check_name(pathlib.Path(flags.FLAGS.workdir))
@@ -92,16 +91,16 @@ def parse(
 
 
 def simulate(devices: int) -> None:
-    """Has a CPU stand for so many devices, before the first use of any."""
-    # With fewer threads than twice the devices collectives wait for each other
-    # for ever. XLA reads this when it starts.
+    """Simulates CPU devices; call before the first use of any device."""
+    # With fewer threads than twice the number of devices, collectives
+    # deadlock. XLA reads this when it starts.
     threads = max(int(os.environ["NPROC"]), 2 * devices)
     os.environ["NPROC"] = str(threads)
     jax.config.update("jax_num_cpu_devices", devices)
 
 
 def workdir() -> pathlib.Path:
-    """Returns what --workdir says, else a new name in runs/."""
+    """Returns --workdir, or a new path in runs/."""
     if flags.FLAGS.workdir:
         return pathlib.Path(flags.FLAGS.workdir)
     file, _, argument = flags.FLAGS["config"].config_filename.partition(":")
@@ -110,7 +109,7 @@ def workdir() -> pathlib.Path:
 
 
 def _help(doc: str | None, fields: ModuleType) -> NoReturn:
-    """Prints what there is to say, and the file of all fields as it stands."""
+    """Prints the flags, and the config fields with their comments."""
     own = flags.FLAGS.get_key_flags_for_module(__name__)
     own += flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     print(f"{doc}\nFlags:\n")
@@ -123,11 +122,11 @@ def _help(doc: str | None, fields: ModuleType) -> NoReturn:
     body = body.partition("config = ConfigDict()\n")[2]
     body = body.partition("    return config")[0].strip("\n")
     kept = (line for line in body.splitlines() if "ConfigDict()" not in line)
-    print("\nFields, with the values that a config begins with:\n")
+    print("\nConfig fields and their defaults:\n")
     print(
         re.sub(r"^(\s*)config\.", r"\1--config.", "\n".join(kept), flags=re.M)
     )
-    # One word each: no line ends within an interval.
+    # No line breaks within an interval.
     space = "\N{NO-BREAK SPACE}"
     numbers = ", ".join(
         f"{name} {RANGES[name]}".replace(" ", space)
@@ -135,20 +134,20 @@ def _help(doc: str | None, fields: ModuleType) -> NoReturn:
         if name in RANGES
     )
     numbers = textwrap.fill(numbers, 76).replace(space, " ")
-    print(f"\nWhat numbers may be:\n\n{textwrap.indent(numbers, '  ')}")
+    print(f"\nRanges:\n\n{textwrap.indent(numbers, '  ')}")
     print(
-        f"\nIn configs/: {config_files.of(fields)}. Each opens with its command."
+        f"\nIn configs/: {config_files.names_for(fields)}. Each begins with its command."
     )
     sys.exit(0)
 
 
-def _last_of_each(argv: Sequence[str]) -> list[str]:
-    """Leaves out what a later flag for the same field replaces.
+def _without_overridden(argv: Sequence[str]) -> list[str]:
+    """Drops flags that a later flag for the same field overrides.
 
-    ml_collections joins tuples that are given twice.
+    ml_collections would concatenate tuples that are given twice.
     """
     kept: dict[str, list[str]] = {}
-    name = ""  # of a field whose value is the next word
+    name = ""  # the field whose value is the next word
     for number, word in enumerate(argv):
         found = re.match(r"--?(config\.[^=]+)(=?)", word)
         if name and not word.startswith("-"):
@@ -163,7 +162,7 @@ def _last_of_each(argv: Sequence[str]) -> list[str]:
 
 
 def _one_line(error: Exception, fields: ModuleType) -> str:
-    """Words what ml_collections and absl report."""
+    """Rewords errors of ml_collections and absl."""
     message = str(error)
     if isinstance(error, flags.UnrecognizedFlagError):
         for name in _names(fields.get_config()):
@@ -180,17 +179,17 @@ def _one_line(error: Exception, fields: ModuleType) -> str:
         name = message.strip("'\"")
         file = pathlib.Path(fields.__file__ or "").name
         return f"There is no config.{name}; configs/{file} has all fields."
-    # Of a config file that did run before.
+    # A config file that loaded before.
     if re.search("Traceback|earlier failure to load", message):
         message = (
-            "A config file has to do the same each time that it is run; now: "
+            "A config file must behave the same each time it is loaded; got "
             f"{message.splitlines()[-1]}"
         )
     return " ".join(message.split())
 
 
 def _names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """Yields the names of all fields, those within a field with a dot."""
+    """Yields the dotted names of all fields."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             yield from _names(value, f"{prefix}{name}.")
@@ -199,7 +198,7 @@ def _names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 
 def _config_file(argv: Sequence[str]) -> str | None:
-    """What --config gives; None without it, or without a value."""
+    """Returns the value of --config, or None."""
     given = None
     for word, following in zip(argv, [*argv[1:], None]):
         found = re.fullmatch(r"--?config(?:=(.*))?", word, re.DOTALL)

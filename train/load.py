@@ -18,10 +18,10 @@ from train.augment import to_float
 from train.checkpoint import Checkpoints
 from train.files import exists, read_json, write_json
 from train.recipe import make_recipe, make_schedule, steps_per_epoch
-from train.saved import read_config
-from train.step import Recipe, abstract_state
+from train.state import Recipe, abstract_state
 from train.topology import Topology
-from train.workdir import advice
+from train.trained_run import read_config
+from train.workdir import with_advice
 
 FILE = "preprocessing.json"
 
@@ -159,7 +159,7 @@ def _read(run: pathlib.Path) -> Preprocessing:
             f"There is no {path}, which says how images are normalized. Give "
             "the command of the run again: it writes the file."
         )
-    with advice("Remove it, and give the command of the run again."):
+    with with_advice("Remove it, and give the command of the run again."):
         found = read_json(path)
         try:
             return Preprocessing(

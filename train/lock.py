@@ -1,4 +1,4 @@
-"""A workdir belongs to one run at a time, which all its processes see."""
+"""Locks a workdir for one run, and checks that all processes share it."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ import socket
 import time
 from collections.abc import Iterator
 
-from train import UserError, processes, topology
+from train import UserError, processes
 
 NAME = "lock"
-# An NFS client may show an old folder for some seconds.
-SEEN_WITHIN = 15.0
+# NFS clients may show stale directories for some seconds.
+VISIBILITY_TIMEOUT = 15.0
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
-    """Creates the folder and holds it while this is a context.
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Context manager that creates and locks the workdir.
 
-    The system lets go of the lock when the process ends, however it does.
+    The system releases the lock when the process exits in any way.
 
     Raises:
-      UserError: another run holds it, it cannot be written, or a process does
-        not see what the main one has written there.
+      UserError: another run holds the lock, the workdir cannot be written, or
+        a process does not see the same workdir as the main one.
     """
-    token = secrets.token_hex(8) if topology.is_main() else ""
+    token = secrets.token_hex(8) if processes.is_main() else ""
     lock = None
-    with processes.together():
-        if topology.is_main():
-            lock = _take(workdir, token)
+    with processes.sync_errors():
+        if processes.is_main():
+            lock = _acquire(workdir, token)
     try:
-        token = processes.exchange(token)[0]
-        with processes.together():
-            if not topology.is_main():
-                _see(workdir, token)
+        token = processes.all_gather(token)[0]
+        with processes.sync_errors():
+            if not processes.is_main():
+                _check_visible(workdir, token)
         yield
     finally:
         if lock is not None:
             os.close(lock)
 
 
-def _take(workdir: pathlib.Path, token: str) -> int:
+def _acquire(workdir: pathlib.Path, token: str) -> int:
     path = workdir / NAME
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -61,11 +61,11 @@ def _take(workdir: pathlib.Path, token: str) -> int:
         owner = owner.partition("\n")[2].strip()
         os.close(lock)
         raise UserError(
-            f"Another run{f' ({owner})' if owner else ''} is at work in "
-            f"{workdir}: wait for its end, stop it, or take another --workdir."
+            f"Another run{f' ({owner})' if owner else ''} is using {workdir}: "
+            "wait until it ends, stop it, or use another --workdir."
         ) from error
     except OSError:
-        pass  # a file system without locks
+        pass  # the file system does not support locks
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     text = f"{token}\nprocess {os.getpid()} on {socket.gethostname()}, "
     try:
@@ -79,16 +79,16 @@ def _take(workdir: pathlib.Path, token: str) -> int:
     return lock
 
 
-def _see(workdir: pathlib.Path, token: str) -> None:
-    limit = time.monotonic() + SEEN_WITHIN
+def _check_visible(workdir: pathlib.Path, token: str) -> None:
+    limit = time.monotonic() + VISIBILITY_TIMEOUT
     while True:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if (workdir / NAME).read_text().partition("\n")[0] == token:
                 return
         if time.monotonic() > limit:
             raise UserError(
-                f"--workdir={workdir} is not the same folder in all processes: "
-                f"{socket.gethostname()} does not see what process 0 has "
-                "written there. Give one that all hosts share."
+                f"--workdir={workdir} is not the same directory on all hosts: "
+                f"{socket.gethostname()} does not see the file that process 0 "
+                "wrote there. Use a shared directory."
             )
         time.sleep(0.2)

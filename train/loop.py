@@ -1,4 +1,4 @@
-"""A whole run: config in, trained model and records in the workdir out."""
+"""Trains a model from a config, with results in a workdir."""
 
 from __future__ import annotations
 
@@ -10,80 +10,70 @@ import jax
 from ml_collections import ConfigDict
 
 from train import (
-    Stopped,
     UserError,
-    data,
     load,
     lock,
     processes,
-    topology,
-    watchdog,
 )
-from train.averaged import evaluate_average
-from train.checkpoint import Checkpoints, Progress, what_is_left
+from train.checkpoint import Checkpoints, Progress
+from train.checkpoint_errors import resume_hint
+from train.epoch import EpochRunner
+from train.experiment import Experiment, build_experiment
 from train.files import write_json
-from train.meter import Meter
-from train.prepared import Prepared, prepare
-from train.report import Report, SilentReport
+from train.report import NullReport, Report
 from train.signals import Interrupt
-from train.step import (
-    TrainState,
-    abstract_state,
-    init_state,
-    make_test_step,
-    make_train_step,
-)
-from train.timeline import Timeline, ready
-from train.told import Forecast, headline, summarize
+from train.state import abstract_state, init_state
+from train.summary import headline, summarize
+from train.timing import Timer
 from train.trace import Trace
-from train.trouble import explain
+from train.weight_average import evaluate_average
 from train.workdir import check_name, open_workdir, read_summary
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains as config says and returns what stands in summary.json.
+    """Trains a model and returns the contents of summary.json.
 
-    A workdir with the same config is gone on with after its last checkpoint.
+    A workdir with the same config is resumed from its last checkpoint.
 
     Raises:
-      UserError: the config cannot be run, with what to change.
-      Stopped: a signal asked for it; the state is saved.
+      UserError: the config is invalid, with what to change.
+      Stopped: a signal was received; the state is saved.
     """
     started = time.monotonic()
     check_name(workdir)
-    prepared = prepare(config)
-    with lock.held(workdir):
-        with processes.together():
-            if topology.is_main():
+    experiment = build_experiment(config)
+    with lock.locked(workdir):
+        with processes.sync_errors():
+            if processes.is_main():
                 open_workdir(workdir, config)
-                load.record(workdir, prepared.dataset, prepared.recipe)
+                load.record(workdir, experiment.dataset, experiment.recipe)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
-            return _train(config, workdir, prepared, checkpoints, started)
+            return _train(config, workdir, experiment, checkpoints, started)
 
 
 def _train(
     config: ConfigDict,
     workdir: pathlib.Path,
-    prepared: Prepared,
+    experiment: Experiment,
     checkpoints: Checkpoints,
     started: float,
 ) -> dict[str, Any]:
-    """Goes on with the run in a workdir that is ours."""
-    place, dataset, steps, _, recipe = prepared
+    """Trains in a workdir that is locked."""
+    topology, dataset, steps, _, recipe = experiment
     shape = dataset.train.images.shape[1:]
     progress = Progress()
-    found = checkpoints.restore(abstract_state(recipe, shape, place.mesh))
+    found = checkpoints.restore(abstract_state(recipe, shape, topology.mesh))
     if found:
         state, progress = found
-        summary = processes.from_main(lambda: read_summary(workdir))
+        summary = processes.broadcast_from_main(lambda: read_summary(workdir))
         done = progress.epoch * steps + progress.batch
         if done >= config.epochs * steps and summary:
             return summary
     else:
-        state = init_state(recipe, shape, place.mesh)
-    timeline = Timeline()
-    kind = Report if topology.is_main() else SilentReport
-    profile = config.profile and topology.is_main()
+        state = init_state(recipe, shape, topology.mesh)
+    timer = Timer()
+    kind = Report if processes.is_main() else NullReport
+    profile = config.profile and processes.is_main()
     with (
         kind(
             workdir,
@@ -94,207 +84,45 @@ def _train(
         Interrupt(jax.process_count()) as interrupt,
         Trace(workdir / "profile" if profile else None, report.say) as trace,
     ):
-        report.say(headline(config, prepared, state.params, progress))
-        loop = _Loop(
-            config, prepared, report, checkpoints, timeline, interrupt, trace
+        report.say(headline(config, experiment, state.params, progress))
+        runner = EpochRunner(
+            config, experiment, report, checkpoints, timer, interrupt, trace
         )
         for epoch in range(progress.epoch, config.epochs):
-            state, record = loop.epoch(state, progress)
-            with timeline.of("save"):
-                # At most one record is ahead of the checkpoints.
+            state, record = runner.epoch(state, progress)
+            with timer.measure("save"):
+                # At most one record may be ahead of the checkpoints.
                 checkpoints.wait()
             try:
                 report.add(record)
             except OSError as error:
                 raise UserError(
                     f"Cannot write to {workdir}: {error.strerror}. "
-                    f"{what_is_left(checkpoints.newest)}"
+                    f"{resume_hint(checkpoints.newest)}"
                 ) from error
             progress = Progress(epoch + 1)
-            with timeline.of("save"):
+            with timer.measure("save"):
                 checkpoints.save(
                     state, progress, test_accuracy=record["test_accuracy"]
                 )
-        with timeline.of("save"):
+        with timer.measure("save"):
             checkpoints.wait()
         interrupt.unsaved(False)
         extra = {}
         if state.average is not None:
-            extra = evaluate_average(config, prepared, state, loop.test)
-        report.say(f"time: {timeline}")
+            extra = evaluate_average(config, experiment, state, runner.test)
+        report.say(f"time: {timer}")
 
     def summary() -> dict[str, Any]:
-        """Of the main process, which alone has the records."""
-        found = summarize(report.records, prepared, started, timeline) | extra
+        """Runs in the main process, which has the records."""
+        found = summarize(report.records, experiment, started, timer) | extra
         try:
             write_json(workdir / "summary.json", found)
         except OSError as error:
             raise UserError(
                 f"Cannot write {workdir / 'summary.json'}: {error.strerror}. "
-                f"{what_is_left(checkpoints.newest)}"
+                f"{resume_hint(checkpoints.newest)}"
             ) from error
         return found
 
-    return processes.from_main(summary)
-
-
-class _Loop:
-    """The compiled steps and the data they run on."""
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        prepared: Prepared,
-        report: Report,
-        checkpoints: Checkpoints,
-        timeline: Timeline,
-        interrupt: Interrupt,
-        trace: Trace,
-    ):
-        self._config = config
-        self._prepared = prepared
-        self._report = report
-        self._checkpoints = checkpoints
-        self._timeline = timeline
-        self._interrupt = interrupt
-        self._trace = trace
-        place = prepared.place
-        self._train_steps: dict[int, Any] = {}  # by batches of a dispatch
-        self._test_step = make_test_step(prepared.recipe, place.mesh)
-        # The last batch is padded anyway, so any whole share will do.
-        size = min(config.test_batch_size, len(prepared.dataset.test.labels))
-        self._test_batch_size = place.padded(size)
-        self._forecast = Forecast(report, config.epochs * prepared.steps)
-
-    def epoch(
-        self, state: TrainState, progress: Progress
-    ) -> tuple[TrainState, dict[str, float]]:
-        """Trains the rest of an epoch, then measures; state and record.
-
-        Raises:
-          Stopped: a signal asked for it; the state is saved.
-          UserError: the loss or a gradient is not finite.
-        """
-        config, (place, dataset, *_) = self._config, self._prepared
-        size, epoch = config.batch_size, progress.epoch
-        meter = Meter(progress.sums)
-        batch_number, images = progress.batch, 0
-        started = time.monotonic()
-        batches = data.train_batches(
-            dataset.train,
-            size,
-            seed=config.seed,
-            epoch=epoch,
-            start=progress.batch,
-            rows=place.rows(size),
-        )
-        together = data.stacked(batches, config.steps_per_dispatch)
-        for count, rows in ready(together, self._timeline):
-            state = self._dispatch(state, count, rows, epoch, meter)
-            self._interrupt.unsaved(True)
-            self._check(meter, state, epoch)
-            batch_number += count
-            watchdog.beat(f"training in epoch {epoch + 1}")
-            images += count * size
-            self._report.advance(count * size)
-            done = epoch * self._prepared.steps + batch_number
-            self._forecast.step(done)
-            self._maybe_save(
-                state, Progress(epoch, batch_number), meter, done, count
-            )
-        with self._timeline.of("steps"):
-            train_loss, train_accuracy = meter.means()
-        self._check(meter, state, epoch)
-        seconds = time.monotonic() - started
-        step = int(state.step)
-        with self._timeline.of("test"):
-            test_loss, test_accuracy = self.test(
-                state.params, state.batch_stats
-            )
-        return state, {
-            "epoch": epoch + 1,
-            "step": step,
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            "learning_rate": float(self._prepared.schedule(step - 1)),
-            "images_per_second": images / seconds if images else 0.0,
-            "skipped": meter.nonfinite,
-        }
-
-    def _dispatch(
-        self, state: TrainState, count: int, rows: Any, epoch: int, meter: Meter
-    ) -> TrainState:
-        """Starts the steps on some batches, stacked if they are several."""
-        place, size = self._prepared.place, self._config.batch_size
-        first = count not in self._train_steps
-        if first:
-            self._train_steps[count] = make_train_step(
-                self._prepared.recipe, place.mesh, steps=count
-            )
-        with (
-            self._timeline.of("compile" if first else "steps"),
-            self._trace.step(meter.sums),
-        ):
-            batch = place.put(rows, size, stacked=count > 1)
-            state, sums = self._train_steps[count](state, batch, epoch)
-            meter.add(sums)
-        return state
-
-    def test(self, params: Any, batch_stats: Any) -> tuple[float, float]:
-        """Mean loss and accuracy on the test split, each example once."""
-        meter = Meter()
-        place, size = self._prepared.place, self._test_batch_size
-        for rows in data.test_batches(
-            self._prepared.dataset.test, size, rows=place.rows(size)
-        ):
-            watchdog.beat("testing")
-            batch = place.put(rows, size)
-            meter.add(self._test_step(params, batch_stats, batch))
-        return meter.means()
-
-    def _maybe_save(
-        self,
-        state: TrainState,
-        progress: Progress,
-        meter: Meter,
-        done: int,
-        count: int,
-    ) -> None:
-        """Saves where the config asks for it, or a signal does."""
-        every = self._config.checkpoint_every
-        due = every and done // every > (done - count) // every
-        # All processes ask each time, and all get the same answer.
-        stop = self._checkpoints.preempted() or self._interrupt.asked
-        if not stop and not due:
-            return
-        if progress.batch == self._prepared.steps and not stop:
-            return  # the end of the epoch is saved with its test
-        with self._timeline.of("steps"):
-            sums = meter.sums()
-        self._check(meter, state, progress.epoch)
-        with self._timeline.of("save"):
-            self._checkpoints.save(state, progress._replace(sums=sums))
-            if stop:
-                self._checkpoints.wait()
-        if stop:
-            raise Stopped(
-                f"Stopped and saved at step {done}; the same command goes on "
-                "from there.",
-                self._interrupt.code,
-            )
-
-    def _check(self, meter: Meter, state: TrainState, epoch: int) -> None:
-        """Ends the run if a landed step was not finite and that is to stop."""
-        config = self._config
-        if not meter.nonfinite or config.on_nonfinite != "stop":
-            return
-        newest = self._checkpoints.newest
-        raise UserError(
-            f"{explain(config, self._prepared, state, epoch)} The last good "
-            "checkpoint is "
-            f"{'of step ' + str(newest) if newest is not None else 'none yet'}."
-            f" Lower learning_rate, now {config.learning_rate}, raise "
-            "warmup_epochs, or set on_nonfinite=skip."
-        )
+    return processes.broadcast_from_main(summary)

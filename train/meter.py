@@ -1,4 +1,4 @@
-"""Sums of steps, with only a few steps in flight."""
+"""Accumulates metrics with a bounded number of steps in flight."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import collections
 import jax
 import numpy as np
 
-from train.step import Sums
+from train.state import Sums
 
-# More steps in flight than this gain nothing, and simulated devices that run
-# far ahead of each other can wait for ever.
+# More steps in flight gain nothing, and simulated devices that run far ahead
+# of each other can deadlock.
 MAX_IN_FLIGHT = 8
 
 
 class Meter:
-    """Adds up the sums of steps; waits for the oldest of many in flight.
+    """Accumulates the sums of steps; blocks on the oldest if many are pending.
 
     Args:
-      start: sums over batches before.
+      start: sums over earlier batches.
     """
 
     def __init__(self, start: tuple[float, ...] = (0.0,) * len(Sums._fields)):
@@ -27,21 +27,21 @@ class Meter:
 
     @property
     def nonfinite(self) -> int:
-        """Batches without a finite loss and gradient, of those landed."""
+        """Completed batches whose loss or gradient is not finite."""
         return int(Sums(*self._total).nonfinite)
 
     def add(self, sums: Sums) -> None:
         self._in_flight.append(sums)
         if len(self._in_flight) > MAX_IN_FLIGHT:
-            self._land()
+            self._collect_oldest()
 
-    def _land(self) -> None:
+    def _collect_oldest(self) -> None:
         self._total += np.array(jax.device_get(self._in_flight.popleft()))
 
     def sums(self) -> tuple[float, ...]:
-        """Waits for all steps; returns the sums as plain numbers."""
+        """Waits for all steps; returns the sums as Python floats."""
         while self._in_flight:
-            self._land()
+            self._collect_oldest()
         return tuple(map(float, self._total))
 
     def means(self) -> tuple[float, float]:

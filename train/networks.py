@@ -1,4 +1,4 @@
-"""Networks by the name that a config gives them."""
+"""Builds the network that a config names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NETWORKS = {
     "resnet18": ResNet18,
 }
 
-# What stands before the depth in a network's name.
+# Prefix of the depth in a network's display name.
 _TITLES = {
     "resnet": "ResNet",
     "preact": "PreActResNet",
@@ -40,27 +40,27 @@ def make(
     norm: Callable[..., nn.Module],
     dtype: Any,
 ) -> nn.Module:
-    """Returns the network that config asks for, not yet initialized.
+    """Returns the network of a config, not yet initialized.
 
     Args:
-      config: its model, depth, width, widen and zero_init_gamma are read.
-      num_classes: length of the logits.
-      norm: what makes a layer, given use_running_average, dtype and
+      config: reads model, depth, width, widen and zero_init_gamma.
+      num_classes: number of classes.
+      norm: creates a norm layer, given use_running_average, dtype and
         scale_init; see `train.norms.norm_of`.
-      dtype: of the computation.
+      dtype: dtype of the computation.
 
     Returns:
       A module that is called with (images, train=...).
 
     Raises:
-      UserError: model is unknown, depth does not fit it, width or widen is not
-        positive, or widen is set for a model that has none.
+      UserError: model is unknown, depth is invalid for it, width or widen is
+        not positive, or widen is set for a model other than "wide".
     """
     if config.model not in NETWORKS:
         near = difflib.get_close_matches(str(config.model), NETWORKS, 1, 0)[0]
         raise UserError(
-            f"model={config.model!r} is unknown; did you mean {near!r}? Known "
-            f"are {', '.join(sorted(NETWORKS))}."
+            f"model={config.model!r} is unknown; did you mean {near!r}? Choose "
+            f"from {', '.join(sorted(NETWORKS))}."
         )
     for key in ("width", "widen"):
         if config[key] < 1:
@@ -82,11 +82,11 @@ def make(
         dtype=dtype,
         **options,
     )
-    _ = network.blocks  # raises before anything is compiled
+    _ = network.blocks  # validates depth before compiling
     return network
 
 
 def title(config: ConfigDict) -> str:
-    """Returns the network's name in a line of text, such as WRN-28-10."""
+    """Returns the display name of the network, such as WRN-28-10."""
     name = f"{_TITLES[config.model]}-{config.depth}"
     return f"{name}-{config.widen}" if config.model == "wide" else name

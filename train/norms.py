@@ -1,4 +1,4 @@
-"""The normalization of a run, by name, and whom it synchronizes."""
+"""Norm layers by name, and the devices they synchronize over."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 import jaxbn
 from jaxbn.linen import BatchNorm
 from train import UserError
-from train.topology import MICRO, Topology
+from train.topology import MICROBATCH_AXIS, Topology
 
 
 class Affine(nn.Module):
-    """Batch norm without the normalization: scale and bias alone."""
+    """Batch norm without the normalization: only scale and bias."""
 
     use_running_average: bool | None = None
     scale_init: nn.initializers.Initializer = nn.initializers.ones
@@ -35,14 +35,14 @@ class Affine(nn.Module):
 
 NORMS = {"jaxbn": BatchNorm, "flax": nn.BatchNorm, "none": Affine}
 
-# Names for what is otherwise set field by field.
+# Presets of layer options.
 VARIANTS = {
     "renorm": {"renorm": jaxbn.renorm_limits},
     "ghost": {"normalize_over": 32},
     "debiased": {"debias": True},
 }
 
-# Fields of configs that stand in a group of the layer's options.
+# Config fields that belong to an option group of the layer.
 _GROUPED = {
     "normalize_over": ("sharing", jaxbn.Scope),
     "debias": ("running", jaxbn.Running),
@@ -51,24 +51,23 @@ _GROUPED = {
 
 
 def norm_of(
-    config: ConfigDict, place: Topology, *, microbatches: int = 1
+    config: ConfigDict, topology: Topology, *, microbatches: int = 1
 ) -> Callable[..., nn.Module]:
-    """Returns what makes a layer, given use_running_average, dtype, scale_init.
+    """Returns a function (use_running_average, dtype, scale_init) -> layer.
 
     Args:
-      config: of the run.
-      place: that it runs on.
-      microbatches: above 1 the layer synchronizes over the axis of these too.
+      config: config of the run.
+      topology: devices of the run.
+      microbatches: above 1, the layer also synchronizes over microbatches.
 
     Raises:
-      UserError: norm or norm_axes is unknown, a field of norm_options is set
-        that the layer does not have, or the layer refuses its options or the
-        batch of a step.
+      UserError: norm or norm_axes is unknown, norm_options sets an unknown
+        field, or the options are invalid or do not fit the batch.
     """
     known = sorted({*NORMS, *VARIANTS})
     if config.norm not in known:
         raise UserError(
-            f"norm={config.norm!r} is unknown; take one of {', '.join(known)}."
+            f"norm={config.norm!r} is unknown; choose from {', '.join(known)}."
         )
     given = {
         name: value
@@ -76,38 +75,38 @@ def norm_of(
         if value is not None
     }
     if config.norm == "none":
-        _refuse(given, "none")
+        _check_no_options(given, "none")
         return Affine
     shared = {
         "momentum": config.norm_momentum,
         "epsilon": config.norm_epsilon,
     }
     if config.norm == "flax":
-        _refuse(given, "flax")
+        _check_no_options(given, "flax")
         return functools.partial(
-            nn.BatchNorm, **shared, **_of_flax(config, place, microbatches)
+            nn.BatchNorm, **shared, **_flax_axes(config, topology, microbatches)
         )
     options = {**VARIANTS.get(config.norm, {}), **given}
     if "normalize_over" in options and config.norm_axes != "all":
         raise UserError(
             f"norm_axes={config.norm_axes!r} and normalize_over="
-            f"{options['normalize_over']} each say which examples share "
-            "statistics; set norm_axes='all' or another norm."
+            f"{options['normalize_over']} both choose the examples that "
+            "share statistics; set norm_axes='all' or another norm."
         )
     for name in given:
         if name not in (*_GROUPED, *BatchNorm.__dataclass_fields__):
             raise UserError(
-                f"norm_options.{name} is no option of jaxbn.linen.BatchNorm."
+                f"norm_options.{name} is not an option of jaxbn.linen.BatchNorm."
             )
-    own = {**shared, **_of_jaxbn(config, place, microbatches)}
+    own = {**shared, **_jaxbn_axes(config, topology, microbatches)}
     for name in own.keys() & given.keys():
         raise UserError(
-            f"norm_options.{name} is set by the run; see norm_momentum, "
+            f"norm_options.{name} must not be set; use norm_momentum, "
             "norm_epsilon and norm_axes."
         )
     try:
         layer = functools.partial(BatchNorm, **own, **_grouped(options))
-        _try(layer, config, place, microbatches)
+        _check_layer(layer, config, topology, microbatches)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"norm={config.norm!r}: {reason}") from error
@@ -115,7 +114,7 @@ def norm_of(
 
 
 def _grouped(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options as fields of the layer."""
+    """Converts flat options to fields of the layer."""
     fields: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     for name, value in options.items():
@@ -127,27 +126,27 @@ def _grouped(options: dict[str, Any]) -> dict[str, Any]:
     return fields | {f: kind(**given) for f, (kind, given) in groups.items()}
 
 
-def _try(
+def _check_layer(
     layer: Callable[..., nn.Module],
     config: ConfigDict,
-    place: Topology,
+    topology: Topology,
     microbatches: int,
 ) -> None:
-    """Raises what a layer raises for its options, and for a training batch."""
-    # How the devices lie on the axes of the mesh does not matter here.
+    """Raises the layer's errors about its options and the training batch."""
+    # The order of devices on the mesh does not matter here.
     norm = layer(use_running_average=False, axis_name="device")
     if norm.sharing.normalize_over is None:
-        return  # everything else fits any batch
+        return  # no other option depends on the batch
     if microbatches != config.get("microbatches", 1):
-        return  # no layer of the training step
+        return  # not the layer of the training step
 
     def train(x: jax.Array) -> jax.Array:
         variables = norm.init(jax.random.key(0), x)
         y, _ = norm.apply(variables, x, mutable=["batch_stats"])
         return y
 
-    devices = place.mesh.size * microbatches
-    # Two pixels, because statistics of one example are defined for images.
+    devices = topology.mesh.size * microbatches
+    # Two pixels: statistics of one example are defined for images.
     shape = (devices, config.batch_size // devices, 2, 1)
     jax.eval_shape(
         jax.vmap(train, axis_name=norm.axis_name),
@@ -155,32 +154,34 @@ def _try(
     )
 
 
-def examples_together(config: ConfigDict, place: Topology) -> str:
-    """Returns over how many examples a layer takes statistics, in words."""
+def describe_statistics(config: ConfigDict, topology: Topology) -> str:
+    """Describes how many examples share statistics."""
     if config.norm == "none":
         return "nothing normalized"
-    size, devices = config.batch_size, place.mesh.size
+    size, devices = config.batch_size, topology.mesh.size
     over = config.norm_options.normalize_over
     if config.norm == "ghost" and over is None:
         over = VARIANTS["ghost"]["normalize_over"]
     if over is None:
-        over = size * _members(config, place) // devices
+        over = size * _num_sharing(config, topology) // devices
     return f"statistics over {over} examples"
 
 
-def _members(config: ConfigDict, place: Topology) -> int:
-    """Devices that share statistics."""
-    names = _axes(config, place)
-    return int(np.prod([place.mesh.shape[name] for name in names], dtype=int))
+def _num_sharing(config: ConfigDict, topology: Topology) -> int:
+    """Returns the number of devices that share statistics."""
+    names = _axes(config, topology)
+    return int(
+        np.prod([topology.mesh.shape[name] for name in names], dtype=int)
+    )
 
 
-def _axes(config: ConfigDict, place: Topology) -> tuple[str, ...]:
+def _axes(config: ConfigDict, topology: Topology) -> tuple[str, ...]:
     if config.norm_axes == "all":
-        return place.axes
+        return topology.axes
     if config.norm_axes == "none":
         return ()
-    if config.norm_axes not in place.axes:
-        known = ("all", "none", *place.axes)
+    if config.norm_axes not in topology.axes:
+        known = ("all", "none", *topology.axes)
         raise UserError(
             f"norm_axes={config.norm_axes!r} must be one of "
             f"{', '.join(known)} with mesh={config.mesh!r}."
@@ -188,48 +189,49 @@ def _axes(config: ConfigDict, place: Topology) -> tuple[str, ...]:
     return (config.norm_axes,)
 
 
-def _bound(place: Topology, microbatches: int) -> tuple[str, ...]:
-    """Every axis that examples of a step lie on; microbatches come last."""
-    return (*place.axes, MICRO) if microbatches > 1 else place.axes
+def _batch_axes(topology: Topology, microbatches: int) -> tuple[str, ...]:
+    """Returns all axes of the batch; microbatches come last."""
+    return (
+        (*topology.axes, MICROBATCH_AXIS) if microbatches > 1 else topology.axes
+    )
 
 
-def _of_jaxbn(
-    config: ConfigDict, place: Topology, microbatches: int
+def _jaxbn_axes(
+    config: ConfigDict, topology: Topology, microbatches: int
 ) -> dict[str, Any]:
-    """Groups of devices, so that running statistics are of all examples."""
-    names, bound = _axes(config, place), _bound(place, microbatches)
-    if names == place.axes:
+    """Returns axis and groups; running statistics cover all examples."""
+    names, bound = _axes(config, topology), _batch_axes(topology, microbatches)
+    if names == topology.axes:
         return {"axis_name": bound}
     if not names:
         together = jaxbn.Scope(group_size=microbatches)
         return {"axis_name": bound, "sharing": together}
-    # Devices as they are numbered along all axes, a row for each group.
-    shape = (*place.mesh.devices.shape, microbatches)
-    numbers = np.arange(place.mesh.size * microbatches).reshape(shape)
-    along = np.moveaxis(numbers, place.axes.index(names[0]), -2)
-    groups = along.reshape(-1, place.mesh.shape[names[0]] * microbatches)
+    # Device indices along all axes, one row per group.
+    shape = (*topology.mesh.devices.shape, microbatches)
+    numbers = np.arange(topology.mesh.size * microbatches).reshape(shape)
+    along = np.moveaxis(numbers, topology.axes.index(names[0]), -2)
+    groups = along.reshape(-1, topology.mesh.shape[names[0]] * microbatches)
     return {
         "axis_name": bound,
         "axis_index_groups": tuple(map(tuple, groups.tolist())),
     }
 
 
-def _of_flax(
-    config: ConfigDict, place: Topology, microbatches: int
+def _flax_axes(
+    config: ConfigDict, topology: Topology, microbatches: int
 ) -> dict[str, Any]:
     if config.norm_axes != "all":
         raise UserError(
-            f"norm_axes={config.norm_axes!r} leaves flax's running statistics "
-            "different from device to device; with norm='flax' it must be "
-            "'all'."
+            f"norm_axes={config.norm_axes!r} would make flax's running "
+            "statistics differ between devices; norm='flax' requires 'all'."
         )
-    return {"axis_name": _bound(place, microbatches)}
+    return {"axis_name": _batch_axes(topology, microbatches)}
 
 
-def _refuse(given: dict[str, Any], norm: str) -> None:
+def _check_no_options(given: dict[str, Any], norm: str) -> None:
     if given:
         name, value = next(iter(given.items()))
         raise UserError(
-            f"norm_options.{name}={value!r} is a field of jaxbn's layer, and "
-            f"norm is {norm!r}."
+            f"norm_options.{name}={value!r} is an option of jaxbn's layer, "
+            f"but norm is {norm!r}."
         )

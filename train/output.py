@@ -1,4 +1,4 @@
-"""Standard output that may be closed, full or unable to show a character."""
+"""Robust printing: standard output may be closed, full or not UTF-8."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import threading
 
 
 def guard() -> None:
-    """Makes printing safe: nothing that is shown ends a program.
+    """Keeps printing from ending the program.
 
-    A descriptor that the program was started without is opened: else the first
-    file that is written would get its number, and what libraries print.
+    Opens standard descriptors that are closed: otherwise the next file opened
+    would get the number, and the output of libraries.
     """
     for number, name in ((1, "stdout"), (2, "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            _to_nowhere(number)
+            _redirect_to_devnull(number)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")
-    sys.unraisablehook = _of_main_thread
+    sys.unraisablehook = _main_thread_only
 
 
-def _of_main_thread(unraisable: sys.UnraisableHookArgs) -> None:
-    """Shows no traceback of a library's own threads.
+def _main_thread_only(unraisable: sys.UnraisableHookArgs) -> None:
+    """Hides unraisable exceptions of background threads.
 
-    Where a disk is full or a file damaged, those of tensorstore print what they
-    cannot hand to anybody any more, one by one, after the error was raised.
+    If a disk is full or a file is damaged, tensorstore's threads report errors
+    one by one after the first was raised.
     """
     if threading.current_thread() is threading.main_thread():
         sys.__unraisablehook__(unraisable)
 
 
 def say(line: str) -> None:
-    """Prints a line at once; goes on without output where it cannot."""
+    """Prints and flushes a line; output errors are reported once."""
     try:
         print(line, flush=True)
     except OSError as error:
@@ -44,26 +44,28 @@ def say(line: str) -> None:
 
 
 def lost(error: OSError) -> None:
-    """Says once that standard output is gone, and goes on without it."""
+    """Reports that standard output is lost, and discards further output."""
     drop()
     print(
-        f"train: the output cannot be written ({error.strerror}); going on "
-        "without it.",
+        f"train: cannot write to standard output ({error.strerror}); "
+        "continuing without it.",
         file=sys.stderr,
         flush=True,
     )
 
 
 def drop() -> None:
-    """Has all that is still to be shown go nowhere.
+    """Discards further output.
 
-    Python would try again when it ends, and fail with a code of its own.
+    Otherwise Python flushes at exit, and fails with its own exit code.
     """
-    _to_nowhere(sys.stdout.fileno())  # not always 1; see ErrorLog.capture
+    _redirect_to_devnull(
+        sys.stdout.fileno()
+    )  # not always 1; see ErrorLog.capture
 
 
-def _to_nowhere(number: int) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    if nowhere != number:
-        os.dup2(nowhere, number)
-        os.close(nowhere)
+def _redirect_to_devnull(number: int) -> None:
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    if devnull != number:
+        os.dup2(devnull, number)
+        os.close(devnull)

@@ -1,4 +1,4 @@
-"""Residual networks whose blocks begin with the norm, and wide ones."""
+"""Pre-activation ResNets and Wide ResNets."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn.linen import BatchNorm
-from train.resnet import blocks_of, convolution, halved
+from train.resnet import blocks_per_stage, convolution, pad_shortcut
 
 
 class PreActBlock(nn.Module):
-    """Norm, ReLU and convolution, two or three times, beside the shortcut.
+    """Pre-activation block: norm, ReLU and convolution, two or three times.
 
-    Two of 3x3, or a bottleneck: 1x1, 3x3 and 1x1 with a quarter of the
-    channels inside. The first convolution has the stride.
+    Two 3x3 convolutions, or a bottleneck: 1x1, 3x3 and 1x1 with a quarter of
+    the channels. The first convolution has the stride.
 
-    No scale stands at the end, so zero_init starts the last convolution at
-    zero. A scale before it would stay at zero: no gradient passes a ReLU at 0.
+    The branch does not end with a norm, so zero_init zeroes the last
+    convolution. Zeroing the last scale would block the gradient, by the ReLU.
 
     Attributes:
-      width: channels of the result.
-      stride: between the pixels of the result.
-      bottleneck: three convolutions in place of two.
-      first: the shortcut, too, is of the input after norm and ReLU.
-      project: where the shape changes, the shortcut is a 1x1 convolution of
-        the input after norm and ReLU. Otherwise it is `halved`.
-      conv: what makes a convolution; 3x3 unless told otherwise.
-      norm: what makes a normalization.
-      zero_init: starts as the shortcut.
+      width: output channels.
+      stride: spatial stride.
+      bottleneck: three convolutions instead of two.
+      first: the shortcut also starts after norm and ReLU.
+      project: if the shape changes, the shortcut is a 1x1 convolution after
+        norm and ReLU; otherwise `pad_shortcut`.
+      conv: creates a convolution, 3x3 by default.
+      norm: creates a norm layer.
+      zero_init: zero-initializes the residual branch.
     """
 
     width: int
@@ -54,7 +54,7 @@ class PreActBlock(nn.Module):
             if self.project:
                 x = one(self.width, strides=self.stride, name="shortcut")(y)
             else:
-                x = halved(x, self.width, self.stride)
+                x = pad_shortcut(x, self.width, self.stride)
         last = {}
         if self.zero_init:
             last = {"kernel_init": nn.initializers.zeros}
@@ -70,20 +70,20 @@ class PreActResNet(nn.Module):
     """The full pre-activation ResNet: three stages of n blocks.
 
     A block is norm-ReLU-convolution twice, for 6n + 2 layers, or a bottleneck,
-    for 9n + 2. The norm and ReLU of the first block stand before the branches
-    part; after the last block come one more norm and ReLU. Where the shape
-    changes the shortcut has no parameters (option A); with bottlenecks it is a
-    1x1 convolution.
+    for 9n + 2. The shortcut of the first block starts after its norm and ReLU;
+    another norm and ReLU follow the last block. If the shape changes, the
+    shortcut is parameter-free (option A), or with bottlenecks a 1x1
+    convolution.
 
     Attributes:
       depth: 20, 56, 110, ...; with bottlenecks 29, 164, 1001, ...
-      num_classes: length of the logits.
+      num_classes: number of classes.
       width: channels of the first stage, a quarter of them with bottlenecks.
-      bottleneck: see above.
-      norm: what makes a layer, given use_running_average, dtype and
+      bottleneck: uses bottleneck blocks.
+      norm: creates a norm layer, given use_running_average, dtype and
         scale_init.
-      zero_init_gamma: starts every block as its shortcut; see `PreActBlock`.
-      dtype: of the computation; parameters are float32.
+      zero_init_gamma: zero-initializes residual branches; see `PreActBlock`.
+      dtype: dtype of the computation; parameters are float32.
 
     Source: He et al. (2016), Identity Mappings in Deep Residual Networks.
     """
@@ -98,14 +98,14 @@ class PreActResNet(nn.Module):
 
     @property
     def blocks(self) -> int:
-        """Blocks of a stage; UserError where depth does not fit."""
+        """Blocks per stage; UserError if depth is invalid."""
         layers = 9 if self.bottleneck else 6
-        return blocks_of(self.depth, layers=layers, beside=2)
+        return blocks_per_stage(self.depth, layers=layers, extra=2)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
-        return _run(
+        return _apply_layers(
             self,
             x,
             train=train,
@@ -117,21 +117,21 @@ class PreActResNet(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-widen: pre-activation blocks of many channels, no dropout.
+    """WRN-depth-widen: wide pre-activation blocks without dropout.
 
-    6n + 4 layers: after the first convolution three stages of n blocks of
-    norm-ReLU-convolution twice. Where the shape changes the shortcut is a 1x1
-    convolution of the input after norm and ReLU, elsewhere the input itself.
+    6n + 4 layers: a convolution, then three stages of n blocks, each
+    norm-ReLU-convolution twice. If the shape changes, the shortcut is a 1x1
+    convolution after norm and ReLU; otherwise it is the identity.
 
     Attributes:
       depth: 10, 16, 22, 28, 40, ...
-      num_classes: length of the logits.
+      num_classes: number of classes.
       width: channels of the first convolution.
-      widen: the first stage has widen times as many.
-      norm: what makes a layer, given use_running_average, dtype and
+      widen: multiplies the channels of the stages.
+      norm: creates a norm layer, given use_running_average, dtype and
         scale_init.
-      zero_init_gamma: starts every block as its shortcut; see `PreActBlock`.
-      dtype: of the computation; parameters are float32.
+      zero_init_gamma: zero-initializes residual branches; see `PreActBlock`.
+      dtype: dtype of the computation; parameters are float32.
 
     Source: Zagoruyko and Komodakis (2016), Wide Residual Networks.
     """
@@ -146,13 +146,13 @@ class WideResNet(nn.Module):
 
     @property
     def blocks(self) -> int:
-        """Blocks of a stage; UserError where depth does not fit."""
-        return blocks_of(self.depth, layers=6, beside=4)
+        """Blocks per stage; UserError if depth is invalid."""
+        return blocks_per_stage(self.depth, layers=6, extra=4)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
-        return _run(
+        return _apply_layers(
             self,
             x,
             train=train,
@@ -163,7 +163,7 @@ class WideResNet(nn.Module):
         )
 
 
-def _run(
+def _apply_layers(
     net: PreActResNet | WideResNet,
     x: jax.Array,
     *,
@@ -173,7 +173,7 @@ def _run(
     split_late: bool,
     project: bool,
 ) -> jax.Array:
-    """The layers of net; width is that of the first stage's blocks."""
+    """Applies the layers of net; width is that of the first stage."""
     conv = convolution(net.dtype)
     norm = functools.partial(
         net.norm, use_running_average=not train, dtype=net.dtype

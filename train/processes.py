@@ -1,4 +1,4 @@
-"""The processes of a run: what they agree on, and how they fail together."""
+"""Communication between processes, and errors that all of them raise."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from train import UserError
 
-# Within so many seconds all have to be there.
-MEET = 50
-# The watchdog ends a run that waits too long; this is only longer.
-_FOR_EVER = 7 * 24 * 3600
+# Seconds within which all processes must start.
+STARTUP_TIMEOUT = 50
+# Longer than the watchdog, which ends a run that waits too long.
+_NO_TIMEOUT = 7 * 24 * 3600
 
 
-class Agreed(UserError):
-    """One that all processes raise at the same place."""
+class SharedUserError(UserError):
+    """A UserError that all processes raise together."""
 
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _numbers = itertools.count()
 
 
-def exchange(text: str, *, seconds: float = _FOR_EVER) -> list[str]:
-    """Returns what each process gives here, by their index.
+def all_gather(text: str, *, seconds: float = _NO_TIMEOUT) -> list[str]:
+    """All-gathers a string over processes, ordered by process index.
 
-    By way of the coordinator, not of the devices: it works before they do.
+    Uses the coordinator instead of devices, so it works before they do.
     """
     if jax.process_count() == 1:
         return [text]
-    key = _give(text)
-    return [_take(key, i, seconds) for i in range(jax.process_count())]
+    key = _publish(text)
+    return [_receive(key, i, seconds) for i in range(jax.process_count())]
 
 
-def _give(text: str) -> str:
-    """Hands text to the others; returns what they ask for it by."""
+def _publish(text: str) -> str:
+    """Publishes text to the other processes; returns its key."""
     from jax._src import distributed  # its client is not public
 
     state, key = distributed.global_state, f"train/{next(_numbers)}"
@@ -51,7 +52,7 @@ def _give(text: str) -> str:
     return key
 
 
-def _take(key: str, process: int, seconds: float) -> str:
+def _receive(key: str, process: int, seconds: float) -> str:
     from jax._src import distributed
 
     try:
@@ -62,19 +63,19 @@ def _take(key: str, process: int, seconds: float) -> str:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise UserError(
-            f"Process {process} did not answer within {seconds:g} s: it "
-            "hangs, or was started with another program."
+            f"Process {process} did not respond within {seconds:g} s: it "
+            "hangs, or runs a different program."
         ) from error
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Makes what is wrong in one process an error in all of them.
+def sync_errors() -> Iterator[None]:
+    """Context manager that raises a UserError of one process in all of them.
 
-    All have to come here; what is inside must not wait for the others.
+    All processes must enter it; its body must not wait for other processes.
 
     Raises:
-      Agreed: one of them raised UserError inside.
+      SharedUserError: a process raised UserError in the body.
     """
     own, wrong = None, ""
     try:
@@ -83,27 +84,44 @@ def together() -> Iterator[None]:
         own, wrong = error, str(error)
     if own is not None and jax.process_count() == 1:
         raise own
-    for said in exchange(wrong):
+    for said in all_gather(wrong):
         if said:
-            raise Agreed(said) from own
+            raise SharedUserError(said) from own
 
 
-def from_main(make: Callable[[], Any]) -> Any:
-    """Returns in all processes what make gives in the main one, as JSON."""
+def broadcast_from_main(make: Callable[[], Any]) -> Any:
+    """Calls make in the main process; returns its JSON value in all."""
     found = "null"
-    with together():
+    with sync_errors():
         if jax.process_index() == 0:
             found = json.dumps(make())
-    return json.loads(exchange(found)[0])
+    return json.loads(all_gather(found)[0])
 
 
-def agree(config: ConfigDict, versions: dict[str, str]) -> None:
-    """Checks that all processes were started alike, and connects their devices.
+def is_main() -> bool:
+    """Whether this is the process that writes files."""
+    return jax.process_index() == 0
 
-    Those that were not would wait for each other for ever.
+
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
+    """Sums integers over processes, exactly."""
+    if jax.process_count() == 1:
+        return values
+    # Two 32-bit halves: without x64, wider integers would be truncated.
+    halves = np.stack([values & 0xFFFF, values >> 16]).astype(np.int32)
+    low, high = (
+        multihost_utils.process_allgather(halves).astype(np.int64).sum(0)
+    )
+    return low + (high << 16)
+
+
+def check_consistent(config: ConfigDict, versions: dict[str, str]) -> None:
+    """Checks that all processes run the same program, and connects devices.
+
+    Otherwise they would deadlock.
 
     Raises:
-      Agreed: they differ, with what and where.
+      SharedUserError: the processes differ, with the differences.
     """
     from jax._src import distributed
 
@@ -113,14 +131,17 @@ def agree(config: ConfigDict, versions: dict[str, str]) -> None:
         **json.loads(config.to_json()),
         **{f"the version of {name}": v for name, v in versions.items()},
         "num_processes": distributed.global_state.num_processes,
-        "the code in jaxbn, train and configs": _code(),
+        "the code in jaxbn, train and configs": _source_digest(),
     }
-    del own["data_dir"]  # may be another one on each host
-    given = _give(json.dumps(own))
-    first = json.loads(_take(given, 0, MEET))
-    # So many have met, whatever this process was told.
+    del own["data_dir"]  # may differ between hosts
+    given = _publish(json.dumps(own))
+    first = json.loads(_receive(given, 0, STARTUP_TIMEOUT))
+    # Trust the number of process 0 over the one given here.
     others = range(1, first["num_processes"])
-    every = [first, *(json.loads(_take(given, i, MEET)) for i in others)]
+    every = [
+        first,
+        *(json.loads(_receive(given, i, STARTUP_TIMEOUT)) for i in others),
+    ]
     differences = [
         f"{key} is {every[0].get(key)!r} in process 0 and {one.get(key)!r} in "
         f"process {process}"
@@ -131,17 +152,17 @@ def agree(config: ConfigDict, versions: dict[str, str]) -> None:
     if differences:
         more = len(differences) - 3
         listed = "; ".join(differences[:3])
-        raise Agreed(
-            f"The processes were started differently: {listed}"
-            f"{f'; and {more} more' if more > 0 else ''}. Give the same command "
+        raise SharedUserError(
+            f"The processes differ: {listed}"
+            f"{f'; and {more} more' if more > 0 else ''}. Run the same command "
             "on all hosts, with the same code and packages."
         )
-    # At once, while all are here: their libraries wait only 30 s for each
-    # other, and a program that takes long to compile on one host is too late.
+    # Connect now: collectives libraries wait only 30 s for each other, which a
+    # long compilation on one host would exceed.
     multihost_utils.sync_global_devices("start")
 
 
-def _code() -> str:
+def _source_digest() -> str:
     digest = hashlib.sha256()
     for folder in ("configs", "jaxbn", "train"):
         for path in sorted((_ROOT / folder).rglob("*.py")):
@@ -150,7 +171,7 @@ def _code() -> str:
     return digest.hexdigest()[:12]
 
 
-# How collectives and the coordinator fail where the other end is gone.
+# Errors of collectives and the coordinator if a peer is lost.
 _LOST = re.compile(
     "closed by peer|reset by peer|[Bb]roken pipe|gloo/transport|Gloo|"
     "coordination service|heartbeat|[Bb]arrier|UNAVAILABLE|DEADLINE_EXCEEDED"
@@ -158,9 +179,9 @@ _LOST = re.compile(
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Whether JAX raised this because another process is gone.
+    """Whether JAX raised this error because another process was lost.
 
-    An error of a file system or of one's own never counts, whatever it says.
+    Only errors of JAX count, not those of file systems or of this program.
     """
     from jax._src import distributed
 
@@ -170,7 +191,7 @@ def is_lost(error: BaseException | None) -> bool:
         said = str(error)
         if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(said):
             return True
-        # On some paths JAX raises what the collectives report as ValueError.
+        # On some paths JAX raises errors of collectives as ValueError.
         if isinstance(error, ValueError) and "Gloo" in said:
             return True
         error = error.__cause__ or error.__context__

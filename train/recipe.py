@@ -1,4 +1,4 @@
-"""From a config to what the compiled steps are made of."""
+"""Turns a config into schedule, optimizer and model."""
 
 from __future__ import annotations
 
@@ -13,74 +13,75 @@ import optax
 from ml_collections import ConfigDict
 
 from configs import defaults
-from train import UserError, data, networks, ranges, topology
+from train import UserError, config_checks, data, networks, processes
 from train.augment import pixel_counts, pixel_statistics
 from train.norms import norm_of
-from train.step import Recipe, make_optimizer
+from train.state import Recipe, make_optimizer
 from train.topology import Topology
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for values that no run can have."""
-    ranges.check(config, defaults)
+    """Raises UserError if the config is invalid."""
+    config_checks.check(config, defaults)
     one_of("schedule", config.schedule, SCHEDULES)
     one_of("warmup_shape", config.warmup_shape, ("linear", "constant"))
     one_of("dtype", config.dtype, ("float32", "bfloat16"))
     one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
     if config.average_decay and config.norm in ("flax", "none"):
         raise UserError(
-            f"average_decay={config.average_decay} needs statistics taken "
-            f"anew, which norm={config.norm!r} does not hand out; use jaxbn."
+            f"average_decay={config.average_decay} recomputes running "
+            f"statistics, which norm={config.norm!r} does not support; use "
+            "norm='jaxbn'."
         )
     if config.warmup_epochs > config.epochs:
         raise UserError(
-            f"warmup_epochs={config.warmup_epochs} is more than the "
-            f"epochs={config.epochs} of the run."
+            f"warmup_epochs={config.warmup_epochs} must not exceed "
+            f"epochs={config.epochs}."
         )
     if list(config.boundaries) != sorted({*config.boundaries}):
         raise UserError(
-            f"boundaries={config.boundaries} must rise: steps, each once."
+            f"boundaries={config.boundaries} must be strictly increasing."
         )
     check_seeds(config)
 
 
 def check_seeds(config: ConfigDict) -> None:
-    """Raises UserError unless each of seed, seed + 1, ... is in range."""
+    """Raises UserError unless all seeds are in range."""
     last = config.seed + config.seeds - 1
-    if not ranges.in_range("seed", last):
+    if not config_checks.in_range("seed", last):
         raise UserError(
-            f"seed={config.seed} with seeds={config.seeds} ends at {last}; a "
-            f"seed must be in {ranges.RANGES['seed']}."
+            f"seed={config.seed} with seeds={config.seeds} ends at {last}; "
+            f"seeds must be in {config_checks.RANGES['seed']}."
         )
 
 
 def one_of(key: str, value: str, known: Any) -> None:
-    """Raises UserError with the nearest word unless value is known."""
+    """Raises UserError with a suggestion unless value is known."""
     if value not in known:
         near = difflib.get_close_matches(str(value), known, 1, 0)[0]
         raise UserError(
-            f"{key}={value!r} is unknown; did you mean {near!r}? Known are "
+            f"{key}={value!r} is unknown; did you mean {near!r}? Choose from "
             f"{', '.join(sorted(known))}."
         )
 
 
 def steps_per_epoch(config: ConfigDict, dataset: data.Dataset) -> int:
-    """Returns how many full batches the training split has.
+    """Returns the number of full batches in the training split.
 
     Raises:
-      UserError: not one, or too many in all for their number to be counted.
+      UserError: there is none, or the total number of steps overflows int32.
     """
     examples = len(dataset.train.labels)
     steps = examples // config.batch_size
     if not steps:
         raise UserError(
-            f"batch_size={config.batch_size} is more than the {examples} "
+            f"batch_size={config.batch_size} exceeds the {examples} "
             f"examples of {config.dataset} {config.train_split!r}."
         )
     if steps * config.epochs >= 2**31:
         raise UserError(
-            f"epochs={config.epochs} of {steps} steps are more than the 2^31 "
-            "steps that are counted."
+            f"epochs={config.epochs} of {steps} steps exceed the limit of "
+            "2^31 steps."
         )
     return steps
 
@@ -108,7 +109,7 @@ SCHEDULES = {
 
 
 def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the steps taken before."""
+    """Returns the learning rate schedule."""
     total = steps_per_epoch * config.epochs
     main = SCHEDULES[config.schedule](config, total)
     warmup = round(config.warmup_epochs * steps_per_epoch)
@@ -130,19 +131,18 @@ def make_recipe(
     config: ConfigDict,
     dataset: data.Dataset,
     schedule: optax.Schedule,
-    place: Topology,
+    topology: Topology,
 ) -> Recipe:
-    """Returns what the compiled steps are made from.
+    """Returns what the compiled steps are built from.
 
     Raises:
-      UserError: what config says of the network, norm or augmentation does
-        not fit.
+      UserError: the network, norm or augmentation of the config is invalid.
     """
     side = min(dataset.train.images.shape[1:3])
     if config.crop_padding >= side:
         raise UserError(
             f"crop_padding={config.crop_padding} must be less than the {side} "
-            "pixels of an image: some crops would hold nothing of it."
+            "pixels of an image: some crops would contain only padding."
         )
     mean, std = _pixels(dataset.train)
     several = config.microbatches > 1
@@ -151,13 +151,13 @@ def make_recipe(
         return networks.make(
             config,
             num_classes=dataset.num_classes,
-            norm=norm_of(config, place, microbatches=microbatches),
+            norm=norm_of(config, topology, microbatches=microbatches),
             dtype=jnp.dtype(config.dtype),
         )
 
     return Recipe(
         model=network(1),
-        in_microbatches=network(config.microbatches) if several else None,
+        microbatch_model=network(config.microbatches) if several else None,
         microbatches=config.microbatches,
         optimizer=make_optimizer(
             schedule,
@@ -179,10 +179,10 @@ def make_recipe(
 def _pixels(
     split: data.Split,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Statistics of all pixels, of which each process counts a share."""
+    """Pixel statistics; each process reads a part of the examples."""
     examples = len(split.labels)
     bounds = np.linspace(0, examples, jax.process_count() + 1).astype(int)
     first, last = bounds[jax.process_index() :][:2]
     return pixel_statistics(
-        topology.total(pixel_counts(split.images[first:last]))
+        processes.sum_over_processes(pixel_counts(split.images[first:last]))
     )

@@ -1,4 +1,4 @@
-"""What a run leaves in its workdir, and what it shows while it goes on."""
+"""Reports progress: console, metrics.jsonl, TensorBoard and a plot."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from train import UserError, output
-from train.files import replacing, write_text, writing
-from train.workdir import lacking, read_records
+from train.files import as_user_error, atomic_write, write_text
+from train.workdir import missing_epochs, read_records
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-class SilentReport:
-    """The report of a process that leaves the telling to another."""
+class NullReport:
+    """Report of a process that does not write."""
 
     def __init__(self, *_: Any, done: int, **__: Any):
         self.records: list[dict[str, float]] = [{}] * done
@@ -46,17 +46,17 @@ class SilentReport:
 
 
 class Report:
-    """Epoch records as JSON lines, TensorBoard events, picture and text.
+    """Writes epoch records as JSON lines, TensorBoard events, plot and text.
 
     Args:
-      workdir: of the run.
-      epochs: that the run will have.
-      images_per_epoch: that training reads.
-      done: epochs finished before; later records are left from a crash and
-        are dropped.
+      workdir: directory of the run.
+      epochs: total number of epochs.
+      images_per_epoch: number of training images per epoch.
+      done: number of completed epochs; later records, left by a crash, are
+        dropped.
 
     Raises:
-      UserError: the records of before are damaged, or lack the result of a
+      UserError: the existing records are damaged, lack the result of a
         finished run, or the workdir cannot be written.
     """
 
@@ -72,17 +72,21 @@ class Report:
         self._path = workdir / "metrics.jsonl"
         found = read_records(workdir)
         self.records = [one for one in found if one["epoch"] <= done]
-        missing = lacking(self.records, done)
-        if missing and done == epochs and lacking(self.records[-1:], done):
+        missing = missing_epochs(self.records, done)
+        if (
+            missing
+            and done == epochs
+            and missing_epochs(self.records[-1:], done)
+        ):
             raise UserError(
-                f"{workdir} is trained to its end, but {self._path.name} lacks "
-                f"{missing}, and with it the result: python -m train.evaluate "
-                f"{workdir} measures it again."
+                f"{workdir} is fully trained, but {self._path.name} lacks "
+                f"{missing}, and so the result: run python -m train.evaluate "
+                f"{workdir}."
             )
         if len(self.records) < len(found) or not self._path.exists():
-            with writing(workdir):
+            with as_user_error(workdir):
                 self._write_records()
-        self._events: EventsWriter | None = None  # no epoch, no file
+        self._events: EventsWriter | None = None  # created with the first epoch
         self._epochs = epochs
         self._live = sys.stdout.isatty()
         self._bar = tqdm.tqdm(
@@ -94,43 +98,43 @@ class Report:
             disable=not self._live,
         )
         if missing:
-            self.say(f"{self._path} lacks {missing}; going on without")
+            self.say(f"{self._path} lacks {missing}; continuing without")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._on_screen(self._bar.close)
+        self._to_terminal(self._bar.close)
         try:
             if self._events is not None:
                 self._events.close()
         except OSError as error:
-            # Each epoch was flushed. What fails here fails again, and what
-            # went wrong before is the one to be reported.
+            # Each epoch has been flushed already. If there was an earlier
+            # error, report that one.
             if kind is None:
                 raise UserError(
                     f"Cannot write to {self._workdir}: {error.strerror}."
                 ) from error
 
     def say(self, line: str) -> None:
-        """Prints a line, above the progress bar where there is one."""
+        """Prints a line, above the progress bar if there is one."""
         if self._live:
-            self._on_screen(self._bar.write, line, file=sys.stdout)
+            self._to_terminal(self._bar.write, line, file=sys.stdout)
         else:
             output.say(line)
 
     def advance(self, images: int) -> None:
         """Moves the progress bar."""
-        self._on_screen(self._bar.update, images)
+        self._to_terminal(self._bar.update, images)
 
-    def _on_screen(self, move: Any, *arguments: Any, **options: Any) -> None:
+    def _to_terminal(self, move: Any, *arguments: Any, **options: Any) -> None:
         try:
             move(*arguments, **options)
         except OSError as error:  # the terminal is gone
             output.lost(error)
 
     def add(self, record: dict[str, float]) -> None:
-        """Takes the record of an epoch."""
+        """Records the metrics of an epoch."""
         self.records.append(record)
         self._write_records()
         step = int(record["step"])
@@ -150,13 +154,13 @@ class Report:
         write_text(self._path, lines)
 
     def _write_events(self, record: dict[str, float], step: int) -> None:
-        """Appends to the TensorBoard file, in this thread.
+        """Appends to the TensorBoard file in this thread.
 
-        tensorboardX's SummaryWriter has one of its own, which reports a full
-        disk in a traceback and not to its caller.
+        tensorboardX's SummaryWriter writes in its own thread, where a full disk
+        raises an exception that its caller never sees.
         """
         if self._events is None:
-            # A name that nobody can have laid a link at.
+            # An unpredictable name, so that it cannot be a symbolic link.
             self._events = EventsWriter(
                 str(self._workdir.absolute() / "events"),
                 filename_suffix=f".{secrets.token_hex(4)}",
@@ -174,7 +178,7 @@ class Report:
 
 
 def draw(records: list[dict[str, float]], path: pathlib.Path) -> None:
-    """Draws loss and accuracy over the epochs into a PNG."""
+    """Plots loss and accuracy over epochs to a PNG."""
     epochs = [record["epoch"] for record in records]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 3.5), layout="constrained"
@@ -188,7 +192,7 @@ def draw(records: list[dict[str, float]], path: pathlib.Path) -> None:
     right.set(xlabel="epoch", ylabel="accuracy (%)")
     left.legend()
     try:
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             figure.savefig(file, format="png", dpi=150)
     finally:
         plt.close(figure)

@@ -1,4 +1,4 @@
-"""The first residual networks for CIFAR, of section 4.2 of their paper."""
+"""ResNets for CIFAR, He et al. (2015), section 4.2."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from jaxbn.linen import BatchNorm
 from train import UserError
 
 
-def blocks_of(depth: int, *, layers: int, beside: int) -> int:
-    """Returns n where depth = layers n + beside: the blocks of a stage.
+def blocks_per_stage(depth: int, *, layers: int, extra: int) -> int:
+    """Returns the number of blocks per stage, n of depth = layers n + extra.
 
     Raises:
-      UserError: there is no such n, with the nearest depths.
+      UserError: there is no such n; suggests the nearest depths.
     """
-    blocks, rest = divmod(depth - beside, layers)
+    blocks, rest = divmod(depth - extra, layers)
     if rest or blocks < 1:
         around = sorted({max(n, 1) for n in (blocks, blocks + 1)})
-        near = " or ".join(str(layers * n + beside) for n in around)
+        near = " or ".join(str(layers * n + extra) for n in around)
         raise UserError(
-            f"depth={depth} is not {layers}n + {beside}; take {near}."
+            f"depth={depth} must be {layers}n + {extra}, such as {near}."
         )
     return blocks
 
 
 def convolution(dtype: Any) -> Callable[..., nn.Module]:
-    """Returns what makes a layer, 3x3 and without bias, given the channels.
+    """Returns a function that creates a 3x3 convolution without bias.
 
-    A pixel of zeros on every side, also before a stride of two: windows about
-    the pixels that shortcuts keep. XLA's "SAME" would move them by one.
+    Pads one pixel on every side, also with stride two, so that windows are
+    centered on the pixels of the shortcut. "SAME" would shift them by one.
     """
     return functools.partial(
         nn.Conv,
@@ -46,13 +46,13 @@ def convolution(dtype: Any) -> Callable[..., nn.Module]:
     )
 
 
-def halved(x: jax.Array, width: int, stride: int) -> jax.Array:
-    """Shortcut without parameters: every stride-th pixel, zeros for channels.
+def pad_shortcut(x: jax.Array, width: int, stride: int) -> jax.Array:
+    """Parameter-free shortcut: strided slicing, and zero padding of channels.
 
     Args:
       x: (B, H, W, C).
-      width: channels of the result, at least C.
-      stride: between the pixels that are kept.
+      width: output channels, at least C.
+      stride: spatial stride.
 
     Source: He et al. (2015), section 3.3, option A.
     """
@@ -62,11 +62,11 @@ def halved(x: jax.Array, width: int, stride: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)))
 
 
-def branch(block: nn.Module, x: jax.Array) -> jax.Array:
-    """What a block of two 3x3 convolutions adds to its shortcut.
+def residual_branch(block: nn.Module, x: jax.Array) -> jax.Array:
+    """The residual branch of a block with two 3x3 convolutions.
 
     Args:
-      block: in whose scope the layers are made, by its conv and norm.
+      block: module that the layers belong to; provides conv and norm.
       x: (B, H, W, C).
     """
     last_gamma = nn.initializers.ones
@@ -78,7 +78,7 @@ def branch(block: nn.Module, x: jax.Array) -> jax.Array:
     return block.norm(scale_init=last_gamma)(y)
 
 
-def logits_of(
+def residual_network(
     net: nn.Module,
     x: jax.Array,
     *,
@@ -86,18 +86,18 @@ def logits_of(
     block: Callable[..., nn.Module],
     stages: int,
 ) -> jax.Array:
-    """The layers of a network whose blocks end with the sum and a ReLU.
+    """Applies a post-activation ResNet.
 
-    One convolution, stages of net.blocks blocks, each stage of half the height
-    and twice the width of the one before, the mean over pixels, and a dense
-    layer.
+    A convolution, stages of net.blocks blocks, each with half the resolution
+    and twice the channels of the previous one, global average pooling, and a
+    dense layer.
 
     Args:
-      net: in whose scope the layers are made.
+      net: module that the layers belong to.
       x: images (B, H, W, C).
-      train: whether the batch's statistics normalize.
-      block: what makes a block.
-      stages: how many.
+      train: whether to normalize with batch statistics.
+      block: creates a block.
+      stages: number of stages.
 
     Returns:
       Logits (B, net.num_classes) in float32.
@@ -108,10 +108,10 @@ def logits_of(
     )
     x = nn.relu(norm()(conv(net.width)(x.astype(net.dtype))))
     for stage in range(stages):
-        for place in range(net.blocks):
+        for index in range(net.blocks):
             x = block(
                 width=net.width * 2**stage,
-                stride=2 if stage and not place else 1,
+                stride=2 if stage and not index else 1,
                 conv=conv,
                 norm=norm,
                 zero_init_gamma=net.zero_init_gamma,
@@ -122,7 +122,7 @@ def logits_of(
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters (option A)."""
+    """Two 3x3 convolutions and a parameter-free shortcut (option A)."""
 
     width: int
     stride: int
@@ -132,8 +132,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = branch(self, x)
-        return nn.relu(halved(x, self.width, self.stride) + y)
+        y = residual_branch(self, x)
+        return nn.relu(pad_shortcut(x, self.width, self.stride) + y)
 
 
 class ResNet(nn.Module):
@@ -141,12 +141,12 @@ class ResNet(nn.Module):
 
     Attributes:
       depth: 8, 14, 20, 32, 44, 56, 110, ...
-      num_classes: length of the logits.
+      num_classes: number of classes.
       width: channels of the first stage.
-      norm: what makes a layer, given use_running_average, dtype and
+      norm: creates a norm layer, given use_running_average, dtype and
         scale_init.
-      zero_init_gamma: starts every block as its shortcut.
-      dtype: of the computation; parameters are float32.
+      zero_init_gamma: zero-initializes residual branches.
+      dtype: dtype of the computation; parameters are float32.
 
     Source: He et al. (2015), Deep Residual Learning for Image Recognition.
     """
@@ -160,10 +160,10 @@ class ResNet(nn.Module):
 
     @property
     def blocks(self) -> int:
-        """Blocks of a stage; UserError where depth does not fit."""
-        return blocks_of(self.depth, layers=6, beside=2)
+        """Blocks per stage; UserError if depth is invalid."""
+        return blocks_per_stage(self.depth, layers=6, extra=2)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
-        return logits_of(self, x, train=train, block=Block, stages=3)
+        return residual_network(self, x, train=train, block=Block, stages=3)

@@ -1,4 +1,4 @@
-"""ResNet-18 for small images: that of ImageNet without its first reduction."""
+"""ResNet-18 for small images: without the initial downsampling."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import jax.numpy as jnp
 
 from jaxbn.linen import BatchNorm
 from train import UserError
-from train.resnet import branch, logits_of
+from train.resnet import residual_branch, residual_network
 
 
 class ProjectionBlock(nn.Module):
-    """Two 3x3 convolutions, and a 1x1 one where the shape changes (option B).
+    """Two 3x3 convolutions and a projection shortcut (option B).
 
     Attributes:
-      width: channels of the result.
-      stride: between the pixels of the result.
-      conv: what makes a convolution; 3x3 unless told otherwise.
-      norm: what makes a normalization.
-      zero_init_gamma: starts as the shortcut.
+      width: output channels.
+      stride: spatial stride.
+      conv: creates a convolution, 3x3 by default.
+      norm: creates a norm layer.
+      zero_init_gamma: zero-initializes the residual branch.
     """
 
     width: int
@@ -32,7 +32,7 @@ class ProjectionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = branch(self, x)
+        y = residual_branch(self, x)
         if self.stride > 1 or x.shape[-1] != self.width:
             x = self.conv(
                 self.width,
@@ -48,17 +48,17 @@ class ProjectionBlock(nn.Module):
 class ResNet18(nn.Module):
     """Four stages of two blocks, width 1x, 2x, 4x, 8x, after a 3x3 convolution.
 
-    ResNet-18 of ImageNet begins with a 7x7 convolution of stride 2 and max
-    pooling; a 32x32 image is too small for them.
+    ResNet-18 for ImageNet begins with a 7x7 convolution of stride 2 and max
+    pooling, for which a 32x32 image is too small.
 
     Attributes:
-      num_classes: length of the logits.
+      num_classes: number of classes.
       depth: 18.
       width: channels of the first stage.
-      norm: what makes a layer, given use_running_average, dtype and
+      norm: creates a norm layer, given use_running_average, dtype and
         scale_init.
-      zero_init_gamma: starts every block as its shortcut.
-      dtype: of the computation; parameters are float32.
+      zero_init_gamma: zero-initializes residual branches.
+      dtype: dtype of the computation; parameters are float32.
 
     Source: He et al. (2015), Table 1; github.com/kuangliu/pytorch-cifar.
     """
@@ -72,7 +72,7 @@ class ResNet18(nn.Module):
 
     @property
     def blocks(self) -> int:
-        """Blocks of a stage; UserError where depth is not 18."""
+        """Blocks per stage; UserError unless depth is 18."""
         if self.depth != 18:
             raise UserError(f"depth={self.depth} must be 18 for ResNet-18.")
         return 2
@@ -80,4 +80,6 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
-        return logits_of(self, x, train=train, block=ProjectionBlock, stages=4)
+        return residual_network(
+            self, x, train=train, block=ProjectionBlock, stages=4
+        )

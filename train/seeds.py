@@ -1,4 +1,4 @@
-"""The same run with several seeds: mean and deviation."""
+"""Trains with several seeds; mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -9,36 +9,35 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from train import UserError, lock, loop, processes, topology
-from train.files import exists, refuse_links, write_json, writing
+from train import UserError, lock, loop, processes
+from train.files import as_user_error, exists, refuse_links, write_json
 from train.workdir import open_workdir, read_summary
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains with config.seeds seeds, each in a folder of its own.
+    """Trains with config.seeds seeds, each in its own subdirectory.
 
-    A seed that has been finished is not trained again, so that more seeds can
-    be added to a workdir.
+    Finished seeds are not trained again, so seeds can be added to a workdir.
 
     Returns:
-      What stands in summary.json: accuracies of all seeds, their mean, and
-      their standard deviation with n - 1.
+      The contents of summary.json: accuracies of all seeds, their mean, and
+      their standard deviation with ddof=1.
 
     Raises:
-      UserError: the config cannot be run, or a folder holds another run.
-      Stopped: a signal asked for it; the state is saved.
+      UserError: the config is invalid, or a directory holds another run.
+      Stopped: a signal was received; the state is saved.
     """
-    with lock.held(workdir):
+    with lock.locked(workdir):
         return _train(config, workdir)
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains in a workdir that is ours."""
-    with processes.together():
-        if topology.is_main() and exists(workdir / "config.json"):
+    """Trains in a workdir that is locked."""
+    with processes.sync_errors():
+        if processes.is_main() and exists(workdir / "config.json"):
             raise UserError(
-                f"{workdir} holds a run of one seed; take another --workdir for "
-                f"seeds={config.seeds}."
+                f"{workdir} holds a run with a single seed; use another "
+                f"--workdir for seeds={config.seeds}."
             )
     seeds = range(config.seed, config.seed + config.seeds)
     summaries = []
@@ -56,9 +55,9 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         "steps": summaries[0]["steps"],
         "seconds": round(sum(each["seconds"] for each in summaries), 1),
     }
-    with processes.together():
-        if topology.is_main():
-            with writing(workdir):
+    with processes.sync_errors():
+        if processes.is_main():
+            with as_user_error(workdir):
                 write_json(workdir / "summary.json", summary)
     return summary
 
@@ -68,9 +67,9 @@ def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         open_workdir(workdir, config)
         return read_summary(workdir)
 
-    with processes.together():
-        if topology.is_main():
+    with processes.sync_errors():
+        if processes.is_main():
             refuse_links(workdir)
-    with lock.held(workdir):
-        summary = processes.from_main(done)
+    with lock.locked(workdir):
+        summary = processes.broadcast_from_main(done)
     return summary or loop.train(config, workdir)

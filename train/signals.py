@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish to stop between two steps."""
+"""Graceful stop between two steps on SIGTERM and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ _CODES = {signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED}
 
 class _State:
     listening = False
-    asked: int | None = None  # the signal
-    unsaved = False  # whether steps would be lost
-    tell: Callable[[], Any] | None = None  # the other processes, through JAX
+    requested: int | None = None  # the signal
+    unsaved = False  # whether exiting now would lose steps
+    notify: Callable[[], Any] | None = (
+        None  # notifies other processes through JAX
+    )
 
 
 _state = _State()
 
 
 def listen() -> None:
-    """Takes over both signals, for a program and from its first moment.
+    """Installs handlers for both signals; call at program start.
 
-    Python runs a handler between two of its instructions, which a compilation
-    or a collective can delay by minutes. A thread that waits for the signals
-    acts at once: it ends the process where no step would be lost, or at the
-    second signal, and else leaves the stop to the training loop.
+    Python runs signal handlers between bytecode instructions, which a
+    compilation or a collective can delay by minutes. A background thread reacts
+    immediately: it exits if no step would be lost, or on the second signal, and
+    otherwise leaves stopping to the training loop.
     """
     _listen(_received, *_CODES)
     _state.listening = True
 
 
-def end_at_ctrl_c(program: str) -> None:
-    """Has Ctrl-C end at once a program that has nothing to save.
+def exit_on_ctrl_c(program: str) -> None:
+    """Makes Ctrl-C exit immediately, for programs with nothing to save.
 
-    An exception would come up in the midst of an import too, where libraries
-    make another one of it, or crash.
+    KeyboardInterrupt could be raised during an import, where libraries replace
+    it by another exception or crash.
     """
 
     def received(_: int) -> None:
-        exits.leave("interrupted", INTERRUPTED, program=program)
+        exits.exit_now("interrupted", INTERRUPTED, program=program)
 
     _listen(received, signal.SIGINT)
 
@@ -55,7 +57,7 @@ def _listen(received: Callable[[int], Any], *numbers: int) -> None:
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     for number in numbers:
-        # A shell starts what is in the background with Ctrl-C ignored.
+        # Shells start background jobs with Ctrl-C ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _wake)
     threading.Thread(
@@ -63,26 +65,26 @@ def _listen(received: Callable[[int], Any], *numbers: int) -> None:
     ).start()
 
 
-def share() -> None:
-    """Lets JAX tell the other processes, once it knows them.
+def forward_to_jax() -> None:
+    """Forwards signals to other processes; call after JAX has connected them.
 
-    JAX has replaced the handler of SIGTERM by its own, from which all processes
-    agree on a step. It is called here, for both signals.
+    JAX has installed its own SIGTERM handler, through which all processes agree
+    on a step to stop at. It is called here for both signals.
     """
     if not _state.listening:
         return
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
     libc.signal.restype = ctypes.c_void_p
-    of_jax = libc.signal(signal.SIGTERM, None)
+    jax_handler = libc.signal(signal.SIGTERM, None)
     signal.signal(signal.SIGTERM, _wake)
-    if of_jax:
-        handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax)
-        _state.tell = lambda: handler(signal.SIGTERM)
+    if jax_handler:
+        handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(jax_handler)
+        _state.notify = lambda: handler(signal.SIGTERM)
 
 
 def _wake(_: int, __: FrameType | None) -> None:
-    """The thread has been woken already."""
+    """Does nothing: the wakeup descriptor has woken the thread."""
 
 
 def _watch(
@@ -96,28 +98,27 @@ def _watch(
 
 def _received(number: int) -> None:
     code = _CODES[signal.Signals(number)]
-    if _state.asked is not None:
-        exits.leave(
-            "Left at once, without saving; the same command goes on from the "
-            "last checkpoint.",
+    if _state.requested is not None:
+        exits.exit_now(
+            "Exited immediately, without saving; rerun the same command to "
+            "resume from the last checkpoint.",
             code,
         )
     if not _state.unsaved:
-        exits.leave(
-            "Stopped with nothing to save; give the same command again to "
-            "train.",
+        exits.exit_now(
+            "Stopped with nothing to save; rerun the same command to train.",
             code,
         )
-    _state.asked = number
-    if _state.tell is not None:
-        _state.tell()
+    _state.requested = number
+    if _state.notify is not None:
+        _state.notify()
 
 
 class Interrupt:
-    """Says whether to stop, while it is a context.
+    """Context manager that says whether a stop was requested.
 
-    With several processes JAX agrees on a step with the others; there `asked`
-    stays False. Where the program does not `listen`, SIGTERM alone is noted.
+    With several processes JAX agrees on a step to stop at, and `requested`
+    stays False. If the program did not call `listen`, only SIGTERM counts.
     """
 
     def __init__(self, processes: int = 1) -> None:
@@ -128,7 +129,7 @@ class Interrupt:
 
     def __enter__(self) -> Self:
         if self._ours:
-            _state.asked = None
+            _state.requested = None
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
@@ -136,22 +137,22 @@ class Interrupt:
         _state.unsaved = False
         if self._ours:
             signal.signal(signal.SIGTERM, self._before)
-            _state.asked = None
+            _state.requested = None
 
     @property
-    def asked(self) -> bool:
-        return self._alone and _state.asked is not None
+    def requested(self) -> bool:
+        return self._alone and _state.requested is not None
 
     @property
     def code(self) -> int:
-        """What a program that stops now exits with."""
-        if _state.asked is None:  # another process was told
+        """Exit code of a program that stops now."""
+        if _state.requested is None:  # another process received the signal
             return RESUME
-        return _CODES[signal.Signals(_state.asked)]
+        return _CODES[signal.Signals(_state.requested)]
 
     def unsaved(self, steps: bool) -> None:
-        """Notes whether there are steps that no checkpoint holds."""
+        """Sets whether there are steps that are not checkpointed."""
         _state.unsaved = steps
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        _state.asked = number
+        _state.requested = number

@@ -1,135 +1,34 @@
-"""One training step and one evaluation step, sharded over the mesh."""
+"""Training and test steps, sharded over the mesh."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxbn import accumulate
 from train.augment import crop_and_flip, example_keys, to_float
-from train.data import Batch
-from train.topology import MICRO
-
-
-class TrainState(NamedTuple):
-    """All that changes from step to step, the same on every device."""
-
-    step: jax.Array  # () batches taken
-    skipped: jax.Array  # () of them with a loss or gradient not finite
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    average: Any  # of params, where the recipe asks for it; else None
-
-
-class Sums(NamedTuple):
-    """Sums over examples; they add up over batches."""
-
-    loss: jax.Array  # () in nats
-    correct: jax.Array  # ()
-    count: jax.Array  # ()
-    nonfinite: jax.Array  # () batches whose update was left out
-
-
-class Recipe(NamedTuple):
-    """What the steps do with a batch, fixed while tracing."""
-
-    model: nn.Module  # called with (images, train=...)
-    optimizer: optax.GradientTransformation
-    pixel_mean: tuple[float, ...]  # (C,) in 0..255
-    pixel_std: tuple[float, ...]
-    padding: int  # of the random crop; 0 for none
-    flip: bool
-    seed: int
-    label_smoothing: float = 0.0
-    average_decay: float | None = None  # of the average of params
-    stop_if_nonfinite: bool = True  # False: leave the batch out and go on
-    microbatches: int = 1  # that a device takes one after the other
-    # The same network, synchronized over microbatches too, if there are some.
-    in_microbatches: nn.Module | None = None
-
-
-def make_optimizer(
-    schedule: optax.Schedule,
-    *,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-) -> optax.GradientTransformation:
-    """SGD with momentum; weight decay is added to the gradient of kernels.
-
-    Scale and bias are not decayed. Source: He et al. (2015), section 4.2.
-    """
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=is_kernel),
-        optax.sgd(schedule, momentum, nesterov=nesterov),
-    )
-
-
-def is_kernel(params: Any) -> Any:
-    """Returns the tree of params with True at kernels."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key == "kernel", params
-    )
-
-
-def init_state(
-    recipe: Recipe, image_shape: tuple[int, ...], mesh: Mesh
-) -> TrainState:
-    """Returns the state at step 0 on every device of the mesh.
-
-    A function of recipe.seed alone. Compiled as one program: operation by
-    operation it takes longer than the first epoch on digits.
-    """
-
-    def init() -> TrainState:
-        image = jnp.zeros((1, *image_shape))
-        key = jax.random.key(recipe.seed)
-        variables = recipe.model.init(key, image, train=False)
-        params = variables["params"]
-        averaged = recipe.average_decay is not None
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=recipe.optimizer.init(params),
-            average=params if averaged else None,
-        )
-
-    return jax.jit(init, out_shardings=NamedSharding(mesh, P()))()
-
-
-def abstract_state(
-    recipe: Recipe, image_shape: tuple[int, ...], mesh: Mesh
-) -> TrainState:
-    """Returns shapes, dtypes and shardings of `init_state`, compiling nothing."""
-    shapes = jax.eval_shape(lambda: init_state(recipe, image_shape, mesh))
-    everywhere = NamedSharding(mesh, P())
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-        shapes,
-    )
+from train.batching import Batch
+from train.state import Recipe, Sums, TrainState
+from train.topology import MICROBATCH_AXIS
 
 
 def make_train_step(recipe: Recipe, mesh: Mesh, *, steps: int = 1) -> Any:
-    """Returns jit of (state, batch, epoch) -> (state, Sums).
+    """Returns a jitted function (state, batch, epoch) -> (state, Sums).
 
-    The batch is split over all axes of the mesh; loss, gradient and running
-    statistics are those of the whole batch. The state is donated.
+    The batch is sharded over all axes of the mesh; loss, gradient and running
+    statistics are those of the global batch. The state is donated.
 
     Args:
-      recipe: what a step does.
-      mesh: that the batch lies on.
-      steps: above 1 the batch has another axis in front, of so many batches
-        that are taken in turn by one program, and Sums are over all of them.
+      recipe: what a step computes.
+      mesh: mesh of the batch.
+      steps: above 1, the batch has a leading axis of that many batches, which
+        one program scans over; Sums are over all of them.
     """
     axes = tuple(mesh.axis_names)
     one = functools.partial(_train_step, recipe, axes)
@@ -144,7 +43,7 @@ def make_train_step(recipe: Recipe, mesh: Mesh, *, steps: int = 1) -> Any:
 
 
 def make_test_step(recipe: Recipe, mesh: Mesh) -> Any:
-    """Returns jit of (params, batch_stats, batch) -> Sums, masked by where."""
+    """Returns a jitted function (params, batch_stats, batch) -> Sums."""
     axes = tuple(mesh.axis_names)
     sharded = jax.shard_map(
         functools.partial(_test_step, recipe, axes),
@@ -156,10 +55,12 @@ def make_test_step(recipe: Recipe, mesh: Mesh) -> Any:
     return jax.jit(sharded)
 
 
-def augmented(recipe: Recipe, batch: Batch, epoch: jax.Array) -> jax.Array:
-    """Returns the images (B, H, W, C) that the network sees in training.
+def augmented_images(
+    recipe: Recipe, batch: Batch, epoch: jax.Array
+) -> jax.Array:
+    """Returns the augmented and normalized images (B, H, W, C).
 
-    A function of recipe.seed, epoch and batch.index alone.
+    Depends only on recipe.seed, epoch and batch.index.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), epoch)
     return crop_and_flip(
@@ -188,15 +89,15 @@ def _train_step(
     epoch: jax.Array,
 ) -> tuple[TrainState, Sums]:
     several = recipe.microbatches > 1
-    model = recipe.in_microbatches if several else recipe.model
-    names = (*axes, MICRO) if several else axes
+    model = recipe.microbatch_model if several else recipe.model
+    names = (*axes, MICROBATCH_AXIS) if several else axes
 
     def loss(
         params: Any, batch_stats: Any, epoch: jax.Array, batch: Batch
     ) -> tuple[jax.Array, tuple[Sums, Any]]:
         logits, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
-            augmented(recipe, batch, epoch),
+            augmented_images(recipe, batch, epoch),
             train=True,
             mutable=["batch_stats"],
         )
@@ -208,7 +109,7 @@ def _train_step(
         value_and_grad = accumulate.value_and_grad(
             loss,
             microbatches=recipe.microbatches,
-            axis_name=MICRO,
+            axis_name=MICROBATCH_AXIS,
             has_aux=True,
         )
     (_, (sums, batch_stats)), grads = value_and_grad(
@@ -225,18 +126,17 @@ def _train_step(
     new = TrainState(
         state.step + 1, state.skipped, params, batch_stats, opt_state, average
     )
-    return _unless_nonfinite(recipe, state, new, sums, grads)
+    return _skip_if_nonfinite(recipe, state, new, sums, grads)
 
 
-def _unless_nonfinite(
+def _skip_if_nonfinite(
     recipe: Recipe, old: TrainState, new: TrainState, sums: Sums, grads: Any
 ) -> tuple[TrainState, Sums]:
-    """Takes the new state, or where something is not finite the old one.
+    """Returns the new state, or the old one if loss or gradient is nonfinite.
 
-    The host looks at the sums some steps later. If the run is to stop, the
-    state waits for it where it was: no later batch moves it. If it goes on, the
-    batch counts as a step like any other, also for the schedule: it ends where
-    it was planned, however many batches were left out.
+    The host checks the sums some steps later. If the run is to stop, the state
+    is frozen until then. Otherwise the skipped batch still counts as a step,
+    also in the schedule, so that the run ends as planned.
     """
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(optax.tree.norm(grads))
     halted = recipe.stop_if_nonfinite & (old.skipped > 0)
@@ -248,7 +148,7 @@ def _unless_nonfinite(
         step = jnp.where(take, step, old.step)
     opt_state = state.opt_state
     if not recipe.stop_if_nonfinite:
-        opt_state = _at_step(opt_state, step)
+        opt_state = _set_schedule_count(opt_state, step)
     state = state._replace(
         step=step, skipped=old.skipped + nonfinite, opt_state=opt_state
     )
@@ -256,8 +156,8 @@ def _unless_nonfinite(
     return state, kept._replace(nonfinite=nonfinite)
 
 
-def _at_step(opt_state: Any, step: jax.Array) -> Any:
-    """Sets the count that a schedule of the optimizer reads."""
+def _set_schedule_count(opt_state: Any, step: jax.Array) -> Any:
+    """Sets the step count of the optimizer's schedules."""
 
     def counts(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
@@ -287,7 +187,7 @@ def _test_step(
 def _sums(
     logits: jax.Array, batch: Batch, axes: tuple[str, ...], smoothing: float
 ) -> Sums:
-    """Sums over the whole batch on all devices; padding counts nothing."""
+    """Returns sums over the global batch, excluding padding."""
     labels = jax.nn.one_hot(batch.labels, logits.shape[-1])
     loss = optax.softmax_cross_entropy(
         logits, optax.smooth_labels(labels, smoothing)

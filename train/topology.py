@@ -1,4 +1,4 @@
-"""Processes, devices and the mesh that a run is spread over."""
+"""The device mesh, and how batches are sharded over it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train import UserError
 
 AXES = ("replica", "data")
-MICRO = "micro"  # of the microbatches of a step, which no mesh has
+MICROBATCH_AXIS = "micro"  # vmapped axis of the microbatches of a step
 
 
 class Topology(NamedTuple):
-    """The devices of a run; the batch lies on all axes of the mesh."""
+    """The mesh of a run; batches are sharded over all of its axes."""
 
     mesh: Mesh
 
@@ -33,29 +32,28 @@ class Topology(NamedTuple):
         return NamedSharding(self.mesh, P(self.axes))
 
     @property
-    def everywhere(self) -> NamedSharding:
-        """Sharding of what every device holds whole."""
+    def replicated(self) -> NamedSharding:
+        """Sharding of replicated arrays."""
         return NamedSharding(self.mesh, P())
 
     def rows(self, batch_size: int) -> np.ndarray:
-        """Returns the places in a batch that this process reads, ascending."""
+        """Returns the indices within a batch that this process reads, sorted."""
         parts = self.batch.addressable_devices_indices_map((batch_size,))
         every = [np.arange(batch_size)[index] for index in parts.values()]
         return np.unique(np.concatenate(every))
 
     def padded(self, examples: int) -> int:
-        """Returns the next number of examples that the devices divide."""
+        """Rounds a number of examples up to a multiple of the devices."""
         devices = self.mesh.size
         return -(-examples // devices) * devices
 
     def put(self, rows: Any, batch_size: int, *, stacked: bool = False) -> Any:
-        """Returns global arrays of the rows that each process has read.
+        """Returns global arrays made of the rows that each process has read.
 
         Args:
-          rows: tree of arrays with the rows of a batch on axis 0, or stacked
-            on axis 1 behind an axis of batches.
-          batch_size: of all processes together.
-          stacked: whether there is such an axis.
+          rows: tree of arrays, (rows, ...), or (batches, rows, ...) if stacked.
+          batch_size: global batch size, over all processes.
+          stacked: whether there is a leading axis of batches.
         """
         sharding = self.batch
         if stacked:
@@ -80,18 +78,20 @@ class Topology(NamedTuple):
         return jax.tree.map(place, rows)
 
 
-def make(spec: str, batch_size: int, microbatches: int = 1) -> Topology:
+def make_topology(
+    spec: str, batch_size: int, microbatches: int = 1
+) -> Topology:
     """Returns the topology over all devices of all processes.
 
     Args:
-      spec: "data", or axes with lengths such as "replica=2,data=4"; one axis
-        may lack a length and takes the devices that are left.
-      batch_size: examples of a batch, which the devices must divide.
-      microbatches: which must divide the share of a device.
+      spec: "data", or axes with sizes such as "replica=2,data=4"; the size of
+        one axis may be omitted and is inferred.
+      batch_size: global batch size, a multiple of the number of devices.
+      microbatches: divides the batch size per device.
 
     Raises:
-      UserError: spec is malformed or does not fit the devices, or they do not
-        divide the batch, or the microbatches not their shares.
+      UserError: spec is malformed or does not match the devices, or batch_size
+        or microbatches does not divide.
     """
     devices = jax.device_count()
     shape: dict[str, int | None] = {}
@@ -109,39 +109,22 @@ def make(spec: str, batch_size: int, microbatches: int = 1) -> Topology:
         shape[free[0]] = devices // known
     elif free or known != devices:
         raise UserError(
-            f"mesh={spec!r} does not fit {devices} devices: the lengths must "
-            "multiply to that number."
+            f"mesh={spec!r} does not match {devices} devices: the product of "
+            "the sizes must be equal."
         )
     if batch_size % devices:
         below = batch_size // devices * devices
         nearest = " or ".join(str(n) for n in (below, below + devices) if n)
         raise UserError(
-            f"batch_size={batch_size} does not split over {devices} devices; "
-            f"the nearest that does is {nearest}."
+            f"batch_size={batch_size} must be divisible by {devices} devices, "
+            f"such as {nearest}."
         )
     if batch_size // devices % microbatches:
         raise UserError(
             f"microbatches={microbatches} does not divide the "
-            f"{batch_size // devices} examples that each of {devices} devices "
-            f"takes of batch_size={batch_size}."
+            f"{batch_size // devices} examples per device of "
+            f"batch_size={batch_size} on {devices} devices."
         )
     names, sizes = zip(*shape.items())
     auto = (AxisType.Auto,) * len(names)
     return Topology(jax.make_mesh(sizes, names, axis_types=auto))
-
-
-def is_main() -> bool:
-    """Whether this process writes what is written once."""
-    return jax.process_index() == 0
-
-
-def total(values: np.ndarray) -> np.ndarray:
-    """Adds up integers over the processes, exactly."""
-    if jax.process_count() == 1:
-        return values
-    # As 32 bits twice: without x64 wider integers would be cut.
-    halves = np.stack([values & 0xFFFF, values >> 16]).astype(np.int32)
-    low, high = (
-        multihost_utils.process_allgather(halves).astype(np.int64).sum(0)
-    )
-    return low + (high << 16)

@@ -1,4 +1,4 @@
-"""A trace of some steps, for TensorBoard and Perfetto."""
+"""Profiles some steps with jax.profiler, for TensorBoard and Perfetto."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FIRST, STEPS = 10, 10  # the first ones compile
 
 
 class Trace:
-    """Writes a trace of a few dispatches of this start; use as a context.
+    """Context manager that writes a trace of a few dispatches.
 
     Args:
-      folder: where it is written; None writes none.
-      say: gets a line that says where the trace is.
+      folder: output directory; None disables tracing.
+      say: called with a line that says where the trace is.
 
     Raises:
-      UserError: the folder, or something in it, is a link.
+      UserError: the directory is or contains a symbolic link.
     """
 
     def __init__(self, folder: pathlib.Path | None, say: Callable[[str], Any]):
@@ -39,15 +39,15 @@ class Trace:
 
     @contextlib.contextmanager
     def step(self, wait: Callable[[], Any]) -> Iterator[None]:
-        """Holds one dispatch; wait returns when those before have run."""
+        """Context of one dispatch; wait blocks until earlier ones are done."""
         if self._folder is None:
             yield
             return
         if self._seen == FIRST:
             wait()
             options = jax.profiler.ProfileOptions()
-            # Hooking Python has crashed where threads that write a checkpoint
-            # came and went meanwhile.
+            # The Python tracer has crashed while checkpoint threads started
+            # and ended.
             options.python_tracer_level = 0
             jax.profiler.start_trace(
                 str(self._folder),

@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress: others wait for it."""
+"""Exits if a process stalls, since the others wait for it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import time
 from typing import TextIO
 
 from train import RESUME
-from train.exits import ErrorLog, leave
+from train.exits import ErrorLog, exit_now
 
 TICK = 1.0  # seconds
 
 
 class _Watchdog:
-    """Counts the seconds since the last sign of progress.
+    """Counts the seconds since the last progress.
 
-    They are counted one by one, so that those in which the process was
-    suspended, by Ctrl-Z or a sleeping machine, do not count.
+    Counts in ticks, to exclude time while the process was suspended by Ctrl-Z
+    or the machine was asleep.
     """
 
     def __init__(self, limit: float, log: ErrorLog):
@@ -35,12 +35,12 @@ class _Watchdog:
             self._waited += TICK
         with tempfile.TemporaryFile("w+") as file:
             path = self._log.write(_stacks(file))
-        where = "" if path is None else f" Where it hangs is in {path}."
-        leave(
+        where = "" if path is None else f" Stack traces are in {path}."
+        exit_now(
             f"No progress for {self._limit:g} s, --stall_limit, while "
-            f"{self._doing}: this process hangs, or waits for one that does. "
-            "The same command on all hosts goes on from the last checkpoint."
-            f"{where}",
+            f"{self._doing}: this process or one that it waits for hangs. "
+            "Rerun the same command on all hosts to resume from the last "
+            f"checkpoint.{where}",
             RESUME,
         )
 
@@ -55,12 +55,12 @@ _watchdog: _Watchdog | None = None
 
 
 def start(limit: float, log: ErrorLog) -> None:
-    """Begins to watch over this process.
+    """Starts the watchdog of this process.
 
     Args:
-      limit: seconds without `beat` after which the process ends with exit code
-        75; 0 lets it wait for ever.
-      log: gets the stacks of all threads.
+      limit: seconds without `beat` until the process exits with code 75; 0
+        disables the watchdog.
+      log: receives the stack traces of all threads.
     """
     global _watchdog
     if limit > 0:
@@ -69,6 +69,6 @@ def start(limit: float, log: ErrorLog) -> None:
 
 
 def beat(doing: str) -> None:
-    """Says that there is progress, and what comes next."""
+    """Reports progress, and what the process does next."""
     if _watchdog is not None:
         _watchdog.beat(doing)

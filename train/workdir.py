@@ -1,4 +1,4 @@
-"""The files that a run keeps in its workdir: whose it is, and its results."""
+"""The files of a workdir: its config and results."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ml_collections import ConfigDict
 
 from train import UserError
 from train.files import (
+    as_user_error,
     exists,
     parse_json,
     read_json,
     read_text,
     write_json,
-    writing,
 )
 
-# Where the data lies and how many devices are simulated may change from one
-# start of a run to the next; it is still the same run.
-OF_THE_MACHINE = (
+# Fields that may change when a run is resumed, such as the data directory or
+# the number of simulated devices.
+MACHINE_FIELDS = (
     "data_dir",
     "cpu_devices",
     "checkpoint_every",
@@ -34,98 +34,97 @@ OF_THE_MACHINE = (
     "steps_per_dispatch",
 )
 
-# What every line of metrics.jsonl has, and every summary.json.
-_OF_AN_EPOCH = (
+# Required keys of each line of metrics.jsonl, and of summary.json.
+_EPOCH_KEYS = (
     *("epoch", "step", "train_loss", "train_accuracy", "test_loss"),
     *("test_accuracy", "images_per_second"),
 )
-_OF_A_RUN = ("test_accuracy", "seconds")
+_SUMMARY_KEYS = ("test_accuracy", "seconds")
 
 
 def check_name(workdir: pathlib.Path) -> pathlib.Path:
     """Returns workdir with ~ expanded.
 
     Raises:
-      UserError: its name would lead elsewhere than it says.
+      UserError: the path is a URL, not printable, or a glob pattern.
     """
     name = str(workdir)
     if re.match(r"\w+:/", name):
         raise UserError(
-            f"--workdir={name} is an address. Mount the storage, and give the "
-            "folder that it is mounted on."
+            f"--workdir={name} is a URL. Mount the storage, and use the path "
+            "that it is mounted at."
         )
     if not name.isprintable():
         raise UserError(
-            f"--workdir={name!r} has characters that cannot be printed; take "
-            "another name."
+            f"--workdir={name!r} contains unprintable characters; use another "
+            "name."
         )
     try:
         path = workdir.expanduser()
     except RuntimeError as error:
         raise UserError(f"--workdir={name}: {error}") from error
-    # Orbax takes the path for a pattern, matches nothing, or another run.
+    # Orbax treats the path as a glob pattern.
     found = re.search(r"[][*?\\]", str(path.absolute()))
     if found:
         raise UserError(
             f"--workdir={name}: {found[0]!r} in {path.absolute()} would be "
-            "taken for a pattern of names. Take another --workdir, without any "
+            "treated as a glob pattern. Use another --workdir, without any "
             r"of [ ] * ? \."
         )
     return path
 
 
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Creates the workdir, or checks that it belongs to this very run.
+    """Creates the workdir, or checks that it belongs to the same run.
 
-    A workdir in which nothing has been trained belongs to no run yet.
+    A workdir without any training may be reused by another run.
 
     Raises:
-      UserError: it holds a run with another config, or one without any, or
+      UserError: it holds a run with another config or without a config, or it
         cannot be written.
     """
     workdir = check_name(workdir)
     path = workdir / "config.json"
     now = json.loads(config.to_json())
     there = exists(path)
-    with writing(f"--workdir={workdir}"):
+    with as_user_error(f"--workdir={workdir}"):
         trained = _trained(workdir)
     if not there and any(workdir.glob("seed-*/config.json")):
         raise UserError(
-            f"{workdir} holds a run of several seeds, each in a folder of its "
-            "own. Take another --workdir, or the command of that run to go on "
-            "with it."
+            f"{workdir} holds a run with several seeds. Use another --workdir, "
+            "or the command of that run to resume it."
         )
     if trained and not there:
         raise UserError(
-            f"{workdir} holds a run ({trained}) without its config.json. Put "
-            "that back, or take another --workdir."
+            f"{workdir} holds a run ({trained}) without its config.json. "
+            "Restore it, or use another --workdir."
         )
     if there:
-        with advice("Put it back from a copy, or take another --workdir."):
+        with with_advice("Restore it from a backup, or use another --workdir."):
             then = read_json(path)
         different = _different(now, then)
         if not different:
             return
         if trained:
             raise UserError(
-                f"{workdir} holds another run: there {different} is "
-                f"{then.get(different)!r}, here {now.get(different)!r}. Take "
-                "another --workdir, or the config of that run to go on with it."
+                f"{workdir} holds another run, with {different}="
+                f"{then.get(different)!r} instead of {now.get(different)!r}. "
+                "Use another --workdir, or the config of that run to resume it."
             )
-    with writing(f"--workdir={workdir}"):
+    with as_user_error(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, now)
 
 
 def _different(now: dict[str, Any], then: dict[str, Any]) -> str | None:
-    for key in sorted({*now, *then} - {*OF_THE_MACHINE}):
+    for key in sorted({*now, *then} - {*MACHINE_FIELDS}):
         if now.get(key) != then.get(key):
             return key
     return None
 
 
 def _trained(workdir: pathlib.Path) -> str | None:
-    """Names something that only a run that has begun leaves."""
+    """Returns a file that shows that training has started, or None."""
     for name in ("metrics.jsonl", "summary.json"):
         path = workdir / name
         if path.exists() and (not path.is_file() or path.stat().st_size):
@@ -139,7 +138,7 @@ def _trained(workdir: pathlib.Path) -> str | None:
 
 
 def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the records of the epochs, in their order; none without a file.
+    """Returns the records of all epochs in order; empty without a file.
 
     Raises:
       UserError: metrics.jsonl cannot be read, or is damaged.
@@ -147,14 +146,14 @@ def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     path = workdir / "metrics.jsonl"
     if not exists(path):
         return []
-    with advice(
-        "Put it back from a copy; if it is removed, a run goes on without."
+    with with_advice(
+        "Restore it from a backup, or remove it to continue without."
     ):
         return _records(path)
 
 
 def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns what stands in summary.json; nothing until a run is finished.
+    """Returns the contents of summary.json; empty until the run finishes.
 
     Raises:
       UserError: it cannot be read, or is damaged.
@@ -163,10 +162,10 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
     if not exists(path):
         return {}
     optional = ("average_test_accuracy", "devices", "epochs")
-    with advice("Remove it: the same command writes it again."):
+    with with_advice("Remove it, and rerun the same command to rewrite it."):
         summary = read_json(path)
         there = [name for name in optional if name in summary]
-        _numbers(summary, (*_OF_A_RUN, *there), str(path))
+        _numbers(summary, (*_SUMMARY_KEYS, *there), str(path))
     return summary
 
 
@@ -175,10 +174,10 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
     for number, line in enumerate(read_text(path).splitlines(), 1):
         where = f"{path}, line {number},"
         record = parse_json(line, where)
-        _numbers(record, _OF_AN_EPOCH, where)
+        _numbers(record, _EPOCH_KEYS, where)
         if records and record["epoch"] <= records[-1]["epoch"]:
             raise UserError(
-                f"{where} is damaged: epoch {record['epoch']} stands after "
+                f"{where} is damaged: epoch {record['epoch']} follows "
                 f"epoch {records[-1]['epoch']}."
             )
         records.append(record)
@@ -186,8 +185,8 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def advice(text: str) -> Iterator[None]:
-    """Adds to a UserError what to do about it."""
+def with_advice(text: str) -> Iterator[None]:
+    """Appends advice to a UserError."""
     try:
         yield
     except UserError as error:
@@ -203,8 +202,8 @@ def _numbers(found: dict[str, Any], names: Iterable[str], where: str) -> None:
             )
 
 
-def lacking(records: list[dict[str, Any]], epochs: int) -> str:
-    """Names the epochs up to a number that have no record; empty if all do."""
+def missing_epochs(records: list[dict[str, Any]], epochs: int) -> str:
+    """Lists the epochs without a record, as text; empty if there are none."""
     there = {record["epoch"] for record in records}
     left = [n for n in range(1, int(epochs) + 1) if n not in there]
     if not left:

@@ -1,8 +1,8 @@
-"""Measures of what batch norm does to training, on any loss and model.
+"""Measures the effects of batch norm on training, for any loss and model.
 
-The functions know pytrees and functions, no module. `loss(params, batch_stats,
+All functions take pytrees and functions, not modules. `loss(params, batch_stats,
 batch)` returns (scalar, new_batch_stats) in training mode; the new statistics
-are dropped, so that a measurement never moves a model. `apply(params,
+are discarded, so a measurement never changes a model. `apply(params,
 batch_stats, x, *, train)` returns logits (B, C).
 """
 

@@ -1,4 +1,4 @@
-"""Size of activations and tails of gradients, layer by layer."""
+"""Statistics of activations, and tails of gradients, by layer."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from jaxbn._arithmetic import widen
 from jaxbn._checks import check_input, split_axes
 from jaxbn._moments import moments
-from jaxbn.diagnostics._trees import Path, find_one, names
+from jaxbn.diagnostics._trees import Path, find_leaf, leaf_names
 
 
 class ActivationStats(NamedTuple):
-    """One value a layer, in the order asked for.
+    """One value per layer, in the given order.
 
     Attributes:
-      mean_abs: (L,) |mean of a channel|, averaged over channels.
-      std: (L,) standard deviation of a channel, averaged likewise.
-      dead: (L,) share of channels without a value above 0.
-      saturated: (L,) share of values beyond the limit; None without one.
+      mean_abs: (L,) absolute mean of a channel, averaged over channels.
+      std: (L,) standard deviation of a channel, averaged over channels.
+      dead: (L,) fraction of channels without positive values.
+      saturated: (L,) fraction of values above the limit in magnitude, or None.
     """
 
     mean_abs: jax.Array
@@ -35,9 +35,9 @@ class GradientTail(NamedTuple):
 
     Attributes:
       absmax: () largest magnitude.
-      std: () about the mean.
+      std: () standard deviation.
       excess_kurtosis: () 0 for a normal distribution.
-      hill: () tail index; small is heavy.
+      hill: () tail index; smaller is heavier.
     """
 
     absmax: jax.Array
@@ -53,30 +53,29 @@ def activation_stats(
     limit: float | None = None,
     feature_axis: int = -1,
 ) -> ActivationStats:
-    """Summarizes what each layer puts out for a batch.
+    """Summarizes the activations of each layer for a batch.
 
-    A channel's mean and standard deviation are over all its values; mean_abs
-    and std are their averages over the channels of a layer. Without batch norm
-    they may grow or vanish with depth, with it they may not.
+    Mean and standard deviation are computed per channel and then averaged over
+    channels. Without batch norm they may explode or vanish with depth.
 
     Args:
       activations: tree of arrays (B, ..., C), such as a mapping of names, or
         the intermediates of flax's capture_intermediates.
       order: the layers to report, first to last: keys or paths as in
         `internal_covariate_shift`, each of one array: "Dense_0" for flax's
-        Dense_0/__call__/0. None takes every array, in the order of
-        `jax.tree.leaves`: of the sorted keys, not of the layers.
-      limit: a value beyond it in magnitude is saturated: 0.95 for tanh. None
-        counts none.
-      feature_axis: the axis of the channels.
+        Dense_0/__call__/0. None reports every array, in the order of
+        `jax.tree.leaves`, which sorts keys.
+      limit: magnitude above which a value is saturated, such as 0.95 for tanh;
+        None does not count.
+      feature_axis: axis of the channels.
 
     Returns:
       ActivationStats; saturated is None where limit is.
 
     Raises:
-      ValueError: there is no array, order names what activations has not or
-        several arrays, an array is not floating or has no axis but the
-        channels, or limit is not positive.
+      ValueError: there is no array, a path in order matches none or several
+        arrays, an array is not floating or has only the channel axis, or limit
+        is not positive.
 
     Source: Bjorck et al. (2018), Understanding Batch Normalization, for
     means and deviations; Glorot and Bengio (2010), Understanding the
@@ -89,10 +88,10 @@ def activation_stats(
     if order is None:
         chosen = range(len(leaves))
     else:
-        chosen = [find_one(activations, p, what="activations") for p in order]
+        chosen = [find_leaf(activations, p, what="activations") for p in order]
     if not len(chosen):
-        raise ValueError("There are no activations: no array was given.")
-    known = names(activations)
+        raise ValueError("activations has no arrays.")
+    known = leaf_names(activations)
     found = []
     for index in chosen:
         try:
@@ -124,37 +123,39 @@ def _summary(
 
 
 def gradient_tail(gradient: Any, *, tail: float = 0.05) -> GradientTail:
-    """Measures how heavy the tail of a gradient's entries is.
+    """Measures how heavy-tailed the entries of a gradient are.
 
     excess_kurtosis = m4 / m2^2 - 3 with the central moments m2 and m4. With
-    the magnitudes in order, x_1 >= x_2 >= ..., and k the share `tail` of those
-    that are not zero, hill = 1 / mean_{i <= k} log(x_i / x_{k+1}), the
-    estimate of alpha in P(|g| > x) ~ x^-alpha: 1 for a Cauchy distribution,
-    about 6 for a normal one at tail=0.05, which has no such alpha and grows
-    with a smaller tail.
+    sorted magnitudes x_1 >= x_2 >= ..., and k the fraction `tail` of the nonzero
+    ones, hill = 1 / mean_{i <= k} log(x_i / x_{k+1}), the Hill estimator of
+    alpha in P(|g| > x) ~ x^-alpha: 1 for a Cauchy distribution. For a normal
+    distribution, which has no such alpha, it is about 6 at tail=0.05, and
+    larger for a smaller tail.
 
     Args:
-      gradient: a floating array, or a tree of them, taken as one vector; for a
-        value a layer, map over the layers.
-      tail: share of the entries that count as the tail, 0 < tail < 1.
+      gradient: a floating array, or a tree of them, treated as one vector; for
+        one value per layer, map over the layers.
+      tail: fraction of the entries that form the tail, 0 < tail < 1.
 
     Returns:
-      GradientTail; hill is NaN for fewer than two entries that are not zero.
+      GradientTail; hill is NaN with fewer than two nonzero entries.
 
     Raises:
-      ValueError: there is no entry, or tail is out of range.
+      ValueError: gradient is empty, or tail is out of range.
 
     Source: Bjorck et al. (2018), Understanding Batch Normalization; Hill (1975), A Simple General Approach to Inference About the
     Tail of a Distribution.
     """
     if not 0 < tail < 1:
-        raise ValueError(f"tail must be a share between 0 and 1; got {tail}.")
+        raise ValueError(
+            f"tail must be a fraction between 0 and 1; got {tail}."
+        )
     leaves = [widen(jnp.ravel(leaf)) for leaf in jax.tree.leaves(gradient)]
     if not sum(leaf.size for leaf in leaves):
-        raise ValueError("The gradient has no entry.")
+        raise ValueError("gradient is empty.")
     g = jnp.concatenate(leaves)
     absmax = jnp.abs(g).max()
-    # In units of the largest: fourth powers of small floats are zero.
+    # Normalized by the maximum: fourth powers of small floats underflow.
     g = g / jnp.where(absmax > 0, absmax, 1)
     d = g - g.mean()
     m2, m4 = jnp.square(d).mean(), jnp.square(jnp.square(d)).mean()

@@ -1,4 +1,4 @@
-"""The loss along its own gradient: how far a step can be trusted."""
+"""The loss landscape along the gradient."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jaxbn.diagnostics._model import Loss, check_steps, each, objective
-from jaxbn.diagnostics._trees import dot, minus, moved, norm
+from jaxbn.diagnostics._model import Loss, check_steps, map_rows, scalar_loss
+from jaxbn.diagnostics._trees import dot, norm, step_along, subtract
 
 
 class GradientLine(NamedTuple):
-    """Loss and gradient at params - t * gradient, for every step t.
+    """Loss and gradient at params - t * gradient, for each step t.
 
     Attributes:
       loss0: () at params.
       gradient_norm: () of the gradient g at params.
       loss: (K,) L(p - t g).
-      predictiveness: (K,) ||g(p - t g) - g||, small is predictive.
-      beta: (K,) predictiveness / (t ||g||), an effective smoothness.
+      predictiveness: (K,) ||g(p - t g) - g||; smaller is more predictive.
+      beta: (K,) predictiveness / (t ||g||), effective smoothness.
       cosine: (K,) between g(p - t g) and g.
     """
 
@@ -33,12 +33,12 @@ class GradientLine(NamedTuple):
 
     @property
     def loss_range(self) -> jax.Array:
-        """Largest loss on the line less the smallest, ()."""
+        """Maximum minus minimum loss on the line, ()."""
         return self.loss.max(-1) - self.loss.min(-1)
 
     @property
     def effective_beta(self) -> jax.Array:
-        """Largest beta on the line, (); it depends on the smallest step."""
+        """Maximum beta on the line, (); depends on the smallest step."""
         return self.beta.max(-1)
 
 
@@ -47,8 +47,8 @@ class Sharpness(NamedTuple):
 
     Attributes:
       along_gradient: () g^T H g / g^T g.
-      top: () eigenvalue of largest magnitude; None where nobody asked.
-      residual: () ||H v - top v|| / |top|, 0 if converged; None likewise.
+      top: () eigenvalue of largest magnitude, or None.
+      residual: () ||H v - top v|| / |top|, 0 if converged, or None.
     """
 
     along_gradient: jax.Array
@@ -65,32 +65,31 @@ def gradient_line(
     steps: jax.Array,
     unroll: bool = False,
 ) -> GradientLine:
-    """Measures loss and gradient on the line that a gradient step takes.
+    """Measures loss and gradient along a gradient step.
 
-    With g the gradient at p and g_t that at p - t g, on one and the same
-    batch: predictiveness(t) = ||g_t - g||, beta(t) = ||g_t - g|| / (t ||g||)
-    and cosine(t) = <g_t, g> / (||g_t|| ||g||). Steps are multiples of the
-    gradient itself, as learning rates are, not of its direction.
+    With g the gradient at p and g_t the gradient at p - t g, on the same batch:
+    predictiveness(t) = ||g_t - g||, beta(t) = ||g_t - g|| / (t ||g||) and
+    cosine(t) = <g_t, g> / (||g_t|| ||g||). Like learning rates, steps multiply
+    the gradient itself, not its direction.
 
-    Networks are best compared at equal loss. At equal step one with batch norm
-    and one without are at different places: without it the early gradients of
-    a deep network are tiny, and so is every number here.
+    Compare networks at equal loss rather than at equal step: without batch norm
+    the early gradients of a deep network are tiny, and so are all values here.
 
-    The largest beta depends on the smallest step, since beta falls with t: a
-    figure needs its grid.
+    The maximum of beta depends on the smallest step, since beta decreases with
+    t: report it together with the steps.
 
     Args:
       loss: (params, batch_stats, batch) -> (scalar, new_batch_stats), in
-        training mode. The new statistics are dropped.
-      params: tree of floating arrays; moved in their own dtypes.
-      batch_stats: running statistics, passed on.
-      batch: passed on, the same for every probe.
-      steps: (K,) positive; t = 0.5 to 4 learning rates in the paper.
-      unroll: K copies of the network instead of a loop over one: slower to
-        compile, faster for convolutions on CPU.
+        training mode. The new statistics are discarded.
+      params: tree of floating arrays.
+      batch_stats: running statistics, passed to loss.
+      batch: passed to loss.
+      steps: (K,) positive; 0.5 to 4 times the learning rate in the paper.
+      unroll: unrolls the loop over steps: slower to compile, faster for
+        convolutions on CPU.
 
     Returns:
-      GradientLine. beta and cosine are NaN where the gradient is zero.
+      GradientLine. beta and cosine are NaN if the gradient is zero.
 
     Raises:
       ValueError: steps are not positive or not (K,), or loss returns
@@ -100,17 +99,17 @@ def gradient_line(
     Optimization?, section 3.1 and figure 4.
     """
     steps = check_steps(steps)
-    scalar = jax.value_and_grad(objective(loss, batch_stats, batch))
+    scalar = jax.value_and_grad(scalar_loss(loss, batch_stats, batch))
     loss0, gradient = scalar(params)
     length = norm(gradient)
 
     def probe(step: jax.Array) -> tuple[jax.Array, ...]:
-        value, there = scalar(moved(params, step, gradient))
-        change = norm(minus(there, gradient))
+        value, there = scalar(step_along(params, step, gradient))
+        change = norm(subtract(there, gradient))
         cosine = dot(there, gradient) / (norm(there) * length)
         return value, change, change / (step * length), cosine
 
-    return GradientLine(loss0, length, *each(probe, steps, unroll=unroll))
+    return GradientLine(loss0, length, *map_rows(probe, steps, unroll=unroll))
 
 
 def max_step(
@@ -123,17 +122,16 @@ def max_step(
     threshold: float = 1e3,
     unroll: bool = False,
 ) -> jax.Array:
-    """Returns the largest step after which the loss has not exploded.
+    """Returns the largest step after which the loss has not diverged.
 
-    That is the largest t of steps with L(p - t g) / L(p) < threshold, and 0 if
-    there is none; a loss of NaN is never below. One backward and K forward
-    passes.
+    The largest t in steps with L(p - t g) / L(p) < threshold, or 0 if there is
+    none; a NaN loss counts as diverged. Takes one backward and K forward passes.
 
     Args:
       loss, params, batch_stats, batch, unroll: as in `gradient_line`; the loss
         is positive.
       steps: (K,) positive, in any order.
-      threshold: of the relative loss; the paper calls 1e3 divergence.
+      threshold: relative loss that counts as divergence; 1e3 in the paper.
 
     Returns:
       () in the dtype of steps.
@@ -145,10 +143,10 @@ def max_step(
     Source: Bjorck et al. (2018), Understanding Batch Normalization.
     """
     steps = check_steps(steps)
-    scalar = objective(loss, batch_stats, batch)
+    scalar = scalar_loss(loss, batch_stats, batch)
     loss0, gradient = jax.value_and_grad(scalar)(params)
-    losses = each(
-        lambda step: scalar(moved(params, step, gradient)),
+    losses = map_rows(
+        lambda step: scalar(step_along(params, step, gradient)),
         steps,
         unroll=unroll,
     )
@@ -164,22 +162,22 @@ def sharpness(
     iterations: int = 0,
     key: jax.Array | None = None,
 ) -> Sharpness:
-    """Measures the curvature along the gradient, and the largest there is.
+    """Measures the curvature along the gradient, and its maximum.
 
-    along_gradient = g^T H g / g^T g from one product H g, forward over
-    reverse. To second order L(p - t g) falls until t = 1 / along_gradient and
-    rises above L(p) after twice that. top is the Rayleigh quotient of
-    power iteration from a random vector, so the eigenvalue of largest
-    magnitude, of either sign; residual says whether it has converged.
+    along_gradient = g^T H g / g^T g, from one forward-over-reverse product H g.
+    To second order, L(p - t g) is minimal at t = 1 / along_gradient and exceeds
+    L(p) after twice that. top is the Rayleigh quotient of power iteration from
+    a random vector: the eigenvalue of largest magnitude, of either sign;
+    residual measures its convergence.
 
     Args:
       loss, params, batch_stats, batch: as in `gradient_line`.
-      iterations: of power iteration, one Hessian-vector product each; 0 leaves
-        top and residual None.
-      key: of the random start; needed where iterations is not 0.
+      iterations: iterations of power iteration, each a Hessian-vector product;
+        with 0, top and residual are None.
+      key: random key of the initial vector; required unless iterations is 0.
 
     Returns:
-      Sharpness. along_gradient is NaN where the gradient is zero.
+      Sharpness. along_gradient is NaN if the gradient is zero.
 
     Raises:
       ValueError: iterations is negative, or positive without a key, or loss
@@ -193,11 +191,11 @@ def sharpness(
         raise ValueError(f"iterations must not be negative; got {iterations}.")
     if iterations and key is None:
         raise ValueError(
-            f"iterations={iterations} start from a random vector: give "
+            f"iterations={iterations} needs a random initial vector: pass "
             "key=jax.random.key(...)."
         )
-    slope = jax.grad(objective(loss, batch_stats, batch))
-    # The network runs once; each product is of the linear part alone.
+    slope = jax.grad(scalar_loss(loss, batch_stats, batch))
+    # Linearize once; each product only runs the linear part.
     gradient, hessian = jax.linearize(slope, params)
     squared = dot(gradient, gradient)
     along = dot(gradient, hessian(gradient)) / squared

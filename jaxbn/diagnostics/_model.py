@@ -1,4 +1,4 @@
-"""The loss and the model under measurement, behind one check each."""
+"""Calls to loss and model, with checks of what they return."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._checks import describe, is_known
+from jaxbn._check_values import is_known
+from jaxbn._checks import describe
 
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
 Apply = Callable[..., jax.Array]
 
 
-def objective(
+def scalar_loss(
     loss: Loss, batch_stats: Any, batch: Any
 ) -> Callable[[Any], jax.Array]:
-    """Returns params -> the scalar; the new running statistics are dropped."""
+    """Returns params -> scalar loss; new running statistics are discarded."""
 
     def scalar(params: Any) -> jax.Array:
         found = loss(params, batch_stats, batch)
@@ -25,14 +26,14 @@ def objective(
         if not pair or jnp.shape(found[0]) != ():
             raise ValueError(
                 "loss(params, batch_stats, batch) must return (scalar, "
-                f"new_batch_stats); got {_shown(found)}."
+                f"new_batch_stats); got {_describe_result(found)}."
             )
         return found[0]
 
     return scalar
 
 
-def logits_of(
+def checked_logits(
     apply: Apply, params: Any, batch_stats: Any, x: jax.Array, *, train: bool
 ) -> jax.Array:
     """Returns the logits of x, (B, C)."""
@@ -40,16 +41,16 @@ def logits_of(
     if not hasattr(found, "shape") or found.ndim != 2 or len(found) != len(x):
         raise ValueError(
             "apply(params, batch_stats, x, train=...) must return logits "
-            f"(B, C) alone, for x {describe(x)}; got {_shown(found)}."
+            f"(B, C) alone, for x {describe(x)}; got {_describe_result(found)}."
         )
     return found
 
 
-def each(fn: Callable[..., Any], xs: Any, *, unroll: bool) -> Any:
-    """Returns fn of each row of xs, stacked: a loop, or that many copies.
+def map_rows(fn: Callable[..., Any], xs: Any, *, unroll: bool) -> Any:
+    """Maps fn over the leading axis of xs, in a loop or unrolled.
 
-    A loop compiles its body once. XLA runs convolutions inside of a loop many
-    times slower on CPU than outside of one.
+    A loop compiles fn once, but on CPU, XLA runs convolutions inside a loop
+    many times slower.
     """
     if not unroll:
         return jax.lax.map(fn, xs)
@@ -59,14 +60,13 @@ def each(fn: Callable[..., Any], xs: Any, *, unroll: bool) -> Any:
 
 
 def check_steps(steps: Any) -> jax.Array:
-    """Returns steps as an array (K,); raises unless they are positive."""
+    """Returns steps as an array (K,); raises ValueError unless positive."""
     steps = jnp.asarray(steps)
     if not jnp.issubdtype(steps.dtype, jnp.floating):
         steps = steps.astype(jnp.float32)
     if steps.ndim != 1 or not steps.size:
         raise ValueError(
-            "steps must be one axis of multiples of the gradient, (K,); got "
-            f"{describe(steps)}."
+            f"steps must be nonempty, of shape (K,); got {describe(steps)}."
         )
     if is_known(steps) and not (steps > 0).all():
         raise ValueError(
@@ -76,9 +76,9 @@ def check_steps(steps: Any) -> jax.Array:
     return found
 
 
-def _shown(found: Any) -> str:
+def _describe_result(found: Any) -> str:
     if isinstance(found, tuple):
-        return "(" + ", ".join(map(_shown, found)) + ")"
+        return "(" + ", ".join(map(_describe_result, found)) + ")"
     if hasattr(found, "shape") and hasattr(found, "dtype"):
         return describe(found)
     return type(found).__name__

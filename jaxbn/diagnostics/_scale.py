@@ -1,4 +1,4 @@
-"""The size of a weight before batch norm: no effect but on the step."""
+"""Scale invariance of weights before batch norm."""
 
 from __future__ import annotations
 
@@ -18,19 +18,25 @@ from jaxbn._checks import (
 )
 from jaxbn._moments import moments
 from jaxbn._normalize import batch_norm
-from jaxbn.diagnostics._model import Loss, objective
-from jaxbn.diagnostics._trees import Path, channels, check_same, find_one, norm
+from jaxbn.diagnostics._model import Loss, scalar_loss
+from jaxbn.diagnostics._trees import (
+    Path,
+    channel_rows,
+    check_same_structure,
+    find_leaf,
+    norm,
+)
 
 
 class ScaleInvariance(NamedTuple):
-    """How far a weight is from scale invariance; 0 with epsilon = 0.
+    """Deviation from scale invariance; 0 if epsilon = 0.
 
     Attributes:
       loss_difference: () |L(a W) - L(W)|.
       gradient_error: () ||a G(a W) - G(W)|| / ||G(W)||.
       radial: (C,) cosine between w_c and its gradient.
-      inverse_square_norm: (C,) 1 / ||w_c||^2, a factor of the angle that a
-        step turns w_c by.
+      inverse_square_norm: (C,) 1 / ||w_c||^2, proportional to the angle that a
+        step rotates w_c by.
     """
 
     loss_difference: jax.Array
@@ -40,11 +46,11 @@ class ScaleInvariance(NamedTuple):
 
 
 class LipschitzIdentity(NamedTuple):
-    """Two sides of one equation.
+    """Both sides of the identity.
 
     Attributes:
-      lhs: (C,) ||dL/dy||^2 of the backward pass.
-      rhs: (C,) the same by the formula.
+      lhs: (C,) ||dL/dy||^2 from the backward pass.
+      rhs: (C,) ||dL/dy||^2 from the formula.
     """
 
     lhs: jax.Array
@@ -61,39 +67,38 @@ def scale_invariance(
     factor: float,
     feature_axis: int = -1,
 ) -> ScaleInvariance:
-    """Measures what changes when a weight before batch norm is scaled.
+    """Measures the effect of scaling a weight before batch norm.
 
     BN((a W) u) = BN(W u) for a > 0. Hence L(a W) = L(W), a G(a W) = G(W) for
     the gradient G, and <w_c, dL/dw_c> = 0 for every output channel c: a step
-    turns w_c by an angle of about learning rate * ||G at unit norm|| / ||w_c||^2.
-    All three are exact without epsilon, and off by O(epsilon / variance) with
-    it: with epsilon=1e-5, factor=0.01 makes the variances 1e4 times smaller
-    and the gradients wrong by percents.
+    rotates w_c by about learning rate * ||G at unit norm|| / ||w_c||^2. All three
+    are exact without epsilon, and hold up to O(epsilon / variance) with it: with
+    epsilon=1e-5, factor=0.01 makes variances 1e4 times smaller, and gradients
+    differ by percents.
 
     Args:
       loss, params, batch_stats, batch: as in `gradient_line`.
-      path: of one array of params, "Dense_0/kernel" or its keys.
+      path: path of the weight in params, "Dense_0/kernel" or a tuple of keys.
       factor: a, positive.
-      feature_axis: axis of the weight that batch norm keeps apart.
+      feature_axis: output channel axis of the weight.
 
     Returns:
-      ScaleInvariance. gradient_error and radial are NaN where a gradient is
-      zero.
+      ScaleInvariance. gradient_error and radial are NaN if a gradient is zero.
 
     Raises:
-      ValueError: params has no such array, factor is not positive,
-        feature_axis is no axis of it, or loss returns something else.
+      ValueError: params has no such array, factor is not positive, feature_axis
+        is out of range, or loss returns something else.
 
     Source: Ioffe and Szegedy (2015), Batch Normalization, section 3.3; van
     Laarhoven (2017), L2 Regularization versus Batch and Weight Normalization.
     """
     if is_known(factor) and not factor > 0:
         raise ValueError(f"factor must be positive; got {factor}.")
-    index = find_one(params, path, what="params")
+    index = find_leaf(params, path, what="params")
     leaves, treedef = jax.tree.flatten(params)
     weight = leaves[index]
-    rows = channels(weight, feature_axis)
-    scalar = objective(loss, batch_stats, batch)
+    rows = channel_rows(weight, feature_axis)
+    scalar = scalar_loss(loss, batch_stats, batch)
 
     def of_weight(weight: jax.Array) -> jax.Array:
         rest = leaves[:index] + [weight] + leaves[index + 1 :]
@@ -102,7 +107,7 @@ def scale_invariance(
     value, gradient = jax.value_and_grad(of_weight)(weight)
     scaled = (factor * weight).astype(weight.dtype)
     value_scaled, there = jax.value_and_grad(of_weight)(scaled)
-    slopes = channels(gradient, feature_axis)
+    slopes = channel_rows(gradient, feature_axis)
     squared = jnp.square(rows).sum(1)
     return ScaleInvariance(
         jnp.abs(value_scaled - value),
@@ -115,31 +120,31 @@ def scale_invariance(
 def angular_update(
     params: Any, new_params: Any, *, path: Path, feature_axis: int = -1
 ) -> jax.Array:
-    """Returns the angle by which each output channel of a weight has turned.
+    """Returns the rotation angle of each output channel of a weight.
 
-    With d = w' - w and its part d_p = d - w <w, d> / <w, w> across w,
-    angle = atan2(||d_p||, <w, w'> / ||w||): right to all digits for small
-    angles, where an arccos of a cosine in float32 is 0 or at least 3e-4.
+    With d = w' - w and its component d_p = d - w <w, d> / <w, w> orthogonal to
+    w, angle = atan2(||d_p||, <w, w'> / ||w||). Accurate for small angles, unlike
+    the arccos of a cosine, which in float32 is either 0 or at least 3e-4.
 
     Args:
       params: tree of floating arrays, before a step.
       new_params: the same tree, after it.
-      path: of one array, "Dense_0/kernel" or its keys.
-      feature_axis: axis of the weight that batch norm keeps apart.
+      path: path of the weight, "Dense_0/kernel" or a tuple of keys.
+      feature_axis: output channel axis of the weight.
 
     Returns:
-      (C,) in radians, 0 to pi. NaN where a channel was zero.
+      (C,) in radians, 0 to pi. NaN if a channel was zero.
 
     Raises:
-      ValueError: params has no such array, new_params is another tree, or
-        feature_axis is no axis of the array.
+      ValueError: params has no such array, new_params has another structure, or
+        feature_axis is out of range.
 
     Source: Wan et al. (2021), Spherical Motion Dynamics.
     """
-    check_same(new_params, params, what="new_params", than="params")
-    index = find_one(params, path, what="params")
+    check_same_structure(new_params, params, what="new_params", than="params")
+    index = find_leaf(params, path, what="params")
     old, new = (
-        channels(jax.tree.leaves(tree)[index], feature_axis)
+        channel_rows(jax.tree.leaves(tree)[index], feature_axis)
         for tree in (params, new_params)
     )
     length = jnp.linalg.norm(old, axis=1, keepdims=True)
@@ -153,20 +158,20 @@ def angular_update(
 def equilibrium_angle(
     learning_rate: float, weight_decay: float, momentum: float = 0.0
 ) -> float:
-    """Returns the angle a step that weight decay and growth settle at.
+    """Returns the equilibrium angle per step under SGD with weight decay.
 
     sqrt(2 learning_rate weight_decay / (1 + momentum)), reached after about
-    1 / (learning_rate weight_decay) steps. It holds for scale-invariant
-    weights under SGD with v = momentum v + g + weight_decay w and
-    w = w - learning_rate v, and does not depend on the loss.
+    1 / (learning_rate weight_decay) steps. Holds for scale-invariant weights
+    with v = momentum v + g + weight_decay w and w = w - learning_rate v,
+    independent of the loss.
 
     Args:
       learning_rate: positive.
-      weight_decay: of the L2 kind, added to the gradient; not negative.
-      momentum: of the heavy ball, 0 <= momentum < 1.
+      weight_decay: L2 weight decay, added to the gradient; not negative.
+      momentum: heavy-ball momentum, 0 <= momentum < 1.
 
     Returns:
-      The root mean square of the angle, in radians.
+      The root mean square angle in radians.
 
     Raises:
       ValueError: an argument is out of range.
@@ -187,26 +192,25 @@ def lipschitz_identity(
 ) -> LipschitzIdentity:
     """Returns both sides of the gradient's norm through batch norm.
 
-    With s^2 = var + epsilon, yhat = (y - mean) / s, q = var / s^2, m values a
+    With s^2 = var + epsilon, yhat = (y - mean) / s, q = var / s^2, m values per
     channel and g the cotangent of z = scale yhat + bias:
 
     ||dL/dy||^2 = scale^2 / s^2
                   * (||g||^2 - <1, g>^2 / m - (2 - q) <g, yhat>^2 / m).
 
-    Exact for every epsilon, where q = 1 for epsilon = 0: batch norm takes the
-    mean of the gradient and its part along yhat away, and divides by the
-    standard deviation. The left side is of `jaxbn.batch_norm`'s own backward
-    pass, the right side of this formula.
+    Exact for every epsilon, with q = 1 for epsilon = 0: batch norm removes the
+    mean of the gradient and its component along yhat, and divides by the
+    standard deviation. The left side is computed by the backward pass of
+    `jaxbn.batch_norm`, the right side by this formula.
 
-    The paper prints the last factor as 1 / sqrt(m), in theorem 4.1 and in line
-    (9) of its appendix C. With it the right side is too small, even negative,
-    and the inequality is violated; from line (8), where yhat / ||yhat|| has
-    ||yhat|| = sqrt(m), follows 1 / m. The factor 2 - q is for epsilon > 0,
-    which the paper leaves out.
+    The paper has 1 / sqrt(m) as the last factor, in theorem 4.1 and in line (9)
+    of appendix C. Then the right side is too small, even negative, and violates
+    the inequality; line (8), with ||yhat|| = sqrt(m), implies 1 / m. The factor
+    2 - q accounts for epsilon > 0, which the paper omits.
 
     Args:
-      y: (..., C) floating, what is normalized.
-      cotangent: g, as y.
+      y: (..., C) floating, the input of batch norm.
+      cotangent: g, with the shape of y.
       scale: (C,).
       epsilon: added to the variance, unit of y squared; may be 0.
 
@@ -214,8 +218,8 @@ def lipschitz_identity(
       LipschitzIdentity (lhs (C,), rhs (C,)).
 
     Raises:
-      ValueError: y is not floating or has no axis but the features; cotangent
-        or scale does not fit; or epsilon is negative.
+      ValueError: y is not floating or has only the feature axis; cotangent or
+        scale has the wrong shape; or epsilon is negative.
 
     Source: Santurkar et al. (2018), How Does Batch Normalization Help
     Optimization?, theorem 4.1, corrected.
@@ -225,7 +229,7 @@ def lipschitz_identity(
     scale = check_features("scale", scale, y, features)
     if cotangent.shape != y.shape:
         raise ValueError(
-            f"cotangent must be as y, which is {describe(y)}; got "
+            f"cotangent must have the shape of y, {describe(y)}; got "
             f"{describe(cotangent)}."
         )
     if not epsilon >= 0:

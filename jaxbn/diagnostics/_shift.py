@@ -1,4 +1,4 @@
-"""Internal covariate shift: what the other layers' step does to a gradient."""
+"""Internal covariate shift: change of gradients by earlier layers' steps."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._arithmetic import widen
-from jaxbn.diagnostics._model import Loss, each, objective
-from jaxbn.diagnostics._trees import Path, check_same, find
+from jaxbn.diagnostics._model import Loss, map_rows, scalar_loss
+from jaxbn.diagnostics._trees import Path, check_same_structure, find_leaves
 
 
 class CovariateShift(NamedTuple):
-    """Change of a layer's gradient by the step of the layers before it.
+    """Change of a layer's gradient by the update of earlier layers.
 
-    The first layer has none before it: 0, 1 and 0, to rounding.
+    For the first layer 0, 1 and 0, up to rounding.
 
     Attributes:
       l2: (L,) ||G' - G||.
@@ -39,9 +39,9 @@ def internal_covariate_shift(
     order: Sequence[Path],
     unroll: bool = False,
 ) -> CovariateShift:
-    """Measures how the step of earlier layers changes a layer's gradient.
+    """Measures how updates of earlier layers change a layer's gradient.
 
-    With W the parameters before a step and W' those after it, on one batch:
+    With parameters W before and W' after a step, on the same batch:
     G_i = dL/dW_i at (W_1, ..., W_L) and
     G'_i = dL/dW_i at (W'_1, ..., W'_{i-1}, W_i, ..., W_L).
 
@@ -51,28 +51,28 @@ def internal_covariate_shift(
       loss: as in `gradient_line`.
       params: tree of floating arrays, before the step.
       new_params: the same tree, after it.
-      batch_stats, batch: passed on, the same for every probe.
+      batch_stats, batch: passed to loss.
       order: the layers 1 to L, first to last: keys of params, such as
         "Dense_0", or paths, such as "block/Dense_0" or ("block", "Dense_0").
-        A layer is every array below its path. What no layer names stays as it
-        was before the step.
+        A layer has all arrays below its path. Other arrays keep their values
+        from before the step.
       unroll: as in `gradient_line`.
 
     Returns:
       CovariateShift.
 
     Raises:
-      ValueError: order is empty, names what params has not, or an array twice;
-        new_params is another tree; or loss returns something else.
+      ValueError: order is empty, has a path that is not in params, or an array
+        twice; new_params has another structure; or loss returns something else.
 
     Source: Santurkar et al. (2018), How Does Batch Normalization Help
     Optimization?, definition 2.1.
     """
-    check_same(new_params, params, what="new_params", than="params")
+    check_same_structure(new_params, params, what="new_params", than="params")
     layer_of = _layers(params, order)
     old, treedef = jax.tree.flatten(params)
     new = jax.tree.leaves(new_params)
-    slope = jax.grad(objective(loss, batch_stats, batch))
+    slope = jax.grad(scalar_loss(loss, batch_stats, batch))
     before = jax.tree.leaves(slope(params))
 
     def products(there: list[jax.Array]) -> tuple[jax.Array, ...]:
@@ -93,22 +93,24 @@ def internal_covariate_shift(
         there = jax.tree.leaves(slope(jax.tree.unflatten(treedef, mixed)))
         return tuple(values[layer] for values in products(there))
 
-    change, inner, squared = each(probe, jnp.arange(len(order)), unroll=unroll)
+    change, inner, squared = map_rows(
+        probe, jnp.arange(len(order)), unroll=unroll
+    )
     length = jnp.sqrt(products(before)[2])
     l2 = jnp.sqrt(change)
     return CovariateShift(l2, inner / (jnp.sqrt(squared) * length), l2 / length)
 
 
 def _layers(params: Any, order: Sequence[Path]) -> dict[int, int]:
-    """Returns the layer of every leaf that has one."""
+    """Maps leaf indices to layer indices."""
     if isinstance(order, str) or not len(order):
         raise ValueError(
-            "order must be the keys of the layers, first to last, such as "
+            "order must list the layers, first to last, such as "
             f"('Dense_0', 'Dense_1'); got {order!r}."
         )
     layer_of: dict[int, int] = {}
     for layer, path in enumerate(order):
-        for leaf in find(params, path, what="params"):
+        for leaf in find_leaves(params, path, what="params"):
             if leaf in layer_of:
                 raise ValueError(
                     f"{path!r} and {order[layer_of[leaf]]!r} of order are the "

@@ -1,4 +1,4 @@
-"""Running statistics against those of the data, and what it costs."""
+"""Staleness of running statistics, and its effect on accuracy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxbn._arithmetic import widen
 from jaxbn._checks import describe
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
-from jaxbn.diagnostics._model import Apply, each, logits_of
+from jaxbn.diagnostics._model import Apply, checked_logits, map_rows
 
 
 class Staleness(NamedTuple):
@@ -30,11 +30,11 @@ class Staleness(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Means over examples.
+    """Averages over examples.
 
     Attributes:
       loss: () cross entropy in nats.
-      accuracy: () share.
+      accuracy: () fraction of correct predictions.
     """
 
     loss: jax.Array
@@ -42,13 +42,13 @@ class Evaluation(NamedTuple):
 
 
 class EvalGap(NamedTuple):
-    """One model on two sets of data and three kinds of statistics.
+    """Evaluations on two data sets, with three kinds of statistics.
 
     Attributes:
-      train_batch: training data, statistics of each batch.
-      test_batch: test data, statistics of each batch.
-      test_running: test data, the model's running statistics.
-      test_precise: test data, precise statistics; None where none are given.
+      train_batch: training data, batch statistics.
+      test_batch: test data, batch statistics.
+      test_running: test data, running statistics.
+      test_precise: test data, precise statistics, or None.
     """
 
     train_batch: Evaluation
@@ -66,22 +66,22 @@ def stats_staleness(
     z = |mean_r - mean| / sqrt(v), log_variance = log(v_r / v) and
     kl = (log(v_r / v) + (v + |mean_r - mean|^2) / v_r - 1) / 2.
 
-    An average with decay d remembers about 1 / (1 - d) steps: after fewer, its
-    start of mean 0 and variance 1 is what is measured here.
+    A moving average with decay d covers about 1 / (1 - d) steps; after fewer,
+    it is dominated by the initial mean 0 and variance 1.
 
     Args:
-      running: batch_stats, nested mappings, a layer's with mean and var; or
-        with RunningStats for layers.
-      precise: the same tree, or a part of it, with Moments in place of the
-        layers, as `jaxbn.precise.recompute(...).stats` is for flax.linen.
-      epsilon: the layers', unit of x squared; may be 0.
+      running: batch_stats: nested mappings, with mean and var or RunningStats
+        for each layer.
+      precise: a tree of the same structure, or a part of it, with Moments for
+        each layer, such as `jaxbn.precise.recompute(...).stats` for flax.linen.
+      epsilon: epsilon of the layers, unit of x squared; may be 0.
 
     Returns:
-      The tree of precise with Staleness for layers. NaN in channels of which
-      nothing was kept.
+      A tree like precise with Staleness for each layer; NaN for channels
+      without any values.
 
     Raises:
-      ValueError: the trees do not fit.
+      ValueError: the structures do not match.
 
     Source: Wu and Johnson (2021), Rethinking "Batch" in BatchNorm, section 3,
     on the difference; the measures are those of `jaxbn.doctor`.
@@ -93,8 +93,8 @@ def stats_staleness(
     fits = isinstance(running, Mapping) and isinstance(precise, Mapping)
     if not fits or not set(precise) <= set(running):
         raise ValueError(
-            f"precise has {_words(precise)}, which running has not; it has "
-            f"{_words(running)}. Layers are jaxbn.Moments in precise."
+            f"precise has {_list_keys(precise)}, but running has "
+            f"{_list_keys(running)}. Layers must be jaxbn.Moments in precise."
         )
     return {
         name: stats_staleness(running[name], node, epsilon=epsilon)
@@ -108,7 +108,7 @@ def _staleness(layer: Any, data: Moments, epsilon: float) -> Staleness:
     if not isinstance(layer, Mapping) or not {"mean", "var"} <= set(layer):
         raise ValueError(
             "a layer of running must have mean and var where precise has "
-            f"Moments; it has {_words(layer)}."
+            f"Moments; it has {_list_keys(layer)}."
         )
     count, mean, m2 = map(jnp.asarray, data)
     if jnp.shape(layer["mean"]) != mean.shape:
@@ -116,7 +116,7 @@ def _staleness(layer: Any, data: Moments, epsilon: float) -> Staleness:
             f"mean is {describe(jnp.asarray(layer['mean']))} in running and "
             f"{describe(mean)} in precise."
         )
-    # Layers stacked by a scan have their axis first.
+    # A layer in a scan has the scanned axis first.
     count = count.reshape(count.shape + (1,) * (mean.ndim - count.ndim))
     count = jnp.where(count > 0, count, jnp.nan)
     v = m2 / count + epsilon
@@ -138,30 +138,30 @@ def eval_gap(
     precise_stats: Any = None,
     unroll: bool = False,
 ) -> EvalGap:
-    """Measures one model with statistics of batches and of the population.
+    """Evaluates a model with batch statistics and population statistics.
 
-    Between train_batch and test_batch lies generalization, with the same kind
-    of statistics on both sides. Between test_batch and test_precise lies the
-    change from batches to the population alone, and between test_precise and
-    test_running what the moving average got wrong.
+    The difference of train_batch and test_batch is the generalization gap, with
+    batch statistics for both. The difference of test_batch and test_precise is
+    the effect of population statistics, and that of test_precise and
+    test_running the error of the moving average.
 
     Args:
       apply: (params, batch_stats, x, train=...) -> logits (B, C).
-      params: passed on.
+      params: passed to apply.
       batch_stats: running statistics.
-      train: (x (N, ...), labels (N,) integers) of training.
-      test: the same of the test set.
-      batch_size: of every batch, consecutive examples; it is the size of
-        training's for numbers that mean something, and divides both N.
-      precise_stats: a tree as batch_stats, of
-        `jaxbn.precise.with_statistics`; None leaves test_precise None.
-      unroll: as in `gradient_line`, with a copy of the network for each batch.
+      train: training set, (x (N, ...), labels (N,) integers).
+      test: test set, likewise.
+      batch_size: size of batches of consecutive examples; should be the
+        training batch size, and must divide both N.
+      precise_stats: a tree like batch_stats, from
+        `jaxbn.precise.with_statistics`; None skips test_precise.
+      unroll: unrolls the loop over batches, see `gradient_line`.
 
     Returns:
       EvalGap.
 
     Raises:
-      ValueError: labels do not fit x, batch_size does not divide, or apply
+      ValueError: labels do not match x, batch_size does not divide N, or apply
         returns something else.
 
     Source: Wu and Johnson (2021), Rethinking "Batch" in BatchNorm.
@@ -174,14 +174,14 @@ def eval_gap(
     def evaluate(data: str, stats: Any, by_batch: bool) -> Evaluation:
         def one(batch: tuple[jax.Array, jax.Array]) -> Evaluation:
             x, labels = batch
-            z = widen(logits_of(apply, params, stats, x, train=by_batch))
+            z = widen(checked_logits(apply, params, stats, x, train=by_batch))
             chosen = jnp.take_along_axis(
                 jax.nn.log_softmax(z), labels[:, None], 1
             )
             right = z.argmax(1) == labels
             return Evaluation(-chosen.mean(), right.mean(dtype=z.dtype))
 
-        found = each(one, sets[data], unroll=unroll)
+        found = map_rows(one, sets[data], unroll=unroll)
         means: Evaluation = jax.tree.map(jnp.mean, found)
         return means
 
@@ -208,14 +208,14 @@ def _batches(
         )
     if batch_size < 1 or not len(x) or len(x) % batch_size:
         raise ValueError(
-            f"batch_size must divide the {len(x)} examples of {name}, so that "
-            f"batches are alike; got {batch_size}."
+            f"batch_size must divide the {len(x)} examples of {name}; got "
+            f"{batch_size}."
         )
     shape = (-1, batch_size)
     return x.reshape(*shape, *x.shape[1:]), labels.reshape(shape)
 
 
-def _words(tree: Any) -> str:
+def _list_keys(tree: Any) -> str:
     if isinstance(tree, Mapping):
         return ", ".join(map(str, tree)) or "nothing"
     return type(tree).__name__

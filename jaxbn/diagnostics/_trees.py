@@ -1,4 +1,4 @@
-"""Parameters as one vector, and parts of them by name."""
+"""Vector operations on pytrees, and lookup of leaves by path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Path = str | Sequence[str]
 
 def dot(a: Any, b: Any) -> jax.Array:
     """Returns the inner product of two trees, in float32 or wider."""
-    # Not a vdot, which accelerators round to half precision.
+    # Not jnp.vdot, which accelerators compute in lower precision.
     parts = jax.tree.map(lambda x, y: (widen(x) * widen(y)).sum(), a, b)
     return cast("jax.Array", sum(jax.tree.leaves(parts)))
 
@@ -27,19 +27,19 @@ def norm(a: Any) -> jax.Array:
     return jnp.sqrt(dot(a, a))
 
 
-def minus(a: Any, b: Any) -> Any:
+def subtract(a: Any, b: Any) -> Any:
     """Returns a - b."""
     return jax.tree.map(jnp.subtract, a, b)
 
 
-def moved(params: Any, step: jax.Array, direction: Any) -> Any:
+def step_along(params: Any, step: jax.Array, direction: Any) -> Any:
     """Returns params - step * direction, in the dtypes of params."""
     return jax.tree.map(
         lambda p, d: p - (step * d).astype(p.dtype), params, direction
     )
 
 
-def names(tree: Any) -> list[str]:
+def leaf_names(tree: Any) -> list[str]:
     """Returns the path of every leaf, in the order of `jax.tree.leaves`."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [
@@ -48,14 +48,14 @@ def names(tree: Any) -> list[str]:
     ]
 
 
-def find(tree: Any, path: Path, *, what: str) -> list[int]:
+def find_leaves(tree: Any, path: Path, *, what: str) -> list[int]:
     """Returns the indices of the leaves at and below path.
 
     Raises:
-      ValueError: there is none; names those there are.
+      ValueError: there is none; lists the existing paths.
     """
     path = path if isinstance(path, str) else "/".join(map(str, path))
-    known = names(tree)
+    known = leaf_names(tree)
     found = [
         i
         for i, name in enumerate(known)
@@ -68,31 +68,33 @@ def find(tree: Any, path: Path, *, what: str) -> list[int]:
     return found
 
 
-def find_one(tree: Any, path: Path, *, what: str) -> int:
-    """Returns the index of the one leaf at or below path.
+def find_leaf(tree: Any, path: Path, *, what: str) -> int:
+    """Returns the index of the only leaf at or below path.
 
     Raises:
       ValueError: there is none, or more than one.
     """
-    found = find(tree, path, what=what)
+    found = find_leaves(tree, path, what=what)
     if len(found) > 1:
-        known = names(tree)
+        known = leaf_names(tree)
         raise ValueError(
-            f"{path!r} is {len(found)} arrays of {what}: "
-            f"{', '.join(known[i] for i in found)}. Name one of them."
+            f"{path!r} matches {len(found)} arrays of {what}: "
+            f"{', '.join(known[i] for i in found)}. Select one of them."
         )
     return found[0]
 
 
-def check_same(tree: Any, other: Any, *, what: str, than: str) -> None:
+def check_same_structure(
+    tree: Any, other: Any, *, what: str, than: str
+) -> None:
     """Raises ValueError unless both trees hold arrays of the same shapes."""
     mine, theirs = (
-        dict(zip(names(t), jax.tree.leaves(t))) for t in (tree, other)
+        dict(zip(leaf_names(t), jax.tree.leaves(t))) for t in (tree, other)
     )
     for name in [*theirs, *mine]:
         if name not in mine or name not in theirs:
             raise ValueError(
-                f"{what} must be a tree as {than}, which has "
+                f"{what} must have the structure of {than}, with "
                 f"{', '.join(theirs)}; got {', '.join(mine)}."
             )
         if jnp.shape(mine[name]) != jnp.shape(theirs[name]):
@@ -103,8 +105,8 @@ def check_same(tree: Any, other: Any, *, what: str, than: str) -> None:
             )
 
 
-def channels(leaf: jax.Array, feature_axis: int) -> jax.Array:
-    """Returns a weight as rows, one an output channel, (C, fan-in)."""
+def channel_rows(leaf: jax.Array, feature_axis: int) -> jax.Array:
+    """Reshapes a weight to one row per output channel, (C, fan-in)."""
     leaf = jnp.asarray(leaf)
     if not leaf.ndim or not -leaf.ndim <= feature_axis < leaf.ndim:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The health of a model's batch norm layers, as a table and in words."""
+"""Diagnoses the batch norm layers of a model."""
 
 from jaxbn.doctor._health import Health
 from jaxbn.doctor._report import Report, examine

@@ -1,4 +1,4 @@
-"""Models of flax.linen and flax.nnx, as what their examination asks of one."""
+"""A common interface to flax.linen and flax.nnx models."""
 
 from __future__ import annotations
 
@@ -13,36 +13,30 @@ from flax import nnx
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn._call import (
-    Caller,
     advance_streams,
-    caller,
+    call_nnx_clone,
     check_nnx_options,
     linen_options,
-    run_nnx,
 )
-from jaxbn._collect import (
-    Collected,
-    Log,
-    Path,
-    collect_nnx,
-    collected,
-    with_empty,
-)
-from jaxbn._exchange import Exchanged, exchanged_nnx
+from jaxbn._collect import collect_nnx
+from jaxbn._collected import Collected, Log, Path, collected, with_empty
+from jaxbn._collecting import CollectingLinen, collecting_nnx
+from jaxbn._model_call import ModelCall, make_model_call
 from jaxbn._passes import Moments
 from jaxbn._scope import Scope
-from jaxbn.doctor._outputs import squares
+from jaxbn.doctor._outputs import squared_norms
 
 
 class Layers(NamedTuple):
-    """What a model has of batch norm, each by path in the order of the calls.
+    """The batch norm layers of a model, in the order of the calls.
 
     Attributes:
-      trained: options and variables of layers that normalize with the batch.
-      inferred: paths of layers in inference mode, although the model trains.
+      trained: options and variables of layers that normalize with the batch,
+        by path.
+      inferred: paths of layers in inference mode while the model trains.
       uncalled: paths of layers that were not called.
-      unknown: paths of a mean and var in batch_stats where no batch norm layer
-        was called; it may be none.
+      unknown: paths in batch_stats with mean and var where no batch norm layer
+        was called.
     """
 
     trained: dict[str, dict[str, Any]] = {}
@@ -52,27 +46,27 @@ class Layers(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Moments of one layer over the calls of one batch; see `Collected`."""
+    """Moments of a layer over the calls of one batch; see `Collected`."""
 
     values: Moments
     means: Moments
     stds: Moments
 
 
-class Linen:
-    """A linen model as what `examine` asks of one."""
+class LinenModel:
+    """A linen model to examine."""
 
     def __init__(
         self,
         model: nn.Module,
         variables: Any,
-        call: Caller | None,
+        call: ModelCall | None,
         rngs: Any,
         mutable: Collection[str],
     ):
-        run = caller(model, call)
+        run = make_model_call(model, call)
         self._variables = variables
-        self._linen = Exchanged(model)
+        self._linen = CollectingLinen(model)
         self._log = Log()
 
         def read(variables: Any, batch: Any, number: Any) -> Any:
@@ -81,18 +75,18 @@ class Linen:
             y, found, self._log = self._linen.collect(
                 variables, batch, **options
             )
-            # What training creates, such as a cache, inference may do as well.
+            # Inference may also create what training does, such as a cache.
             if "batch_stats" not in mutable:
                 options["mutable"].remove("batch_stats")
             inferred, _ = self._linen.infer(variables, batch, **options)
             parts = {_name(path): _parts(a) for path, a in found.items()}
-            return parts, squares(y, inferred)
+            return parts, squared_norms(y, inferred)
 
         self._read = jax.jit(read)
 
     def layers(self, batch: Any) -> Layers:
-        """Returns the layers of the model, from a call that is not run."""
-        # Which fills the log; it is traced once.
+        """Returns the layers of the model, by tracing a call."""
+        # Tracing fills the log; it happens only once.
         jax.eval_shape(self._read, self._variables, batch, np.int32(0))
         stats = nn.unbox(self._variables["batch_stats"])
         params = self._variables.get("params", {})
@@ -120,21 +114,21 @@ class Linen:
         return found
 
 
-class Nnx:
-    """An nnx model as what `examine` asks of one."""
+class NnxModel:
+    """An nnx model to examine."""
 
     def __init__(
         self,
         model: nnx.Module,
-        call: Caller | None,
+        call: ModelCall | None,
         rngs: Any,
         mutable: Collection[str],
     ):
-        run = caller(model, call)
+        run = make_model_call(model, call)
         check_nnx_options(rngs, mutable)
         self._model = model
         self._log = Log()
-        self._ours = exchanged_nnx(model)
+        self._ours = collecting_nnx(model)
         graphdef, self._state = nnx.split(self._ours)
 
         def read(state: Any, batch: Any, number: Any) -> Any:
@@ -150,20 +144,20 @@ class Nnx:
             found, self._log = collect_nnx(jaxbn.nnx.batch_norms(copy), train)
             model = nnx.merge(graphdef, state)
             advance_streams(model, number)
-            inferred, _ = run_nnx(model, run, batch, False)
+            inferred, _ = call_nnx_clone(model, run, batch, False)
             parts = {path: _parts(a) for path, a in found.items()}
-            return parts, squares(output, inferred)
+            return parts, squared_norms(output, inferred)
 
         self._read = jax.jit(read)
 
     def layers(self, batch: Any) -> Layers:
-        """Returns the layers of the model, from a call that is not run."""
-        # As its code has them; a copy of flax's layer as what it runs as.
+        """Returns the layers of the model, by tracing a call."""
+        # The layers of model itself take precedence over the copies.
         layers = {
             **jaxbn.nnx.batch_norms(self._ours),
             **jaxbn.nnx.batch_norms(self._model),
         }
-        # Which fills the log; it is traced once.
+        # Tracing fills the log; it happens only once.
         jax.eval_shape(self._read, self._state, batch, np.int32(0))
         trained = {}
         for (path,) in self._log.trained:

@@ -1,4 +1,4 @@
-"""How far the outputs of a model in training and in inference differ."""
+"""Compares the outputs of a model in training and inference."""
 
 from __future__ import annotations
 
@@ -9,50 +9,53 @@ import jax
 import jax.numpy as jnp
 
 
-def squares(trained: Any, inferred: Any) -> tuple[jax.Array, jax.Array] | None:
+def squared_norms(
+    trained: Any, inferred: Any
+) -> tuple[jax.Array, jax.Array] | None:
     """Returns squared norms of the difference and of the output in training.
 
-    A model may return more in one mode than in the other, such as (y, aux) and
-    y. What is compared is then the first part of the one that has the
-    structure and the shapes of the other, or else the leaves that lie in the
-    same place of both.
+    A model may return more in one mode, such as (y, aux) and y. Then the first
+    part of one output with the structure and shapes of the other is compared,
+    or else the leaves with equal paths and shapes.
 
     Args:
       trained: output in training, a pytree.
       inferred: output in inference.
 
     Returns:
-      Two scalars, or None where no part of the outputs is comparable. Integers
-      and booleans count where nothing is floating.
+      Two scalars, or None if nothing is comparable. Integers and booleans are
+      compared only if there are no floating leaves.
     """
-    pair = _alike(trained, inferred) or _common(trained, inferred)
+    pair = _matching_part(trained, inferred) or _common_leaves(
+        trained, inferred
+    )
     leaves = [*zip(*map(jax.tree.leaves, pair))]
     floating = [p for p in leaves if jnp.issubdtype(p[0].dtype, jnp.inexact)]
     leaves = floating or [p for p in leaves if _is_number(p[0])]
     if not leaves:
         return None
     wide = [[_widened(a) for a in pair] for pair in leaves]
-    apart = sum((abs(a - b) ** 2).sum() for a, b in wide)
+    difference = sum((abs(a - b) ** 2).sum() for a, b in wide)
     size = sum((abs(a) ** 2).sum() for a, _ in wide)
-    return cast("jax.Array", apart), cast("jax.Array", size)
+    return cast("jax.Array", difference), cast("jax.Array", size)
 
 
-def _alike(trained: Any, inferred: Any) -> tuple[Any, Any] | None:
-    """Returns parts of one structure, the whole if it can be."""
+def _matching_part(trained: Any, inferred: Any) -> tuple[Any, Any] | None:
+    """Returns matching parts of both, the whole outputs if possible."""
     if _shape(trained) == _shape(inferred):
         pair: tuple[Any, Any] = jax.tree.map(jnp.asarray, (trained, inferred))
         return pair
     for part in _children(trained):
-        if (found := _alike(part, inferred)) is not None:
+        if (found := _matching_part(part, inferred)) is not None:
             return found
     for part in _children(inferred):
-        if (found := _alike(trained, part)) is not None:
+        if (found := _matching_part(trained, part)) is not None:
             return found
     return None
 
 
-def _common(trained: Any, inferred: Any) -> tuple[Any, Any]:
-    """Returns the leaves of one path and shape, by path."""
+def _common_leaves(trained: Any, inferred: Any) -> tuple[Any, Any]:
+    """Returns the leaves with equal paths and shapes."""
     a, b = (
         {path: jnp.asarray(leaf) for path, leaf in found}
         for found in map(jax.tree.leaves_with_path, (trained, inferred))

@@ -1,4 +1,4 @@
-"""Running statistics recomputed over a data set, exactly."""
+"""Recomputes running statistics exactly over a data set."""
 
 from jaxbn._with_statistics import with_statistics
 from jaxbn.precise._recompute import Precise, recompute

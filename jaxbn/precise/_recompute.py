@@ -1,4 +1,4 @@
-"""Reads batches and merges what the layers of a model have seen in them."""
+"""Merges the moments of a model's layers over many batches."""
 
 from __future__ import annotations
 
@@ -10,27 +10,22 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxbn._call import (
-    Caller,
-    advance_streams,
-    caller,
-    check_nnx_options,
-    linen_options,
-)
-from jaxbn._collect import nested
+from jaxbn._call import advance_streams, check_nnx_options, linen_options
+from jaxbn._collected import nested
+from jaxbn._model_call import ModelCall, make_model_call
 from jaxbn._passes import Moments
-from jaxbn.precise._sum import Sum
+from jaxbn.precise._moments_sum import MomentsSum
 
 
 class Precise(NamedTuple):
-    """What `recompute` returns.
+    """Result of `recompute`.
 
     Attributes:
-      stats: tree of Moments in float64 numpy, over all batches.
-      batches: how many were read.
-      error: estimated standard error of the worst channel, relative; inf
-        where it cannot be told.
-      converged: whether error came below the tolerance.
+      stats: tree of Moments over all batches, float64 numpy arrays.
+      batches: number of batches read.
+      error: estimated relative standard error of the worst channel; inf if it
+        cannot be estimated.
+      converged: whether error is below the tolerance.
     """
 
     stats: Any
@@ -44,7 +39,7 @@ def recompute(
     variables: Any,
     batches: Iterable[Any],
     *,
-    call: Caller | None = None,
+    call: ModelCall | None = None,
     rngs: Any = None,
     mutable: Collection[str] = (),
     tolerance: float | None = None,
@@ -54,55 +49,57 @@ def recompute(
 ) -> Precise:
     """Merges the Moments of all batches, weighted by their counts.
 
-    A moving average remembers 1 / (1 - decay) batches, from weights that have
-    changed since. This takes any number of them with the weights as they are:
-    after training, after weights were averaged (SWA, EMA), or for new data.
-    Where one layer lies behind another, its input depends on the batches that
-    the earlier one is normalized with, so take those of training.
+    A moving average covers about 1 / (1 - decay) batches, seen by weights that
+    have changed since. This function covers any number of batches with fixed
+    weights: after training, after weight averaging (SWA, EMA), or for new data.
+    Since the input of a layer depends on the batches that earlier layers are
+    normalized with, use training batches.
 
-    The error is that of a mean of independent batches: with weights w_i,
-    SE^2 = k / (k - 1) sum w_i^2 (m_i - m)^2 / (sum w_i)^2, of the means in units
-    of the standard deviation and of the variances relative to the variance,
-    the largest of all channels and layers. Batches in an order, such as class
-    by class, are not independent: shuffle them, or give no tolerance.
+    The error is the standard error of a mean of independent batches: with
+    weights w_i, SE^2 = k / (k - 1) sum w_i^2 (m_i - m)^2 / (sum w_i)^2, of means
+    in units of the standard deviation and of variances relative to the
+    variance, the maximum over channels and layers. Ordered batches, such as
+    class by class, are not independent: shuffle them, or set no tolerance.
 
     Args:
-      model: of flax.linen or flax.nnx, with layers of flax or jaxbn. Or a
+      model: a flax.linen or flax.nnx module with layers of flax or jaxbn, or a
         function (variables, batch) -> tree of Moments, such as one that calls
-        `jaxbn.linen.batch_moments` in shard_map. It is compiled.
-      variables: of a linen model; None for nnx. Or the function's argument.
-      batches: of any sizes; on several devices, sharded arrays.
-      call: (model, batch, train) -> output, called with train=True. None gives
-        the model the batch, and its mode by the argument or field that has it,
-        such as train or deterministic. A linen model is bound, as it is for
-        `method` of flax.
-      rngs: of a linen model: a key, or a dict of them; the number of each
-        batch is folded in. None makes one for every stream.
-      mutable: of a linen model: names of collections that the call creates.
-      tolerance: stops once the error is below; None reads all batches.
-      min_batches: that are read before it may stop, at least 2.
-      epsilon: the layers', unit of x squared; beside it a variance is nothing.
-      progress: shows a bar.
+        `jaxbn.linen.batch_moments` in shard_map. It is jitted.
+      variables: variables of a linen model, None for nnx, or the argument of
+        the function.
+      batches: batches of any size; on several devices, sharded arrays.
+      call: (model, batch, train) -> output, called with train=True. None
+        passes the batch to the model, and the mode to the argument or field
+        that takes it, such as train or deterministic. A linen model is bound,
+        as for `method` in flax.
+      rngs: for linen, a key or a dict of keys; the batch number is folded in.
+        None creates a key for every stream.
+      mutable: for linen, names of collections that the call creates.
+      tolerance: stops once the error is below it; None reads all batches.
+      min_batches: minimum number of batches to read, at least 2.
+      epsilon: epsilon of the layers, unit of x squared; added to the variance
+        that errors are relative to.
+      progress: shows a progress bar.
 
     Returns:
-      Precise; `with_statistics`, or `jaxbn.nnx.set_statistics`, puts its
-      stats into a model.
+      Precise; put its stats into a model with `with_statistics` or
+      `jaxbn.nnx.set_statistics`.
 
     Raises:
       ValueError: there is no batch; the function returns something else;
-        statistics are not finite, with the number of the batch; no layer is in
-        training mode; or how to call the model is not known.
+        statistics of a batch are not finite; no layer is in training mode; or
+        the model cannot be called without `call`.
 
     Source: Wu and Johnson (2021), Rethinking "Batch" in BatchNorm, section 3.
     """
     if min_batches < 2:
         raise ValueError(f"min_batches must be at least 2; got {min_batches}.")
-    function, variables = _as_function(model, variables, call, rngs, mutable)
+    function, variables = _as_moments_fn(model, variables, call, rngs, mutable)
     compiled = jax.jit(function)
-    sums: list[Sum] = []
+    sums: list[MomentsSum] = []
     read, error = 0, np.inf
     treedef = None
-    for batch in _shown(batches, progress):
+    for batch in _with_progress_bar(batches, progress):
         parts = jax.device_get(compiled(variables, batch, np.int32(read)))
         found, treedef = jax.tree.flatten(parts, is_leaf=_is_moments)
         if not found or not all(map(_is_moments, found)):
@@ -110,14 +107,14 @@ def recompute(
                 "The function must return a tree of jaxbn.Moments; got "
                 f"{jax.tree.map(type, found)}."
             )
-        sums = sums or [Sum() for _ in found]
+        sums = sums or [MomentsSum() for _ in found]
         for total, part in zip(sums, found):
             if not (
                 np.isfinite(part.mean).all() and np.isfinite(part.m2).all()
             ):
                 raise ValueError(
-                    f"Statistics of batch {read} (from 0) are not finite. "
-                    "Nothing was changed; look for NaN or inf in it."
+                    f"Statistics of batch {read} (from 0) are not finite; check "
+                    "it for NaN or inf. Nothing was changed."
                 )
             total.add(part)
         read += 1
@@ -127,36 +124,35 @@ def recompute(
             break
     if not read:
         raise ValueError(
-            "There was no batch. An iterator that was read before is empty: "
-            "make a new one."
+            "batches is empty. An iterator can be read only once: create a new "
+            "one."
         )
     stats = jax.tree.unflatten(treedef, [total.moments for total in sums])
     converged = tolerance is not None and error < tolerance
     return Precise(stats, read, float(error), converged)
 
 
-def _as_function(
+def _as_moments_fn(
     model: Any,
     variables: Any,
-    call: Caller | None,
+    call: ModelCall | None,
     rngs: Any,
     mutable: Collection[str],
 ) -> tuple[Callable[[Any, Any, Any], Any], Any]:
-    """Returns (variables, batch, its number) -> Moments, and variables."""
+    """Returns (variables, batch, batch number) -> Moments, and variables."""
     if not isinstance(model, (nn.Module, nnx.Module)):
         if call is not None or rngs is not None or mutable:
             raise ValueError(
-                "call, rngs and mutable say how to call a model of flax; got "
-                f"{type(model).__name__} in its place, which is called as it "
-                "is."
+                "call, rngs and mutable are only for flax models; got a "
+                f"{type(model).__name__}."
             )
         return lambda variables, batch, _: model(variables, batch), variables
     import jaxbn.nnx  # which takes with_statistics from here
-    from jaxbn._exchange import Exchanged, exchanged_nnx
+    from jaxbn._collecting import CollectingLinen, collecting_nnx
 
-    run = caller(model, call)
+    run = make_model_call(model, call)
     if isinstance(model, nn.Module):
-        linen = Exchanged(model)
+        linen = CollectingLinen(model)
 
         def of_linen(variables: Any, batch: Any, number: Any) -> Any:
             options = linen_options(variables, rngs, mutable, number=number)
@@ -165,7 +161,7 @@ def _as_function(
 
         return of_linen, variables
     check_nnx_options(rngs, mutable)
-    graphdef, state = nnx.split(exchanged_nnx(model))
+    graphdef, state = nnx.split(collecting_nnx(model))
 
     def of_nnx(state: Any, batch: Any, number: Any) -> Any:
         copy: Any = nnx.merge(graphdef, state)
@@ -180,7 +176,7 @@ def _is_moments(node: Any) -> bool:
     return isinstance(node, Moments)
 
 
-def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+def _with_progress_bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     if not progress:
         return batches
     from rich.progress import track  # comes with flax

@@ -17,11 +17,13 @@ import train.recipe
 from configs import cifar10_94, resnet18_cifar
 from tests.bench.compiled_programs import Program
 from tests.bench.gpu_nets import ResNet50
-from train.data import Batch, Dataset, Split
+from train.batching import Batch
+from train.data import Dataset, Split
 from train.fast import programs
 from train.fast.step import init_state
 from train.norms import norm_of
-from train.step import Recipe, abstract_state, make_train_step
+from train.state import Recipe, abstract_state
+from train.step import make_train_step
 from train.topology import Topology
 
 # A run has 50,000 images; what stands for them needs no more than their size.
@@ -66,7 +68,7 @@ def fast_epoch(mesh: Mesh, norm: str, batch: int) -> Program:
     )
     number = jax.ShapeDtypeStruct((), jnp.int32)
     state = jax.eval_shape(functools.partial(init_state, recipe), split, number)
-    kind = programs.kind(recipe, recipe.bias_epochs)
+    kind = programs.epoch_signature(recipe, recipe.bias_epochs)
     epoch = functools.partial(programs._scanned_epoch, recipe, *kind)
     jitted = programs._jitted(mesh, epoch, 0)
     return Program(jitted, (state, split, number, number))

@@ -13,8 +13,9 @@ from jax.sharding import AxisType
 from configs import defaults
 from tests.bench import measure
 from train import networks, norms
-from train.data import Batch
-from train.step import Recipe, init_state, make_optimizer, make_train_step
+from train.batching import Batch
+from train.state import Recipe, init_state, make_optimizer
+from train.step import make_train_step
 from train.topology import Topology
 
 NORMS = ("flax", "jaxbn", "none")
@@ -61,14 +62,14 @@ class _Steps:
         config = defaults.get_config()
         config.update(fields, norm=norm, dtype=dtype)
         auto = (AxisType.Auto,)
-        place = Topology(
+        topology = Topology(
             jax.make_mesh((jax.device_count(),), ("data",), axis_types=auto)
         )
         recipe = Recipe(
             model=networks.make(
                 config,
                 num_classes=10,
-                norm=norms.norm_of(config, place),
+                norm=norms.norm_of(config, topology),
                 dtype=jnp.dtype(dtype),
             ),
             optimizer=make_optimizer(
@@ -90,9 +91,9 @@ class _Steps:
             np.arange(size, dtype=np.int32),
             np.ones(size, bool),
         )
-        self._batch = place.put(batch, size)
-        self._step = make_train_step(recipe, place.mesh)
-        self._state = init_state(recipe, (32, 32, 3), place.mesh)
+        self._batch = topology.put(batch, size)
+        self._step = make_train_step(recipe, topology.mesh)
+        self._state = init_state(recipe, (32, 32, 3), topology.mesh)
 
     def __call__(self) -> Any:
         self._state, sums = self._step(self._state, self._batch, 0)

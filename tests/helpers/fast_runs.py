@@ -11,7 +11,7 @@ from configs import cifar10_94
 from jaxbn.linen import BatchNorm
 from train import data
 from train.fast import programs, step
-from train.fast.recipe import SMALLEST, make_recipe
+from train.fast.recipe import MIN_IMAGE_SIZE, make_recipe
 
 CLASSES = 10
 STEPS = 9  # one epoch of six, and half of one
@@ -23,7 +23,7 @@ def examples(count, seed):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, count).astype(np.int32)
     colour = np.random.default_rng(99).uniform(60, 200, (CLASSES, 1, 1, 3))
-    noise = rng.normal(0, 30, (count, SMALLEST, SMALLEST, 3))
+    noise = rng.normal(0, 30, (count, MIN_IMAGE_SIZE, MIN_IMAGE_SIZE, 3))
     images = np.clip(colour[labels] + noise, 0, 255).astype(np.uint8)
     return data.Split(images, labels)
 
@@ -83,7 +83,7 @@ def trained(made, recipe, seed=0):
 def plan_program(cutout=0):
     """The program that plans an epoch of `DATASET`, by (seed, epoch)."""
     recipe = recipe_of(small(cutout=cutout))
-    return jax.jit(functools.partial(step.plan, recipe, DATASET.train))
+    return jax.jit(functools.partial(step.plan_epoch, recipe, DATASET.train))
 
 
 def first_batch(cutout=0):

@@ -8,10 +8,7 @@ from jax.sharding import AxisType
 from configs import digits
 from jaxbn.linen import BatchNorm
 from train.resnet import ResNet
-from train.step import (
-    Recipe,
-    make_optimizer,
-)
+from train.state import Recipe, make_optimizer
 
 
 def small_config(**changes):

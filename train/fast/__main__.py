@@ -1,8 +1,8 @@
 # ruff: noqa: E402
 """Trains in seconds on one GPU: python -m train.fast [--config FILE].
 
-Any field of the config can be set: --config.seeds=3. Every seed is timed from
-its initialization to the end of its evaluation, after everything is compiled.
+Override any field of the config with --config.seeds=3. Each seed is timed from
+initialization to the end of evaluation, excluding compilation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from train import signals
 
 if __name__ == "__main__":
-    signals.end_at_ctrl_c(
+    signals.exit_on_ctrl_c(
         "train.fast"
     )  # before the imports, which take seconds
 
@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs import fast_defaults
-from train import command, output
+from train import cli, output
 from train import flags as command_line
 
 
@@ -28,7 +28,7 @@ def _define() -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        "Where summary.json is written. Default: runs/CONFIG-TIME.",
+        "Directory of summary.json. Default: runs/CONFIG-TIME.",
     )
 
 
@@ -45,13 +45,13 @@ def main(config: ConfigDict) -> None:
     """Runs all seeds."""
     command_line.simulate(config.cpu_devices)
     logging.set_verbosity(logging.ERROR)
-    # Once the number of devices is set.
+    # Not before the number of devices is set.
     from train.fast import run
 
     workdir = command_line.workdir()
     run.train(config, workdir)
-    output.say(f"The results are in {workdir}.")
+    output.say(f"Results are in {workdir}.")
 
 
 if __name__ == "__main__":
-    command.run("train.fast", lambda _: app.run(main, flags_parser=_parse))
+    cli.run("train.fast", lambda _: app.run(main, flags_parser=_parse))

@@ -1,8 +1,8 @@
 """Flips, translations and cutout, as functions of (seed, epoch, example).
 
-What is random is drawn for a whole epoch at once, a handful of launches, and
-the pixels are gathered batch by batch: one pass reads uint8 and writes what the
-network takes, and no second copy of the images is made, written and read.
+Random numbers are drawn for a whole epoch at once, in few kernel launches, and
+pixels are gathered per batch: a single pass reads uint8 and writes the network
+input, without another copy of the images.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ FLIPS = ("alternating", "random", "none")
 
 
 class Augmentation(NamedTuple):
-    """What to do with examples; the fields begin with the same axes."""
+    """Augmentation parameters; leading axes are shared by all fields."""
 
-    flip: jax.Array  # (...) bool, mirrors left and right
-    offset: jax.Array  # (..., 2) int32, what comes to the place of (0, 0)
+    flip: jax.Array  # (...) bool, horizontal flip
+    offset: jax.Array  # (..., 2) int32, source of pixel (0, 0)
     corner: jax.Array  # (..., 2) int32, first row and column of the cutout
 
 
@@ -34,17 +34,17 @@ def draw(
     translate: int,
     last_corner: tuple[int, int],
 ) -> Augmentation:
-    """Draws what happens to each example in an epoch.
+    """Samples the augmentation of each example for an epoch.
 
     Args:
-      key: of the run.
-      index: (N,) integers, places in the training split.
+      key: key of the run.
+      index: (N,) integers, indices into the training split.
       epoch: (), from 0.
-      flip: "alternating": in the first epoch by chance, then every image
-        mirrored or not in turns, so that two epochs show both. "random": by
-        chance every time. "none".
-      translate: offsets are from -translate to translate.
-      last_corner: largest row and column that a cutout begins at.
+      flip: "alternating" flips at random in the first epoch, and then every
+        other epoch, so that two epochs show both. "random" flips at random in
+        every epoch. "none" never flips.
+      translate: maximum offset in pixels.
+      last_corner: maximum row and column of the cutout's corner.
 
     Returns:
       Augmentation with fields (N, ...).
@@ -74,42 +74,42 @@ def draw(
     return Augmentation(mirrored, offset, corner)
 
 
-def view(
+def flip_and_translate(
     images: jax.Array, index: jax.Array, flip: jax.Array, offset: jax.Array
 ) -> jax.Array:
-    """Returns images mirrored, and then moved with the border reflected.
+    """Returns images flipped, then translated with reflection padding.
 
-    Pixel (y, x) of a result is (y + offset[0], x + offset[1]) of the mirrored
-    image. The outermost pixels are not repeated, as numpy's "reflect".
+    Pixel (y, x) of the result is (y + offset[0], x + offset[1]) of the flipped
+    image. Padding is as numpy's "reflect", without repeating the border.
 
     Args:
       images: (N, H, W, C).
-      index: (B,) integers, which to take.
+      index: (B,) integers, the images to take.
       flip: (B,) bool.
-      offset: (B, 2) integers, less than H and W in size.
+      offset: (B, 2) integers, smaller than H and W in magnitude.
 
     Returns:
       (B, H, W, C) of the dtype of images.
     """
     height, width = images.shape[1:3]
-    y = _reflected(jnp.arange(height) + offset[:, :1], height)
-    x = _reflected(jnp.arange(width) + offset[:, 1:], width)
+    y = _reflect(jnp.arange(height) + offset[:, :1], height)
+    x = _reflect(jnp.arange(width) + offset[:, 1:], width)
     x = jnp.where(flip[:, None], width - 1 - x, x)
     return images[index[:, None, None], y[:, :, None], x[:, None, :]]
 
 
-def _reflected(places: jax.Array, size: int) -> jax.Array:
+def _reflect(indices: jax.Array, size: int) -> jax.Array:
     last = size - 1
-    return last - jnp.abs(last - jnp.abs(places))
+    return last - jnp.abs(last - jnp.abs(indices))
 
 
-def blank(images: jax.Array, corner: jax.Array, side: int) -> jax.Array:
-    """Sets a square of each image to zero, which is the mean (cutout).
+def cutout(images: jax.Array, corner: jax.Array, side: int) -> jax.Array:
+    """Sets a square of each image to zero, the mean.
 
     Args:
-      images: (B, H, W, C) floating, centred.
-      corner: (B, 2) integers, its first row and column.
-      side: of the square, in pixels; 0 changes nothing.
+      images: (B, H, W, C) floating, centered.
+      corner: (B, 2) integers, first row and column of the square.
+      side: side of the square in pixels; 0 returns images unchanged.
 
     Source: DeVries and Taylor (2017), Improved Regularization of Convolutional
     Neural Networks with Cutout; here the square lies within the image.
@@ -118,7 +118,7 @@ def blank(images: jax.Array, corner: jax.Array, side: int) -> jax.Array:
         return images
     inside = []
     for axis in range(2):
-        place = jnp.arange(images.shape[1 + axis]) - corner[:, axis, None]
-        inside.append((place >= 0) & (place < side))
+        index = jnp.arange(images.shape[1 + axis]) - corner[:, axis, None]
+        inside.append((index >= 0) & (index < side))
     square = inside[0][:, :, None, None] & inside[1][:, None, :, None]
     return jnp.where(square, 0, images)

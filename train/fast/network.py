@@ -1,4 +1,4 @@
-"""The network of the fast runs: identities at first, maxima between groups."""
+"""FastNet: a small convolutional network with identity initialization."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import jax.numpy as jnp
 
 from train.fast.whitening import SIDE
 
-# What the first layer's filters are kept in: no optimizer sees it.
+# Collection of the first layer's filters, which are not trained.
 FROZEN = "frozen"
 
 
 def identity_kernel(
     key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
 ) -> jax.Array:
-    """Initializer: the first outputs are the inputs, the others random.
+    """Initializer: the first outputs copy the inputs, the others are random.
 
-    Those are uniform within 1 / sqrt(fan-in), as PyTorch begins.
+    The random part is uniform in +-1 / sqrt(fan-in), PyTorch's default.
 
     Args:
-      key: of the random part.
-      shape: (H, W, C, D) of a convolution.
-      dtype: of the result.
+      key: random key.
+      shape: (H, W, C, D) of a convolution kernel.
+      dtype: dtype of the kernel.
 
     Returns:
       A kernel of that shape. Output i is input i for i < min(C, D).
@@ -45,17 +45,17 @@ def identity_kernel(
 
 @jax.custom_jvp
 def max_pool(x: jax.Array) -> jax.Array:
-    """Maximum over windows of 2x2 pixels, which do not overlap.
+    """2x2 max pooling with stride 2.
 
-    The derivative goes to the first maximum of a window, as that of
-    `flax.linen.max_pool` does. XLA scatters there, which on a GPU moves as much
-    memory as the convolutions do; here each pixel reads its window once.
+    The gradient goes to the first maximum of a window, as in
+    `flax.linen.max_pool`. XLA uses a scatter for that, which on GPUs moves as
+    much memory as the convolutions; here each pixel reads its window once.
 
     Args:
       x: (B, H, W, C).
 
     Returns:
-      (B, H // 2, W // 2, C); an odd last row or column is left out.
+      (B, H // 2, W // 2, C); an odd last row or column is dropped.
     """
     return nn.max_pool(x, (2, 2), (2, 2))
 
@@ -66,16 +66,16 @@ def _max_pool_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     y = max_pool(x)
     pixels = _windows(x)
     first = jnp.full(y.shape, 4, jnp.uint8)
-    for place in (3, 2, 1, 0):
-        pixel = pixels[:, :, place // 2, :, place % 2]
-        # A NaN equals no pixel, and passes no derivative on.
-        first = jnp.where(pixel == y, jnp.uint8(place), first)
-    place = jnp.arange(4, dtype=jnp.uint8).reshape(2, 1, 2, 1)
-    taken = first[:, :, None, :, None] == place
-    # In the transpose the barrier stands behind the zeros of an odd last row: XLA
-    # would move them into the convolution and write the gradient twice.
+    for position in (3, 2, 1, 0):
+        pixel = pixels[:, :, position // 2, :, position % 2]
+        # NaN compares unequal to all pixels, so it gets no gradient.
+        first = jnp.where(pixel == y, jnp.uint8(position), first)
+    position = jnp.arange(4, dtype=jnp.uint8).reshape(2, 1, 2, 1)
+    taken = first[:, :, None, :, None] == position
+    # In the transpose, the barrier follows the zero padding of an odd last row:
+    # XLA would fuse the padding into the convolution and write the gradient twice.
     dx = jax.lax.optimization_barrier(dx)
-    # A sum of one term, whose transpose is a broadcast and a select.
+    # A sum with one nonzero term; its transpose is a broadcast and a select.
     return y, jnp.where(taken, _windows(dx), 0).sum((2, 4))
 
 
@@ -87,12 +87,12 @@ def _windows(x: jax.Array) -> jax.Array:
 
 
 class Whitening(nn.Module):
-    """A convolution of 2x2 with a kernel that is given and a bias that learns.
+    """A 2x2 convolution with a fixed kernel and a trained bias.
 
-    The kernel is the variable of the collection `frozen`, (2, 2, C, 8 C).
+    The kernel is in the collection `frozen`, (2, 2, C, 8 C).
 
     Attributes:
-      dtype: of the computation.
+      dtype: dtype of the computation.
     """
 
     dtype: Any = jnp.float32
@@ -115,16 +115,17 @@ class Whitening(nn.Module):
         return y + bias.astype(self.dtype)
 
 
-class Group(nn.Module):
-    """Two convolutions of 3x3, the first with a maximum over 2x2 behind it.
+class Block(nn.Module):
+    """Two 3x3 convolutions, the first followed by 2x2 max pooling.
 
-    A third one is added to what the second got, before the last GELU.
+    With a third convolution, the output of the pooled first one is added
+    before the last GELU.
 
     Attributes:
-      width: channels of the result.
-      layers: convolutions, 2 or 3.
-      norm: what makes a layer of batch norm.
-      dtype: of the computation.
+      width: output channels.
+      layers: number of convolutions, 2 or 3.
+      norm: creates a batch norm layer.
+      dtype: dtype of the computation.
     """
 
     width: int
@@ -155,18 +156,18 @@ class Group(nn.Module):
 
 
 class FastNet(nn.Module):
-    """Whitening, three groups, the maximum over pixels, one linear layer.
+    """Whitening, three blocks, global max pooling, one linear layer.
 
     Attributes:
-      num_classes: length of the logits.
-      widths: channels of the groups.
-      layers: convolutions of a group.
-      norm: what makes a layer of batch norm, given use_running_average and
-        dtype; it has a bias and no scale.
-      logit_scale: the logits are multiplied by it.
-      head_std: deviation of the last layer's weights, which are uniform; None
-        is 1 / sqrt(3 width), as PyTorch begins.
-      dtype: of the computation; logits are float32.
+      num_classes: number of classes.
+      widths: channels of the blocks.
+      layers: convolutions per block.
+      norm: creates a batch norm layer, given use_running_average and dtype; it
+        has a bias and no scale.
+      logit_scale: multiplies the logits.
+      head_std: standard deviation of the last layer's uniform weights; None
+        is 1 / sqrt(3 width), PyTorch's default.
+      dtype: dtype of the computation; logits are float32.
     """
 
     num_classes: int
@@ -188,7 +189,7 @@ class FastNet(nn.Module):
         x = Whitening(self.dtype, name="whitening")(x, train_bias=train_bias)
         x = nn.gelu(x, approximate=False)
         for width in self.widths:
-            x = Group(width, self.layers, norm, self.dtype)(x)
+            x = Block(width, self.layers, norm, self.dtype)(x)
         x = x.max((1, 2))
         std = self.head_std
         if std is None:

@@ -1,4 +1,4 @@
-"""Optimizers of the fast runs, and lookahead."""
+"""Optimizers of fast runs, and lookahead."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import optax
 import optax.contrib
 from ml_collections import ConfigDict
 
-# A rate is given for so many examples.
+# Learning rates are per this many examples.
 EXAMPLES = 1024
 
 
-def triangle(
+def triangular_schedule(
     steps: int, *, start: float, peak: float, end: float
 ) -> optax.Schedule:
-    """Returns a schedule from start to 1 and on to end, both linear.
+    """Linear warmup from start to 1, then linear decay to end.
 
     Args:
-      steps: of the run; the value there, one after the last, is end.
+      steps: number of steps; the value at `steps`, after the last one, is end.
       start: value at step 0, unless peak is 0.
-      peak: share of the steps after which it is 1.
+      peak: fraction of the steps at which the value is 1.
       end: value after the last step.
     """
     rising = int(steps * peak)
@@ -33,10 +33,10 @@ def triangle(
     return optax.join_schedules([warmup, falling], [rising])
 
 
-def groups(params: Any) -> Any:
-    """Returns the tree of params with a name for each leaf.
+def param_labels(params: Any) -> Any:
+    """Labels params for `optax.partition`.
 
-    These are whitening_bias, head, norm_bias, and kernel for all the others.
+    Labels are whitening_bias, head, norm_bias, and kernel for all others.
     """
 
     def name(path: tuple[Any, ...], _: jax.Array) -> str:
@@ -56,23 +56,23 @@ def make_optimizer(
     """Returns the optimizer, for gradients of the summed loss.
 
     Args:
-      config: its optimizer, rates, momentum and decay are read.
-      steps: of the run.
-      bias_steps: after which the whitening's bias stays as it is.
+      config: reads optimizer, rates, momentum and weight decay.
+      steps: number of steps.
+      bias_steps: step after which the whitening bias is frozen.
     """
-    rate = triangle(
+    rate = triangular_schedule(
         steps,
         start=config.rate_start,
         peak=config.rate_peak,
         end=config.rate_end,
     )
-    # Nesterov's steps are larger than a gradient that stays the same.
+    # With a constant gradient, Nesterov momentum scales steps by this factor.
     unit = EXAMPLES * (1 + 1 / (1 - config.momentum))
     decay = config.weight_decay * config.batch_size / unit
 
     def sgd(peak: float, shape: optax.Schedule) -> optax.GradientTransformation:
         return optax.chain(
-            # What is left of a weight does not depend on its rate.
+            # Makes the decay independent of the learning rate.
             optax.add_decayed_weights(decay / peak),
             optax.sgd(
                 lambda step: peak * shape(step), config.momentum, nesterov=True
@@ -86,29 +86,29 @@ def make_optimizer(
             {
                 "kernel": _muon(own, rate),
                 "norm_bias": sgd(own.bias_learning_rate, rate),
-                "whitening_bias": _until(
+                "whitening_bias": _freeze_after(
                     bias_steps, sgd(own.bias_learning_rate, until)
                 ),
                 "head": sgd(own.head_learning_rate, rate),
             },
-            groups,
+            param_labels,
         )
     peak = config.learning_rate / unit
     return optax.partition(
         {
             "kernel": sgd(peak, rate),
             "norm_bias": sgd(peak * config.bias_scale, rate),
-            "whitening_bias": _until(bias_steps, sgd(peak, rate)),
+            "whitening_bias": _freeze_after(bias_steps, sgd(peak, rate)),
             "head": sgd(peak, rate),
         },
-        groups,
+        param_labels,
     )
 
 
-def _until(
+def _freeze_after(
     steps: int, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Lets nothing move any more after so many steps."""
+    """Sets updates to zero after a number of steps."""
     return optax.chain(
         optimizer,
         optax.scale_by_schedule(lambda step: jnp.where(step < steps, 1.0, 0.0)),
@@ -118,7 +118,7 @@ def _until(
 def _muon(
     config: ConfigDict, rate: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Muon for convolutions, whose norm is set before each step.
+    """Muon for convolution kernels, which are normalized before each step.
 
     Source: Jordan et al. (2024), Muon, kellerjordan.github.io/posts/muon; the
     norm as in airbench94_muon.py.
@@ -144,7 +144,7 @@ def _muon(
 
 
 def _renormalized() -> optax.GradientTransformation:
-    """The step is taken from sqrt(D) w / |w|, where w has D outputs."""
+    """Applies the update to sqrt(D) w / |w|, where w has D outputs."""
 
     def change(update: jax.Array, weights: jax.Array) -> jax.Array:
         norm = jnp.sqrt(jnp.sum(jnp.square(weights)))
@@ -164,18 +164,18 @@ def lookahead(
     every: int,
     decay: float,
 ) -> tuple[Any, Any]:
-    """Every few steps moves slow values towards fast ones, and fast to them.
+    """Lookahead: periodically averages weights and resets them to the average.
 
     slow <- d slow + (1 - d) fast, fast <- slow, with d = decay (step/steps)^3.
-    The run ends with the slow values.
+    After the last step, fast is slow.
 
     Args:
       fast: tree of arrays, after the step.
-      slow: likewise.
-      step: (), how many steps have been taken.
-      steps: of the run.
-      every: so many steps apart; 0 does nothing.
-      decay: d at the end.
+      slow: tree of the same structure.
+      step: (), number of steps taken.
+      steps: total number of steps.
+      every: period in steps; 0 disables lookahead.
+      decay: final value of d.
 
     Returns:
       (fast, slow).
@@ -187,7 +187,7 @@ def lookahead(
         return fast, slow
     due = step % every == 0
     d = decay * (step / steps) ** 3
-    # No branch: the device would wait for the host to choose one.
+    # A select, since a conditional would synchronize with the host.
     slow = jax.tree.map(
         lambda s, f: jnp.where(due, d * s + (1 - d) * f, s), slow, fast
     )

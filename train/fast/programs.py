@@ -1,8 +1,8 @@
-"""Compiled programs of a fast run: an epoch is one of them, or many.
+"""Compiles the programs of a fast run.
 
-On an accelerator an epoch is one program, `lax.scan` over its batches, and the
-host only starts it. On CPUs convolutions inside a loop of XLA are many times
-slower, so there every batch is a call of its own. Both compute the same.
+On accelerators an epoch is one program, a `lax.scan` over its batches, which
+the host only launches. On CPUs, XLA runs convolutions inside loops many times
+slower, so each step is a separate call. Both compute the same.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from train.data import Dataset, Split
 from train.fast.recipe import Recipe
 from train.fast.step import (
     Correct,
-    Plan,
+    EpochPlan,
     State,
     init_state,
-    plan,
+    plan_epoch,
     test_step,
     train_step,
 )
 
-_NUMBER = np.int32(0)  # stands for a seed or an epoch while compiling
+_NUMBER = np.int32(0)  # placeholder of a seed or an epoch
 
 
 class Programs(NamedTuple):
-    """Compiled functions, with the data. A state that is passed is used up."""
+    """Compiled functions with the data bound. States are donated."""
 
-    init: Callable[[int], State]  # of the seed
-    # (state, seed, epoch) -> state, losses in nats, () or of all steps
+    init: Callable[[int], State]  # seed -> state
+    # (state, seed, epoch) -> state, losses in nats, (steps,) or a list
     epoch: Callable[[State, int, int], tuple[State, Sequence[jax.Array]]]
     evaluate: Callable[[State], Correct]
 
 
 def epochs(recipe: Recipe) -> int:
-    """Returns how many there are, counting the last part of one."""
+    """Returns the number of epochs, rounded up."""
     return math.ceil(recipe.steps / recipe.steps_per_epoch)
 
 
-def kind(recipe: Recipe, epoch: int) -> tuple[int, bool]:
-    """Returns how many batches an epoch has, and whether the first bias learns.
+def epoch_signature(recipe: Recipe, epoch: int) -> tuple[int, bool]:
+    """Returns the number of steps, and whether the whitening bias is trained.
 
-    Epochs of one kind share a program. Both are fixed in it: a loop of known
-    length waits for no host, and a bias that stays needs no derivative.
+    Epochs with equal signatures share a program. Both values are static: a
+    loop of known length needs no host, a frozen bias no gradient.
     """
     left = recipe.steps - epoch * recipe.steps_per_epoch
     return min(left, recipe.steps_per_epoch), epoch < recipe.bias_epochs
@@ -60,21 +60,23 @@ def kind(recipe: Recipe, epoch: int) -> tuple[int, bool]:
 def compile_programs(
     recipe: Recipe, dataset: Dataset, mesh: Mesh, *, scan: bool
 ) -> Programs:
-    """Compiles everything, ahead of the first call.
+    """Compiles all programs ahead of time.
 
-    What is returned never compiles: it would raise instead.
+    The returned functions never recompile: they would raise instead.
 
     Args:
-      recipe: of the run; seeds share its programs.
-      dataset: is put on all devices, whole.
-      mesh: with the axis of the recipe; of one device where it has none.
-      scan: one program for an epoch and one for the evaluation; False: one for
-        a batch, which is called for each.
+      recipe: recipe of the run; seeds share programs.
+      dataset: replicated on all devices.
+      mesh: has the axis of the recipe, or a single device without one.
+      scan: compiles an epoch and the evaluation as one program each; False
+        compiles one program per step.
     """
-    everywhere = NamedSharding(mesh, P())
-    train, test = jax.device_put((dataset.train, dataset.test), everywhere)
+    replicated = NamedSharding(mesh, P())
+    train, test = jax.device_put((dataset.train, dataset.test), replicated)
     compiled = functools.partial(_compiled, mesh)
-    kinds = {kind(recipe, epoch) for epoch in range(epochs(recipe))}
+    signatures = {
+        epoch_signature(recipe, epoch) for epoch in range(epochs(recipe))
+    }
 
     init, state = compiled(
         functools.partial(init_state, recipe), train, _NUMBER
@@ -86,29 +88,29 @@ def compile_programs(
                 *(state, train, _NUMBER, _NUMBER),
                 donate=0,
             )[0]
-            for each in kinds
+            for each in signatures
         }
         evaluate, _ = compiled(
             functools.partial(_scanned_test, recipe), state, test
         )
         return Programs(
             init=lambda seed: init(train, np.int32(seed)),
-            epoch=lambda state, seed, epoch: scanned[kind(recipe, epoch)](
-                state, train, np.int32(seed), np.int32(epoch)
-            ),
+            epoch=lambda state, seed, epoch: scanned[
+                epoch_signature(recipe, epoch)
+            ](state, train, np.int32(seed), np.int32(epoch)),
             evaluate=lambda state: evaluate(state, test),
         )
 
-    planned, whole = compiled(
-        functools.partial(plan, recipe), train, _NUMBER, _NUMBER
+    plan_program, whole = compiled(
+        functools.partial(plan_epoch, recipe), train, _NUMBER, _NUMBER
     )
     single = {
-        learns: compiled(
-            functools.partial(_planned_step, recipe, learns),
+        train_bias: compiled(
+            functools.partial(_indexed_step, recipe, train_bias),
             *(state, train, whole, _NUMBER),
             donate=0,
         )[0]
-        for learns in {learns for _, learns in kinds}
+        for train_bias in {train_bias for _, train_bias in signatures}
     }
     test_batch, _ = compiled(
         functools.partial(test_step, recipe), state, test, _NUMBER
@@ -117,14 +119,14 @@ def compile_programs(
     def epoch_by_steps(
         state: State, seed: int, epoch: int
     ) -> tuple[State, list[jax.Array]]:
-        steps, learns = kind(recipe, epoch)
-        batches = planned(train, np.int32(seed), np.int32(epoch))
+        steps, train_bias = epoch_signature(recipe, epoch)
+        batches = plan_program(train, np.int32(seed), np.int32(epoch))
         losses = []
         for number in range(steps):
-            state, loss = single[learns](
+            state, loss = single[train_bias](
                 state, train, batches, np.int32(number)
             )
-            # Simulated devices that run ahead of the host can block for ever.
+            # Simulated devices that run ahead of the host can deadlock.
             losses.append(jax.block_until_ready(loss))
         return state, losses
 
@@ -145,26 +147,26 @@ def compile_programs(
 def _compiled(
     mesh: Mesh, function: Callable[..., Any], *arguments: Any, donate: Any = ()
 ) -> tuple[Any, Any]:
-    """Returns the program and the shape of its result."""
+    """Returns the compiled function and the shapes of its results."""
     jitted = _jitted(mesh, function, donate)
     lowered = jitted.lower(*arguments)
     return lowered.compile(), jax.eval_shape(jitted, *arguments)
 
 
 def _jitted(mesh: Mesh, function: Callable[..., Any], donate: Any = ()) -> Any:
-    """Returns the function on all devices of the mesh.
+    """Returns the jitted function on all devices of the mesh.
 
-    Arguments and results are the same on every device.
+    Arguments and results are replicated.
     """
-    everywhere = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     if mesh.size > 1:
         function = jax.shard_map(
             function, mesh=mesh, in_specs=P(), out_specs=P()
         )
     return jax.jit(
         function,
-        in_shardings=everywhere,
-        out_shardings=everywhere,
+        in_shardings=replicated,
+        out_shardings=replicated,
         donate_argnums=donate,
     )
 
@@ -172,30 +174,30 @@ def _jitted(mesh: Mesh, function: Callable[..., Any], donate: Any = ()) -> Any:
 def _scanned_epoch(
     recipe: Recipe,
     steps: int,
-    learns: bool,
+    train_bias: bool,
     state: State,
     train: Split,
     seed: jax.Array,
     epoch: jax.Array,
 ) -> tuple[State, jax.Array]:
-    batches = plan(recipe, train, seed, epoch)
+    batches = plan_epoch(recipe, train, seed, epoch)
 
-    def body(state: State, batch: Plan) -> tuple[State, jax.Array]:
-        return train_step(recipe, state, train, batch, train_bias=learns)
+    def body(state: State, batch: EpochPlan) -> tuple[State, jax.Array]:
+        return train_step(recipe, state, train, batch, train_bias=train_bias)
 
     return jax.lax.scan(body, state, jax.tree.map(lambda a: a[:steps], batches))
 
 
-def _planned_step(
+def _indexed_step(
     recipe: Recipe,
-    learns: bool,
+    train_bias: bool,
     state: State,
     train: Split,
-    batches: Plan,
+    batches: EpochPlan,
     number: jax.Array,
 ) -> tuple[State, jax.Array]:
     batch = jax.tree.map(lambda a: a[number], batches)
-    return train_step(recipe, state, train, batch, train_bias=learns)
+    return train_step(recipe, state, train, batch, train_bias=train_bias)
 
 
 def _scanned_test(recipe: Recipe, state: State, test: Split) -> Correct:

@@ -1,4 +1,4 @@
-"""From a config to what the programs are made of."""
+"""Turns a config into data, model and optimizer of a fast run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 from configs import fast_defaults
-from train import UserError, data, ranges
+from train import UserError, config_checks, data
 from train.augment import pixel_counts, pixel_statistics
 from train.fast.augment import FLIPS
 from train.fast.network import FastNet
@@ -25,11 +25,11 @@ from train.norms import norm_of
 from train.recipe import check_seeds, one_of, steps_per_epoch
 from train.topology import Topology
 
-SMALLEST = 16  # pixels, that are left one by three halvings
+MIN_IMAGE_SIZE = 16  # pixels, so that three poolings leave one
 
 
 class Recipe(NamedTuple):
-    """What the programs do, fixed while tracing."""
+    """What the programs compute; static while tracing."""
 
     model: nn.Module  # called with (images, train=..., train_bias=...)
     optimizer: optax.GradientTransformation
@@ -47,46 +47,48 @@ class Recipe(NamedTuple):
     test_batch_size: int
     steps_per_epoch: int
     steps: int  # of the run
-    bias_epochs: int  # in which the whitening's bias learns
-    # That a batch lies on. None on one device: reductions over an axis of one
-    # may stay in the program, with what they cost to start.
+    bias_epochs: int  # in which the whitening bias is trained
+    # Mesh axis of a batch. None on a single device: XLA may keep reductions over
+    # an axis of size 1, with their launch overhead.
     axis: str | None = None
 
 
-class Prepared(NamedTuple):
-    """What a config stands for, before anything is written or compiled."""
+class Experiment(NamedTuple):
+    """The components of a run that a config describes."""
 
-    place: Topology
+    topology: Topology
     dataset: data.Dataset
     recipe: Recipe
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for values that no run can have."""
-    ranges.check(config, fast_defaults)
+    """Raises UserError if the config is invalid."""
+    config_checks.check(config, fast_defaults)
     check_seeds(config)
     one_of("optimizer", config.optimizer, ("sgd", "muon"))
     one_of("flip", config.flip, FLIPS)
     one_of("dtype", config.dtype, ("float32", "bfloat16", "float16"))
     if not config.widths:
-        raise UserError("widths must not be empty; take three, such as 64.")
+        raise UserError(
+            "widths must not be empty; use for example (64, 256, 256)."
+        )
     if config.batch_size % config.devices:
         raise UserError(
-            f"batch_size={config.batch_size} does not split over "
+            f"batch_size={config.batch_size} must be divisible by "
             f"devices={config.devices}."
         )
 
 
-def prepare(config: ConfigDict) -> Prepared:
-    """Reads the data and makes the recipe.
+def build_experiment(config: ConfigDict) -> Experiment:
+    """Builds the components of a run; compiles and writes nothing.
 
     Raises:
-      UserError: the config cannot be run, with what to change.
+      UserError: the config is invalid, with what to change.
     """
     check(config)
-    place = _place(config.devices)
-    # Raises for norm and its options before data is read.
-    norm = norm_of(config, place)
+    topology = _make_topology(config.devices)
+    # Before reading data, to raise errors in the norm options early.
+    norm = norm_of(config, topology)
     if config.norm != "none":
         norm = functools.partial(norm, use_scale=False)
         if config.devices == 1:
@@ -98,14 +100,16 @@ def prepare(config: ConfigDict) -> Prepared:
         test_split=config.test_split,
     )
     dataset = dataset._replace(
-        train=_enlarged(dataset.train), test=_enlarged(dataset.test)
+        train=_upsample(dataset.train), test=_upsample(dataset.test)
     )
     side = min(dataset.train.images.shape[1:3])
-    groups = (side - 1).bit_length() - 1  # what so many halvings leave one of
+    groups = (
+        side - 1
+    ).bit_length() - 1  # poolings that leave at least one pixel
     if len(config.widths) > groups:
         raise UserError(
-            f"widths={config.widths} are {len(config.widths)} groups, each of "
-            f"which halves the image; of {side} pixels, {groups} at most."
+            f"widths={config.widths} has {len(config.widths)} blocks, each of "
+            f"which halves the image; {side} pixels allow at most {groups}."
         )
     for key in ("translate", "cutout"):
         if config[key] >= side:
@@ -114,20 +118,20 @@ def prepare(config: ConfigDict) -> Prepared:
                 "an image."
             )
     recipe = make_recipe(config, dataset, norm)
-    return Prepared(place, dataset, recipe)
+    return Experiment(topology, dataset, recipe)
 
 
 def make_recipe(
     config: ConfigDict, dataset: data.Dataset, norm: Callable[..., nn.Module]
 ) -> Recipe:
-    """Returns the recipe; norm makes a layer, see `FastNet`.
+    """Returns the recipe; norm creates a norm layer, see `FastNet`.
 
     Raises:
-      UserError: a batch is larger than the training split.
+      UserError: the batch size exceeds the training split.
     """
     examples = len(dataset.train.labels)
     epoch = steps_per_epoch(config, dataset)
-    # 9.9 x 48 is more than it should be, by rounding.
+    # 9.9 x 48 is rounded up in floating point.
     steps = math.ceil(round(config.epochs * epoch, 6))
     bias_epochs = int(config.whitening_bias_epochs)
     mean, std = pixel_statistics(pixel_counts(dataset.train.images))
@@ -163,11 +167,11 @@ def make_recipe(
     )
 
 
-def _place(devices: int) -> Topology:
+def _make_topology(devices: int) -> Topology:
     found = jax.devices()
     if devices > len(found):
         raise UserError(
-            f"devices={devices}, but there are {len(found)} here."
+            f"devices={devices}, but only {len(found)} are available."
             + (
                 f" Simulate more with --config.cpu_devices={devices}."
                 if found[0].platform == "cpu"
@@ -184,10 +188,10 @@ def _place(devices: int) -> Topology:
     )
 
 
-def _enlarged(split: data.Split) -> data.Split:
-    """Repeats the pixels of images that three halvings leave nothing of."""
-    times = -(-2 * SMALLEST // min(split.images.shape[1:3]))
-    if min(split.images.shape[1:3]) >= SMALLEST:
+def _upsample(split: data.Split) -> data.Split:
+    """Repeats the pixels of images that are too small for three poolings."""
+    times = -(-2 * MIN_IMAGE_SIZE // min(split.images.shape[1:3]))
+    if min(split.images.shape[1:3]) >= MIN_IMAGE_SIZE:
         return split
     images = np.repeat(np.repeat(split.images, times, 1), times, 2)
     return split._replace(images=images)

@@ -1,4 +1,4 @@
-"""Several seeds of a fast run, timed one by one, and what comes of them."""
+"""Trains and times several seeds of a fast run."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ from ml_collections import ConfigDict
 
 from train import UserError
 from train.fast.programs import Programs, compile_programs, epochs
-from train.fast.recipe import Prepared, Recipe, prepare
-from train.files import write_json, writing
+from train.fast.recipe import Experiment, Recipe, build_experiment
+from train.files import as_user_error, write_json
 from train.output import say
-from train.told import versions
+from train.summary import versions
 from train.workdir import open_workdir, read_summary
 
-NO_TIMES = (
-    "This is a CPU: the accuracies count, the times and images/s mean nothing."
-)
+CPU_NOTE = "Running on CPU: accuracies are valid, times and images/s are not."
 
 _TIMED = (
-    "from the seed to the counts of the evaluation: initialization, the first "
-    "layer from the data, all steps, all views of the test images; without "
-    "reading the data, moving it to the device, and compilation"
+    "initialization, the first layer from the data, all steps, and evaluation "
+    "on all views of the test images; excludes reading the data, moving it to "
+    "the device, and compilation"
 )
 
 
-# Of summary.json, what `table` reads.
+# The keys of summary.json that `table` reads.
 _SHOWN = (
     *("test_accuracy", "test_accuracy_deviation"),
     *("test_accuracy_augmented", "test_accuracy_augmented_deviation"),
@@ -41,57 +39,57 @@ _SHOWN = (
 
 
 class Run(NamedTuple):
-    """One seed."""
+    """Result of one seed."""
 
     seed: int
-    accuracy: float  # from the test images as they are
-    augmented: float  # from the mean over their views
-    loss: float  # nats, mean over the last epoch's steps
+    accuracy: float  # test accuracy without augmentation
+    tta_accuracy: float  # with test-time augmentation
+    loss: float  # nats, mean over the last epoch
     seconds: float  # as in summary.json's "timed"
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Runs all seeds; prints a line for each and writes summary.json.
+    """Runs all seeds, printing a line for each, and writes summary.json.
 
-    Of a workdir where the same seeds have been run, what they came to.
+    If the workdir has results of the same seeds, returns those.
 
     Raises:
-      UserError: the config cannot be run, or workdir holds another run.
+      UserError: the config is invalid, or workdir holds another run.
     """
-    prepared = prepare(config)
+    experiment = build_experiment(config)
     open_workdir(workdir, config)
     before = read_summary(workdir)
     if before.get("seeds") == [*_seeds(config)]:
         if not {*_SHOWN} <= {*before}:
             raise UserError(
-                f"{workdir / 'summary.json'} is damaged. Remove it: the same "
-                "command writes it again."
+                f"{workdir / 'summary.json'} is damaged. Remove it, and rerun "
+                "the same command to rewrite it."
             )
-        say(table(before))  # finished: nothing is measured again
+        say(table(before))  # already finished
         return before
     on_cpu = jax.default_backend() == "cpu"
     scan = not on_cpu if config.scan is None else config.scan
-    say(_headline(config, prepared))
+    say(_headline(config, experiment))
     if on_cpu:
-        say(NO_TIMES)
+        say(CPU_NOTE)
 
     started = time.perf_counter()
-    recipe = prepared.recipe
+    recipe = experiment.recipe
     programs = compile_programs(
-        recipe, prepared.dataset, prepared.place.mesh, scan=scan
+        recipe, experiment.dataset, experiment.topology.mesh, scan=scan
     )
     if not on_cpu:
-        # What is set up at the first call of a program is no part of it.
-        run(programs, prepared, config.seed - 1)
+        # Excludes setup at the first call of a program.
+        run(programs, experiment, config.seed - 1)
     compile_seconds = time.perf_counter() - started
     say(f"compiled in {compile_seconds:.1f} s")
 
     runs = []
     for seed in _seeds(config):
-        runs.append(run(programs, prepared, seed))
+        runs.append(run(programs, experiment, seed))
         say(_line(runs[-1], recipe))
-    summary = summarize(runs, config, prepared, compile_seconds)
-    with writing(workdir):
+    summary = summarize(runs, config, experiment, compile_seconds)
+    with as_user_error(workdir):
         write_json(workdir / "summary.json", summary)
     say(table(summary))
     return summary
@@ -101,26 +99,28 @@ def _seeds(config: ConfigDict) -> range:
     return range(config.seed, config.seed + config.seeds)
 
 
-def run(programs: Programs, prepared: Prepared, seed: int) -> Run:
-    """Trains and evaluates with one seed, and times it."""
-    recipe = prepared.recipe
-    tell = jax.default_backend() == "cpu"  # where no time is measured
+def run(programs: Programs, experiment: Experiment, seed: int) -> Run:
+    """Trains, evaluates and times one seed."""
+    recipe = experiment.recipe
+    report_losses = (
+        jax.default_backend() == "cpu"
+    )  # times are not valid there anyway
     started = time.perf_counter()
     state = programs.init(seed)
     losses: Sequence[jax.Array] = ()
     total = epochs(recipe)
     for epoch in range(total):
         state, losses = programs.epoch(state, seed, epoch)
-        if tell:
+        if report_losses:
             loss = float(np.mean(jax.device_get(losses)))
             say(f"  epoch {epoch + 1}/{total}  train loss {loss:.4f}")
     correct = jax.block_until_ready(programs.evaluate(state))
     seconds = time.perf_counter() - started
-    images = len(prepared.dataset.test.labels)
+    images = len(experiment.dataset.test.labels)
     return Run(
         seed=seed,
-        accuracy=int(correct.plain) / images,
-        augmented=int(correct.views) / images,
+        accuracy=int(correct.single_view) / images,
+        tta_accuracy=int(correct.multi_view) / images,
         loss=float(np.mean(jax.device_get(losses))),
         seconds=seconds,
     )
@@ -129,16 +129,16 @@ def run(programs: Programs, prepared: Prepared, seed: int) -> Run:
 def summarize(
     runs: Sequence[Run],
     config: ConfigDict,
-    prepared: Prepared,
+    experiment: Experiment,
     compile_seconds: float,
 ) -> dict[str, Any]:
-    """Returns what stands in summary.json; deviations are with n - 1."""
-    recipe, mesh = prepared.recipe, prepared.place.mesh
+    """Returns the contents of summary.json; deviations have ddof=1."""
+    recipe, mesh = experiment.recipe, experiment.topology.mesh
     device = mesh.devices.flat[0]
     summary: dict[str, Any] = {"seeds": [each.seed for each in runs]}
     for name, field in (
         ("test_accuracy", "accuracy"),
-        ("test_accuracy_augmented", "augmented"),
+        ("test_accuracy_augmented", "tta_accuracy"),
         ("train_loss", "loss"),
         ("seconds", "seconds"),
     ):
@@ -166,7 +166,7 @@ def summarize(
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Returns the results in lines of text."""
+    """Formats the results as a text table."""
 
     def row(title: str, key: str, form: str) -> str:
         deviation = summary[f"{key}_deviation"]
@@ -189,17 +189,17 @@ def table(summary: dict[str, Any]) -> str:
             f"{'images/s':<38}{summary['images_per_second']:>10,.0f}",
             f"{summary['devices']} x {summary['device_kind']}, "
             + ", ".join(f"{name} {of}" for name, of in versions.items()),
-            *(() if summary["on_accelerator"] else (NO_TIMES,)),
+            *(() if summary["on_accelerator"] else (CPU_NOTE,)),
         )
     )
 
 
-def _headline(config: ConfigDict, prepared: Prepared) -> str:
-    recipe, dataset = prepared.recipe, prepared.dataset
-    mesh = prepared.place.mesh
+def _headline(config: ConfigDict, experiment: Experiment) -> str:
+    recipe, dataset = experiment.recipe, experiment.dataset
+    mesh = experiment.topology.mesh
     widths = "/".join(map(str, config.widths))
     return (
-        f"FastNet {widths}, {config.layers} layers a group, {config.dtype}, on "
+        f"FastNet {widths}, {config.layers} layers per block, {config.dtype}, on "
         f"{config.dataset}: {len(dataset.train.labels)} training and "
         f"{len(dataset.test.labels)} test images, batch {config.batch_size}, "
         f"{config.epochs:g} epochs ({recipe.steps} steps), {config.optimizer}, "
@@ -211,6 +211,6 @@ def _line(each: Run, recipe: Recipe) -> str:
     speed = recipe.steps * recipe.batch_size / each.seconds
     return (
         f"seed {each.seed}  test accuracy {each.accuracy:.2%}, augmented "
-        f"{each.augmented:.2%}  train loss {each.loss:.4f}  "
+        f"{each.tta_accuracy:.2%}  train loss {each.loss:.4f}  "
         f"{each.seconds:.3f} s  {speed:,.0f} images/s"
     )

@@ -1,7 +1,7 @@
-"""The state of a fast run, one step of training, and one of evaluation.
+"""State, training step and test step of a fast run.
 
-Where a recipe has an axis they run under `shard_map` over it: every device
-holds all images and takes its share of a batch.
+If the recipe has an axis, they run under `shard_map` over it: every device
+holds all images and processes its shard of a batch.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from train.fast.optimizer import lookahead
 from train.fast.recipe import Recipe
 from train.fast.whitening import whitening_kernel
 
-# Offsets of the views that a test image is shown in, and how much each counts.
+# Offsets and weights of the views in test-time augmentation.
 VIEWS = (((0, 0), 0.5), ((-1, -1), 0.25), ((1, 1), 0.25))
 
 
 class State(NamedTuple):
-    """All that changes from step to step, the same on every device."""
+    """State of training, replicated on every device."""
 
-    step: jax.Array  # () batches taken
+    step: jax.Array  # () number of batches so far
     params: Any
     batch_stats: Any
     opt_state: Any
-    slow: Any  # (params, batch_stats) of lookahead
-    frozen: Any  # the first layer's filters, which stay
+    slow: Any  # (params, batch_stats), slow weights of lookahead
+    frozen: Any  # filters of the first layer, not trained
 
 
-class Plan(NamedTuple):
-    """An epoch: what is in its batches and what happens to it.
+class EpochPlan(NamedTuple):
+    """The examples and augmentation of an epoch.
 
-    Fields are (steps, B, ...), or (B, ...) for one batch.
+    Fields are (steps, B, ...), or (B, ...) for a single batch.
     """
 
-    index: jax.Array  # int32, places in the training split
+    index: jax.Array  # int32, indices into the training split
     augmentation: augment.Augmentation
 
 
 class Correct(NamedTuple):
-    """How many images were classified rightly."""
+    """Number of correctly classified images."""
 
-    plain: jax.Array  # () from the image as it is
-    views: jax.Array  # () from the mean over its views
+    single_view: jax.Array  # () without augmentation
+    multi_view: jax.Array  # () with the mean over all views
 
 
 def init_state(recipe: Recipe, train: Split, seed: jax.Array) -> State:
-    """Returns the state at step 0, the first layer computed from the data."""
+    """Returns the initial state; computes the first layer from the data."""
     key = jax.random.fold_in(jax.random.key(seed), 0)
     images = to_float(
         train.images[: recipe.whitening_images],
@@ -76,7 +76,9 @@ def init_state(recipe: Recipe, train: Split, seed: jax.Array) -> State:
     )
 
 
-def plan(recipe: Recipe, train: Split, seed: jax.Array, epoch: Any) -> Plan:
+def plan_epoch(
+    recipe: Recipe, train: Split, seed: jax.Array, epoch: Any
+) -> EpochPlan:
     """Returns all full batches of an epoch, a function of seed and epoch."""
     key = jax.random.fold_in(jax.random.key(seed), 1)
     for_order, for_augmentation = jax.random.split(key)
@@ -95,46 +97,53 @@ def plan(recipe: Recipe, train: Split, seed: jax.Array, epoch: Any) -> Plan:
         translate=recipe.translate,
         last_corner=(height - recipe.cutout, width - recipe.cutout),
     )
-    whole = Plan(index, augmentation)
+    whole = EpochPlan(index, augmentation)
     return jax.tree.map(lambda a: a.reshape(steps, size, *a.shape[1:]), whole)
 
 
-def shown(recipe: Recipe, train: Split, batch: Plan) -> jax.Array:
-    """Returns the images (B, H, W, C) that the network sees in training."""
+def augmented_images(
+    recipe: Recipe, train: Split, batch: EpochPlan
+) -> jax.Array:
+    """Returns the augmented and normalized images (B, H, W, C)."""
     flip, offset, corner = batch.augmentation
-    images = augment.view(train.images, batch.index, flip, offset)
+    images = augment.flip_and_translate(train.images, batch.index, flip, offset)
     images = to_float(images, recipe.pixel_mean, recipe.pixel_std)
-    return augment.blank(images, corner, recipe.cutout)
+    return augment.cutout(images, corner, recipe.cutout)
 
 
 def train_step(
-    recipe: Recipe, state: State, train: Split, batch: Plan, *, train_bias: bool
+    recipe: Recipe,
+    state: State,
+    train: Split,
+    batch: EpochPlan,
+    *,
+    train_bias: bool,
 ) -> tuple[State, jax.Array]:
-    """Takes a step; returns the new state and the mean loss in nats.
+    """Takes a training step; returns the new state and mean loss in nats.
 
     Args:
-      recipe: what a step does.
-      state: before it.
+      recipe: what a step computes.
+      state: state before the step.
       train: all training images.
-      batch: of all devices together.
-      train_bias: whether the whitening's bias learns still. False saves the
-        derivative by the first group's input.
+      batch: global batch.
+      train_bias: whether the whitening bias is trained. False saves the
+        gradient with respect to the input of the first block.
     """
-    batch = jax.tree.map(functools.partial(_share, recipe), batch)
+    batch = jax.tree.map(functools.partial(_local_shard, recipe), batch)
     labels = jax.nn.one_hot(train.labels[batch.index], recipe.model.num_classes)
     targets = optax.smooth_labels(labels, recipe.label_smoothing)
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
         logits, updates = recipe.model.apply(
             _variables(state._replace(params=params)),
-            shown(recipe, train, batch),
+            augmented_images(recipe, train, batch),
             train=True,
             train_bias=train_bias,
             mutable=["batch_stats"],
         )
-        # The sum: a mean over the batch would be small for float16.
+        # The sum, since gradients of the mean would underflow in float16.
         total = optax.softmax_cross_entropy(logits, targets).sum()
-        return _over_devices(recipe, total), updates.get("batch_stats", {})
+        return _sum_over_devices(recipe, total), updates.get("batch_stats", {})
 
     (total, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(
         state.params
@@ -158,27 +167,27 @@ def train_step(
 def test_step(
     recipe: Recipe, state: State, test: Split, start: jax.Array
 ) -> Correct:
-    """Classifies test_batch_size images from start on, on all devices.
+    """Classifies test_batch_size images, beginning at start.
 
-    The last batch is filled up with images that count nothing.
+    Padding of the last batch is not counted.
     """
     devices = 1 if recipe.axis is None else jax.lax.axis_size(recipe.axis)
     size = padded(recipe.test_batch_size, devices)
-    place = _share(recipe, jnp.arange(size))
-    index = start + place
-    counts = (place < recipe.test_batch_size) & (index < len(test.labels))
+    position = _local_shard(recipe, jnp.arange(size))
+    index = start + position
+    counts = (position < recipe.test_batch_size) & (index < len(test.labels))
     index = jnp.minimum(index, len(test.labels) - 1)
     logits = view_logits(recipe, state, test.images, index)
     labels = test.labels[index]
 
-    def right(logits: jax.Array) -> jax.Array:
-        hit = (logits.argmax(-1) == labels) & counts
-        return _over_devices(recipe, hit.sum(dtype=jnp.int32))
+    def num_correct(logits: jax.Array) -> jax.Array:
+        correct = (logits.argmax(-1) == labels) & counts
+        return _sum_over_devices(recipe, correct.sum(dtype=jnp.int32))
 
     flips = logits.shape[1]
     weights = jnp.array([weight for _, weight in VIEWS]) / flips
     mean = jnp.einsum("vfbk,v->bk", logits, weights)
-    return Correct(right(logits[0, 0]), right(mean))
+    return Correct(num_correct(logits[0, 0]), num_correct(mean))
 
 
 test_step.__test__ = False  # for pytest, where it is imported by name
@@ -189,13 +198,13 @@ def view_logits(
 ) -> jax.Array:
     """Returns the logits of every view, (3, 2, B, classes).
 
-    Axis 0 is VIEWS, axis 1 the image and its mirror image, which is left out
-    where training mirrors nothing. One call of the network.
+    Axis 0 is VIEWS, axis 1 the image and its flip, which is omitted if
+    training does not flip. Calls the network once.
     """
     flips = (False,) if recipe.flip == "none" else (False, True)
     size = len(index)
     views = [
-        augment.view(
+        augment.flip_and_translate(
             images,
             index,
             jnp.full(size, flip),
@@ -212,7 +221,7 @@ def view_logits(
 
 
 def padded(size: int, devices: int) -> int:
-    """Returns the next size that the devices divide."""
+    """Rounds size up to a multiple of the devices."""
     return -(-size // devices) * devices
 
 
@@ -224,8 +233,8 @@ def _variables(state: State) -> dict[str, Any]:
     }
 
 
-def _share(recipe: Recipe, rows: jax.Array) -> jax.Array:
-    """Returns this device's part of axis 0."""
+def _local_shard(recipe: Recipe, rows: jax.Array) -> jax.Array:
+    """Returns this device's shard of axis 0."""
     if recipe.axis is None:
         return rows
     devices = jax.lax.axis_size(recipe.axis)
@@ -233,6 +242,6 @@ def _share(recipe: Recipe, rows: jax.Array) -> jax.Array:
     return parts[jax.lax.axis_index(recipe.axis)]
 
 
-def _over_devices(recipe: Recipe, part: jax.Array) -> jax.Array:
-    """Returns the sum of what each device has."""
+def _sum_over_devices(recipe: Recipe, part: jax.Array) -> jax.Array:
+    """Returns the sum over devices."""
     return part if recipe.axis is None else jax.lax.psum(part, recipe.axis)

@@ -1,22 +1,22 @@
-"""A first layer that whitens patches of images, computed from the data."""
+"""Computes filters that whiten image patches from the data."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-SIDE = 2  # pixels of a patch in either direction
+SIDE = 2  # height and width of a patch
 
 
 def patches(images: jax.Array) -> jax.Array:
-    """Returns all patches, which overlap.
+    """Returns all overlapping patches.
 
     Args:
       images: (N, H, W, C) floating.
 
     Returns:
-      (N (H - 1) (W - 1), 4 C): row, column and channel in the patch, in this
-      order, the last changing fastest.
+      (N (H - 1) (W - 1), 4 C), with row, column and channel of the patch in
+      row-major order.
     """
     height, width = (size - SIDE + 1 for size in images.shape[1:3])
     shifted = [
@@ -31,15 +31,15 @@ def patches(images: jax.Array) -> jax.Array:
 def whitening_kernel(images: jax.Array, *, epsilon: float) -> jax.Array:
     """Returns filters whose outputs are uncorrelated, each with both signs.
 
-    With the second moments of the patches M = V diag(e) V^T these are
-    V / sqrt(e + epsilon) and the negative of it, largest e first: a GELU after
-    them loses nothing. The mean is not subtracted, as that of the images is
-    about zero.
+    With the second moments M = V diag(e) V^T of the patches, these are
+    V / sqrt(e + epsilon), largest e first, and their negatives, so that no
+    information is lost in a GELU. The mean is not subtracted, since it is about
+    zero.
 
     Args:
       images: (N, H, W, C) float32, of standard deviation about 1.
-      epsilon: in the square of that unit; bounds the filters where there is
-        hardly any variance.
+      epsilon: squared unit of images; bounds the filters of directions with
+        little variance.
 
     Returns:
       (2, 2, C, 8 C) float32, as `nn.Conv` has its kernel.
@@ -48,10 +48,10 @@ def whitening_kernel(images: jax.Array, *, epsilon: float) -> jax.Array:
     Jordan (2024).
     """
     rows = patches(images)
-    # On some accelerators a float32 product is rounded much further.
+    # Accelerators may compute float32 products in lower precision.
     products = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
     values, vectors = jnp.linalg.eigh(products / len(rows))
-    # Rounding can leave what is zero a little below.
+    # Eigenvalues that are zero can be slightly negative by rounding.
     scale = jax.lax.rsqrt(jnp.maximum(values, 0) + epsilon)
     filters = (vectors * scale)[:, ::-1]
     both = jnp.concatenate([filters, -filters], axis=1)

@@ -1,4 +1,4 @@
-"""Which layers a loss that is not finite comes from."""
+"""Finds the layers that make a loss nonfinite."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from ml_collections import ConfigDict
 
 import jaxbn
 import jaxbn.linen
-from train import data
-from train.prepared import Prepared
-from train.step import Recipe, TrainState, augmented
+from train import batching
+from train.experiment import Experiment
+from train.state import Recipe, TrainState
+from train.step import augmented_images
 
-SHOWN = 5
+MAX_LISTED = 5
 
 
-def explain(
-    config: ConfigDict, prepared: Prepared, state: TrainState, epoch: int
+def describe_nonfinite(
+    config: ConfigDict, experiment: Experiment, state: TrainState, epoch: int
 ) -> str:
-    """Says at which step, and what the layers' statistics were there.
+    """Describes the step, and the layers' batch statistics in it.
 
     Args:
-      config: of the run.
-      prepared: of the run.
-      state: as it was before the batch; no later one has moved it.
-      epoch: that the batch is of, from 0.
+      config: config of the run.
+      experiment: components of the run.
+      state: state before the nonfinite batch.
+      epoch: epoch of the batch, from 0.
     """
-    place, dataset, steps, _, recipe = prepared
+    topology, dataset, steps, _, recipe = experiment
     step = int(state.step)
     number = step - epoch * steps
     text = (
@@ -41,38 +42,40 @@ def explain(
         return text
     size = config.batch_size
     rows = next(
-        data.train_batches(
+        batching.train_batches(
             dataset.train,
             size,
             seed=config.seed,
             epoch=epoch,
             start=number,
-            rows=place.rows(size),
+            rows=topology.rows(size),
         )
     )
     read = jax.jit(
         jax.shard_map(
             functools.partial(_moments, recipe),
-            mesh=place.mesh,
-            in_specs=(P(), P(), P(place.axes), P()),
+            mesh=topology.mesh,
+            in_specs=(P(), P(), P(topology.axes), P()),
             out_specs=P(),
         )
     )
-    tree = read(state.params, state.batch_stats, place.put(rows, size), epoch)
-    return f"{text} {_words(jax.device_get(tree))}"
+    tree = read(
+        state.params, state.batch_stats, topology.put(rows, size), epoch
+    )
+    return f"{text} {_describe_layers(jax.device_get(tree))}"
 
 
 def _moments(
     recipe: Recipe, params: Any, batch_stats: Any, batch: Any, epoch: jax.Array
 ) -> Any:
     variables = {"params": params, "batch_stats": batch_stats}
-    images = augmented(recipe, batch, epoch)
+    images = augmented_images(recipe, batch, epoch)
     return jaxbn.linen.batch_moments(
         recipe.model, variables, images, train=True
     )
 
 
-def _words(tree: Any) -> str:
+def _describe_layers(tree: Any) -> str:
     layers = {
         "/".join(key.key for key in path): moments
         for path, moments in jax.tree_util.tree_leaves_with_path(
@@ -81,10 +84,16 @@ def _words(tree: Any) -> str:
     }
     bad = [name for name, m in layers.items() if not jaxbn.is_finite(m)]
     if bad:
-        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        return f"Not finite are the inputs of {', '.join(bad[:SHOWN])}{more}."
+        more = (
+            f" and {len(bad) - MAX_LISTED} more"
+            if len(bad) > MAX_LISTED
+            else ""
+        )
+        return (
+            f"Layers with nonfinite input: {', '.join(bad[:MAX_LISTED])}{more}."
+        )
     size = {name: float(np.sqrt(m.var.max())) for name, m in layers.items()}
-    largest = sorted(size, key=size.get, reverse=True)[:SHOWN]
+    largest = sorted(size, key=size.get, reverse=True)[:MAX_LISTED]
     listed = ", ".join(f"{name} {size[name]:.3g}" for name in largest)
     return (
         "The inputs of all layers are finite; the largest standard deviations "

@@ -1,4 +1,4 @@
-"""The average of the weights, with statistics of its own."""
+"""Evaluates averaged weights, with batch statistics recomputed for them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from ml_collections import ConfigDict
 
 import jaxbn.linen
 from jaxbn import precise
-from train import data
-from train.prepared import Prepared
-from train.step import Recipe, TrainState, augmented
+from train import batching
+from train.experiment import Experiment
+from train.state import Recipe, TrainState
+from train.step import augmented_images
 
 
 def evaluate_average(
     config: ConfigDict,
-    prepared: Prepared,
+    experiment: Experiment,
     state: TrainState,
     test: Callable[[Any, Any], tuple[float, float]],
 ) -> dict[str, float]:
     """Returns loss and accuracy of the averaged weights.
 
-    The running statistics belong to the weights of each step; those of the
-    average are taken anew, over config.precise_batches training batches.
+    The running statistics belong to the weights of each step. For the average
+    they are recomputed over config.precise_batches training batches.
     """
     batch_stats = precise_statistics(
         config,
-        prepared,
+        experiment,
         state.average,
         state.batch_stats,
         batches=config.precise_batches,
@@ -42,41 +43,41 @@ def evaluate_average(
 
 def precise_statistics(
     config: ConfigDict,
-    prepared: Prepared,
+    experiment: Experiment,
     params: Any,
     batch_stats: Any,
     *,
     batches: int,
 ) -> Any:
-    """Returns batch_stats taken anew for params, over training batches.
+    """Returns batch_stats recomputed for params over training batches.
 
     Args:
-      config: of a run whose norm hands out moments: not flax or none.
-      prepared: of the run.
-      params: to take statistics for.
-      batch_stats: of the run, for what is not taken anew.
-      batches: to read, at most an epoch's.
+      config: config of the run; its norm must not be "flax" or "none".
+      experiment: data and model of the run.
+      params: parameters to compute the statistics for.
+      batch_stats: running statistics; entries not recomputed are kept.
+      batches: number of batches to read, at most one epoch.
     """
-    place, dataset, _, _, recipe = prepared
+    topology, dataset, _, _, recipe = experiment
     size, epoch = config.batch_size, config.epochs - 1
     read = jax.shard_map(
         functools.partial(_moments, recipe),
-        mesh=place.mesh,
-        in_specs=(P(), (P(place.axes), P())),
+        mesh=topology.mesh,
+        in_specs=(P(), (P(topology.axes), P())),
         out_specs=P(),
     )
-    read_from = data.train_batches(
+    read_from = batching.train_batches(
         dataset.train,
         size,
         seed=config.seed,
         epoch=epoch,
-        rows=place.rows(size),
+        rows=topology.rows(size),
     )
     found = precise.recompute(
         read,
         {"params": params, "batch_stats": batch_stats},
         (
-            (place.put(rows, size), epoch)
+            (topology.put(rows, size), epoch)
             for rows in itertools.islice(read_from, batches)
         ),
     )
@@ -88,5 +89,8 @@ def _moments(
 ) -> Any:
     batch, epoch = given
     return jaxbn.linen.batch_moments(
-        recipe.model, variables, augmented(recipe, batch, epoch), train=True
+        recipe.model,
+        variables,
+        augmented_images(recipe, batch, epoch),
+        train=True,
     )

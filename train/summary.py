@@ -1,4 +1,4 @@
-"""What is told of a run: at its start, on its way, and in its summary."""
+"""Headline, estimated time of arrival and summary of a run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ml_collections import ConfigDict
 
 from train import networks
 from train.checkpoint import Progress
-from train.norms import examples_together
-from train.prepared import Prepared
+from train.experiment import Experiment
+from train.norms import describe_statistics
 from train.report import Report
-from train.timeline import Timeline
+from train.timing import Timer
 
 
-class Forecast:
-    """Says once when the run will be over."""
+class RemainingTime:
+    """Estimates once when the run will finish."""
 
-    BEGIN, END = 3, 13  # of the steps it measures; the first ones compile
+    BEGIN, END = 3, 13  # steps that are timed; the first ones compile
 
     def __init__(self, report: Report, total: int):
         self._report, self._total = report, total
@@ -37,47 +37,45 @@ class Forecast:
             left = each * (self._total - done)
             if left > 60:
                 end = time.strftime("%H:%M", time.localtime(time.time() + left))
-                self._report.say(
-                    f"about {left / 60:.0f} min to go, until {end}"
-                )
+                self._report.say(f"about {left / 60:.0f} min left, until {end}")
 
 
 def headline(
     config: ConfigDict,
-    prepared: Prepared,
+    experiment: Experiment,
     params: Any,
     progress: Progress,
 ) -> str:
-    """Returns what the run is, in a line.
+    """Returns a one-line description of the run.
 
     Args:
-      config: of the run.
-      prepared: of the run.
-      params: of the network.
-      progress: where it goes on.
+      config: config of the run.
+      experiment: components of the run.
+      params: parameters of the network.
+      progress: position to start from.
     """
-    place, dataset = prepared.place, prepared.dataset
-    device = place.mesh.devices.flat[0]
-    shape = " x ".join(f"{k}={v}" for k, v in place.mesh.shape.items())
+    topology, dataset = experiment.topology, experiment.dataset
+    device = topology.mesh.devices.flat[0]
+    shape = " x ".join(f"{k}={v}" for k, v in topology.mesh.shape.items())
     processes = jax.process_count()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    goes_on = ""
+    resumed = ""
     if progress.batch:
-        goes_on = f", going on in epoch {progress.epoch + 1}"
+        resumed = f", resuming in epoch {progress.epoch + 1}"
     elif progress.epoch:
-        goes_on = f", going on after epoch {progress.epoch}"
+        resumed = f", resuming after epoch {progress.epoch}"
     return (
         f"{networks.title(config)} ({parameters:,} parameters) on "
         f"{config.dataset}: {len(dataset.train.labels)} training and "
         f"{len(dataset.test.labels)} test images, batch {config.batch_size} "
-        f"over {place.mesh.size} {device.device_kind} devices ({shape}"
+        f"over {topology.mesh.size} {device.device_kind} devices ({shape}"
         f"{f', {processes} processes' if processes > 1 else ''}), "
-        f"norm {config.norm}, {examples_together(config, place)}{goes_on}"
+        f"norm {config.norm}, {describe_statistics(config, topology)}{resumed}"
     )
 
 
 def versions() -> dict[str, str]:
-    """Returns those of Python and of the packages that decide about a run."""
+    """Returns the versions of Python and of packages that affect results."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **found}
@@ -85,21 +83,21 @@ def versions() -> dict[str, str]:
 
 def summarize(
     records: list[dict[str, float]],
-    prepared: Prepared,
+    experiment: Experiment,
     started: float,
-    timeline: Timeline,
+    timer: Timer,
 ) -> dict[str, Any]:
-    """Returns what stands in summary.json.
+    """Returns the contents of summary.json.
 
     Args:
-      records: of all epochs.
-      prepared: of the run.
-      started: when, by time.monotonic().
-      timeline: of the run.
+      records: records of all epochs.
+      experiment: components of the run.
+      started: start time, from time.monotonic().
+      timer: time spent on each activity.
     """
     last = records[-1]
-    mesh = prepared.place.mesh
-    # The first epoch holds the compilation.
+    mesh = experiment.topology.mesh
+    # The first epoch includes compilation.
     speeds = [record["images_per_second"] for record in records]
     return {
         "test_accuracy": last["test_accuracy"],
@@ -112,5 +110,5 @@ def summarize(
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
         "images_per_second": statistics.median(speeds[1:] or speeds),
-        "time": {k: round(v, 4) for k, v in timeline.shares().items()},
+        "time": {k: round(v, 4) for k, v in timer.shares().items()},
     }

@@ -1,4 +1,4 @@
-"""`BatchNorm` for flax.linen: variables only, the arithmetic is the core's."""
+"""`BatchNorm` for flax.linen."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._call import Caller, caller, linen_options, the_batch
-from jaxbn._collect import collect_linen, nested, variable_of
+from jaxbn._collected import collected_variable
 from jaxbn._compat.modules import applied_mutable
 from jaxbn._layer import Call, Layer
 from jaxbn._options import ExampleWeight, Limits, PerId, Prior, Running
@@ -19,60 +18,57 @@ from jaxbn._running import RunningStats
 from jaxbn._scope import Scope
 from jaxbn._state import State, no_moments, record
 
-__all__ = ["BatchNorm", "batch_moments"]
-
 
 class BatchNorm(nn.Module):
-    """Drop-in for `flax.linen.BatchNorm` with exact statistics.
+    """Drop-in replacement for `flax.linen.BatchNorm` with exact statistics.
 
     y = (x - mean) / sqrt(var + epsilon) * scale + bias, with the statistics of
     the batch in training (see `jaxbn.batch_norm`) and the running ones in
-    inference. Same fields, call arguments, variables and dtype of the result
-    as flax, so checkpoints move both ways. What differs: every kept value
-    counts equally whatever device it lies on, the variance does not cancel,
-    an empty batch leaves the running statistics alone, and an `axis_name`
-    that is not bound means that the array is already global.
+    inference. Fields, call arguments, variables and result dtype are those of
+    flax, so checkpoints are compatible in both directions. Differences: all
+    values count equally, whatever device they are on; the variance does not
+    cancel; an empty batch does not change the running statistics; and if
+    `axis_name` is not bound, the array is global.
 
-    With momentum=None all batches weigh the same. That, running.debias and a
-    renorm that is a function add the variable `steps` to batch_stats, int32 of the
-    shape of mean. Where `mutable` names the collection `batch_moments`, the
-    layer leaves the Moments of the batch there, not where True or a DenyList
-    takes the collection in; see `batch_moments`.
+    With momentum=None all batches have equal weight. In that case, with
+    running.debias or with a function for renorm, batch_stats has the variable
+    `steps`, int32 with the shape of mean. If `mutable` contains the name
+    `batch_moments`, and is not True or a DenyList, the layer stores the Moments
+    of the batch in that collection; see `batch_moments`.
 
     Attributes:
       use_running_average: True normalizes with the running statistics.
-      axis: the feature axis, or axes, of the input.
-      momentum: weight of the old running value (the core's decay).
+      axis: the feature axis or axes of the input.
+      momentum: decay of the running statistics.
       epsilon: added to the variance, unit of the input squared.
-      dtype: of the result; None infers it from input and parameters.
-      param_dtype: of scale and bias.
+      dtype: dtype of the result; None infers it from input and parameters.
+      param_dtype: dtype of scale and bias.
       use_bias: adds bias, (C,).
       use_scale: multiplies by scale, (C,).
-      bias_init: initializer of bias; of each of its rows, (C,), where it has
-        one an id. Partition names are those of a row.
-      scale_init: likewise of scale.
-      axis_name: named axis, or axes, to take statistics over.
+      bias_init: initializer of bias; with a row per id, of each row, (C,).
+        Partition names are those of a row.
+      scale_init: initializer of scale, likewise.
+      axis_name: named axis or axes to compute statistics over.
       axis_index_groups: see `Scope`.
-      use_fast_variance: has no effect; the variance is always taken from
+      use_fast_variance: has no effect; the variance is always computed from
         squared deviations.
-      force_float32_reductions: has no effect; reductions and the running
-        statistics that the layer makes are always float32 or wider.
-      sharing: which examples share statistics: groups of devices, so many
-        examples on any topology, ids; see `Scope`.
-      per_id: what ids choose a row of, where sharing.num_ids is K: "statistics",
-        (K, C); "affine", scale and bias, (K, C), while all examples share
-        statistics (class-conditional batch norm); or "both".
-      running: how running statistics are kept, and whether they are frozen;
-        see `Running`.
-      renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function of the
-        number of batches so far that returns them, such as
+      force_float32_reductions: has no effect; reductions and running
+        statistics are always float32 or wider.
+      sharing: which examples share statistics: groups of devices, a number of
+        examples, ids; see `Scope`.
+      per_id: what has a row per id, with sharing.num_ids = K: "statistics", (K, C);
+        "affine", scale and bias, (K, C), with statistics shared by all examples
+        (class-conditional batch norm); or "both".
+      running: how running statistics are updated; see `Running`.
+      renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function
+        that returns them for a number of batches, such as
         `jaxbn.renorm_limits`. None is batch norm.
-      inference: a `Prior` or an `ExampleWeight`, which blend the batch into
-        the running statistics in inference; None leaves it out.
+      inference: a `Prior` or `ExampleWeight`, to blend the batch into the
+        running statistics in inference; None only uses running statistics.
       train_affine: False stops the gradient of scale and bias.
 
     Raises:
-      ValueError: an option is out of its range, or two exclude each other.
+      ValueError: an option is out of range, or two options are incompatible.
     """
 
     use_running_average: bool | None = None
@@ -97,7 +93,7 @@ class BatchNorm(nn.Module):
     train_affine: bool = True
 
     def __post_init__(self) -> None:
-        Layer.of(self)  # raises ValueError for options of no layer
+        Layer.of(self)  # raises ValueError for invalid options
         super().__post_init__()
 
     @nn.compact
@@ -113,9 +109,9 @@ class BatchNorm(nn.Module):
         """Normalizes x.
 
         Args:
-          x: the input; features on `axis`. Integers are read as float32.
-          use_running_average: see the attribute; give it in one place.
-          mask: bool, broadcastable to x; False leaves a value out of the
+          x: the input, with features on `axis`. Integers are cast to float32.
+          use_running_average: see the attribute; set only one of them.
+          mask: bool, broadcastable to x; False excludes a value from the
             statistics.
           ids: (N,) integers in [0, K) where sharing.num_ids is K.
           timestep: (), integer, where running.num_timesteps is set.
@@ -124,7 +120,7 @@ class BatchNorm(nn.Module):
           Array of the shape of x.
 
         Raises:
-          ValueError: an argument does not fit x or the options; or see
+          ValueError: an argument does not match x or the options; or see
             `jaxbn.batch_norm`.
         """
         frozen = self.running.mode == "frozen"
@@ -138,8 +134,8 @@ class BatchNorm(nn.Module):
             x = x.astype(jnp.float32)
         layer = Layer.of(self)
         initializing = self.is_initializing()
-        if initializing:  # outside of mapped axes
-            layer = layer.alone()
+        if initializing:  # not inside mapped axes
+            layer = layer.unsynchronized()
         features, _ = layer.split_axes(x)
         size = tuple(x.shape[axis] for axis in features)
         initial = layer.init(size, x.dtype)
@@ -172,11 +168,11 @@ class BatchNorm(nn.Module):
         old = State(
             RunningStats(mean.value, var.value, read(steps)), read(skipped)
         )
-        collects = variable_of(self)
-        by_name = self._hands_out_moments()
-        hand_out = by_name or collects is not None
+        collects = collected_variable(self)
+        by_name = self._returns_moments()
+        return_moments = by_name or collects is not None
         call = Call(
-            inference, mask, ids, timestep, dtype, hand_out, initializing
+            inference, mask, ids, timestep, dtype, return_moments, initializing
         )
         y, new, batch = layer(x, scale, bias, old, call)
         if batch is None or initializing:
@@ -191,16 +187,16 @@ class BatchNorm(nn.Module):
         if collects is not None:
             collects.value = collects.value.add(batch, epsilon=self.epsilon)
         if by_name:
-            handed = self.variable(
+            moments_out = self.variable(
                 "batch_moments", "moments", no_moments, old.running
             )
-            handed.value = record(handed.value, batch)
+            moments_out.value = record(moments_out.value, batch)
         return y
 
     @nn.nowrap
-    def _hands_out_moments(self) -> bool:
-        # Not where True or a DenyList takes them in: nobody asked for them
-        # there, and variables that are handed back would go on adding up.
+    def _returns_moments(self) -> bool:
+        # Not for True or a DenyList: the moments were not asked for by name,
+        # and if passed back in with the variables they would accumulate.
         by_name = isinstance(applied_mutable(self), Collection)
         return by_name and self.is_mutable_collection("batch_moments")
 
@@ -208,7 +204,7 @@ class BatchNorm(nn.Module):
 def _rows_of(
     init: nn.initializers.Initializer,
 ) -> nn.initializers.Initializer:
-    """An initializer of (K, C), whose rows are independent."""
+    """Returns an initializer of (K, C) with independent rows."""
 
     def init_rows(
         key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
@@ -218,50 +214,3 @@ def _rows_of(
         return nn.meta.add_axis(rows, 0, {nn.PARTITION_NAME: None})
 
     return init_rows
-
-
-def batch_moments(
-    model: nn.Module,
-    variables: Any,
-    *args: Any,
-    call: Caller | None = None,
-    rngs: Any = None,
-    mutable: Collection[str] = (),
-    **kwargs: Any,
-) -> Any:
-    """Returns the Moments of the batch of every layer, in training mode.
-
-    A pure function, which changes no running statistic. A layer that is called
-    several times has the moments of all its calls together. Layers inside of
-    nn.scan or nn.vmap have theirs on the axis of their running statistics.
-
-    Args:
-      model: whose batch norm layers are jaxbn's; `jaxbn.convert.to_jaxbn`
-        makes them so.
-      variables: of the model.
-      *args: of the call; with `call` the batch alone.
-      call: (model, batch, train) -> output, where model is bound, as it is for
-        `method` of flax, and train is True. None calls the model with the
-        arguments given.
-      rngs: a key, or a dict of them. None makes one for every stream.
-      mutable: names of collections that the call creates. Those of variables
-        may be written already, but for params.
-      **kwargs: of the call, with what puts it into training mode, such as
-        train=True.
-
-    Returns:
-      The tree of batch_stats with `jaxbn.Moments` in place of the dict of a
-      layer; counts have the shape of mean. A layer that the call does not
-      train is not in it: one in inference mode, one in a branch not taken. In
-      a branch of nn.cond its counts are zero. Nor is anything else that lies in
-      batch_stats.
-
-    Raises:
-      ValueError: no layer handed out any, or a layer of flax was trained.
-    """
-    if call is not None:
-        batch = the_batch(args, kwargs)
-        args, kwargs = (batch, True), {"method": caller(model, call)}
-    kwargs.update(linen_options(variables, rngs, mutable))
-    _, found, _ = collect_linen(model, variables, *args, **kwargs)
-    return nested({path: part.values for path, part in found.items()})

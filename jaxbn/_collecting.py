@@ -1,7 +1,7 @@
-"""A model with jaxbn's layers in place of flax's, for those that collect.
+"""Converts models to jaxbn's layers, to collect their moments.
 
-State that is no batch norm's stays: what conversion asks the user about is
-left as it is, and nothing is collected of it.
+State of other layers is kept: whatever conversion would ask the user about is
+not converted, and not collected.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from flax import nnx
 
 import jaxbn.linen
 from jaxbn import convert
-from jaxbn._collect import Collected, Log, Path, collect_linen
+from jaxbn._collect import collect_linen
+from jaxbn._collected import Collected, Log, Path
 from jaxbn.convert import _nnx
 from jaxbn.convert._checks import owned_statistics
 from jaxbn.convert._layers import layer_path, variables_of
 from jaxbn.convert._models import on_one_device
 from jaxbn.convert._rule import Rule
 
-# What says which devices form groups. Groups need devices; the statistics of
-# all are the same.
+# Fields that group devices. Collecting runs on global arrays, without groups;
+# statistics over all examples are the same.
 _GROUPS = ("axis_index_groups", "sharing")
 
 
-class Exchanged:
-    """A linen model whose layers hand out moments.
+class CollectingLinen:
+    """A linen model whose layers return moments.
 
     Attributes:
-      layers: the batch norm layers as they run in the model given, by path,
-        once it has been traced.
+      layers: the batch norm layers of the original model by path, available
+        after tracing.
     """
 
     def __init__(self, model: nn.Module):
@@ -76,12 +77,12 @@ class Exchanged:
         return self._ours.apply(variables, batch, False, **options)
 
     def _as_given(self, layer: nn.Module, running: nn.Module) -> nn.Module:
-        """Returns the layer without what is exchanged here alone."""
+        """Returns the layer with its original groups of devices."""
         kinds = (nn.BatchNorm, jaxbn.linen.BatchNorm)
         rule = vars(type(self._model)).get("_converted_from", (None, None))[1]
         if rule is None:
             given = layer if layer.path else self._model
-            # A copy of flax's layer need not have its fields as attributes.
+            # A copy of flax's layer may lack its fields as attributes.
             return given if isinstance(given, kinds) else running
         fields = dict(rule.fields)
         groups: dict[str, Any] = {
@@ -91,8 +92,8 @@ class Exchanged:
         return running.clone(**groups)
 
 
-def exchanged_nnx(model: Any) -> Any:
-    """Returns a copy of an nnx model whose layers hand out moments."""
+def collecting_nnx(model: Any) -> Any:
+    """Returns a copy of an nnx model whose layers return moments."""
     rule = Rule(jaxbn.linen.BatchNorm, one_device=True)
     left = _nnx.exchange(nnx.clone(model, graph=True), rule)
     return on_one_device(model, keep=list(left))

@@ -1,4 +1,4 @@
-"""Whether the fields of a config are known, of their type, and in range."""
+"""Validates the names, types and ranges of config fields."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ml_collections import ConfigDict
 from configs.ranges import RANGES
 from train import UserError
 
-# Fields of a layer, which checks their names itself.
+# Options of a layer, which validates their names itself.
 _OPEN = "norm_options"
 
 
 def check(config: ConfigDict, fields: ModuleType) -> None:
-    """Raises UserError for a field that no run can have, whatever the others.
+    """Raises UserError if a field is unknown, missing or invalid by itself.
 
     Args:
-      config: of a run.
-      fields: the module of configs/ with every field that there is.
+      config: config of a run.
+      fields: the module of configs/ that defines all fields.
     """
     _check(config, fields.get_config(), "", pathlib.Path(fields.__file__ or ""))
 
 
 def in_range(name: str, value: float) -> bool:
-    """Whether a number is in the interval of its field."""
+    """Whether a number is in the range of its field."""
     interval = RANGES[name]
     low, high = map(float, interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
-    return above and below  # NaN is neither
+    return above and below  # False for NaN
 
 
 def _check(
@@ -54,9 +54,7 @@ def _check(
         value, default = config[name], known[name]
         if isinstance(default, ConfigDict):
             if not isinstance(value, ConfigDict):
-                raise UserError(
-                    f"{full} holds fields of its own; got {value!r}."
-                )
+                raise UserError(f"{full} must be a ConfigDict; got {value!r}.")
             _check(value, default, f"{full}.", file)
         elif isinstance(default, tuple):
             _tuple(full, value, type(default[0]))
@@ -71,13 +69,13 @@ def _tuple(name: str, value: Any, kind: type) -> None:
         _value(name, entry, kind, f"every entry of {name}")
 
 
-def _value(name: str, value: Any, kind: type, words: str = "") -> None:
+def _value(name: str, value: Any, kind: type, description: str = "") -> None:
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise UserError(
-            f"{words or name} must be of type {kind.__name__}; got {value!r}."
+            f"{description or name} must be of type {kind.__name__}; got {value!r}."
         )
     if kind in (int, float) and not in_range(name, value):
         raise UserError(
-            f"{words or name} must be in {RANGES[name]}; got {value}."
+            f"{description or name} must be in {RANGES[name]}; got {value}."
         )

@@ -1,4 +1,4 @@
-"""What the programs beside `python -m train` share: arguments, errors, codes."""
+"""Command line of the tools besides `python -m train`: arguments and errors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from train import UserError, output
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says in one line what is wrong."""
+    """An argument parser with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the arguments.")
 
 
 def folder(name: str) -> pathlib.Path:
-    """Returns the path that an argument names, with ~ expanded."""
+    """Parses a path argument, expanding ~."""
     try:
         return pathlib.Path(name).expanduser()
     except RuntimeError as error:
@@ -27,7 +27,7 @@ def folder(name: str) -> pathlib.Path:
 
 
 def run(program: str, main: Callable[[list[str]], None]) -> NoReturn:
-    """Ends the process as main does: 0, 1 with a line, 130 after Ctrl-C."""
+    """Runs main and exits: 0, 1 with a one-line error, or 130 after Ctrl-C."""
     output.guard()
     code = 1
     try:
@@ -39,9 +39,9 @@ def run(program: str, main: Callable[[list[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         line, code = f"{program}: interrupted", 130
     except BrokenPipeError:
-        line = f"{program}: nobody reads the output"
+        line = f"{program}: the output pipe was closed"
         output.drop()
-    except OSError as error:  # of standard output, or of the disk
+    except OSError as error:  # standard output or the disk
         line = f"{program}: {error}"
     if code:
         print(line, file=sys.stderr)

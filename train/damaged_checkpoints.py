@@ -1,4 +1,4 @@
-"""Damaged checkpoints, put aside beside the folder of the others."""
+"""Moves damaged checkpoints out of the checkpoint directory."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from train.workdir import read_records, read_summary
 _NAME = "damaged-checkpoint-"
 
 
-def put_aside(
+def move_damaged(
     folder: pathlib.Path, damaged: dict[int, str], step: int, read_only: bool
 ) -> None:
-    """Moves damaged checkpoints out of the way of new ones, with a warning.
+    """Moves damaged checkpoints to the workdir, with a warning.
 
     Args:
-      folder: of the checkpoints.
-      damaged: what is wrong with each, by step.
-      step: of the checkpoint that is taken in their place.
-      read_only: warns, and leaves them where they are.
+      folder: the checkpoint directory.
+      damaged: maps the step of a damaged checkpoint to what is wrong with it.
+      step: step of the checkpoint that is used instead.
+      read_only: only warns.
 
     Raises:
-      UserError: one cannot be moved.
+      UserError: a checkpoint cannot be moved.
     """
     if not damaged:
         return
-    with processes.together():
+    with processes.sync_errors():
         for each, why in damaged.items() if jax.process_index() == 0 else ():
             now = ""
             if not read_only:
-                now = f" and is now {_move(folder, each)}"
+                now = f" and was moved to {_move(folder, each)}"
             warnings.warn(
-                f"The checkpoint of step {each} is damaged ({why}){now}; going "
-                f"on from that of step {step}.",
+                f"The checkpoint of step {each} is damaged ({why}){now}; "
+                f"resuming from step {step}.",
                 stacklevel=2,
             )
 
@@ -60,17 +60,17 @@ def _move(folder: pathlib.Path, step: int) -> pathlib.Path:
     return aside
 
 
-def refuse_to_begin_again(folder: pathlib.Path) -> None:
-    """Makes sure that a run without a checkpoint has never had one.
+def refuse_fresh_start(folder: pathlib.Path) -> None:
+    """Checks that a run without checkpoints has never had any.
 
     Raises:
-      UserError: results, or checkpoints that were put aside, are left of some.
+      UserError: there are results or damaged checkpoints of an earlier run.
     """
     workdir = folder.parent
     left = sorted(path.name for path in workdir.glob(f"{_NAME}*"))[:1]
     records = len(read_records(workdir))
-    # A crash can leave the record of one epoch without its checkpoint, since
-    # the next record waits for that, but it leaves the folder too.
+    # A crash can leave the record of one epoch without a checkpoint, because
+    # only the next record waits for it, but then the directory exists.
     if records > 1 or (records and not exists(folder)):
         left.append("metrics.jsonl")
     if read_summary(workdir):
@@ -78,7 +78,7 @@ def refuse_to_begin_again(folder: pathlib.Path) -> None:
     if left:
         names = " and ".join(left)
         raise UserError(
-            f"{folder} holds no checkpoint, but {names} is left of a run that "
-            "would begin again at step 0. Put a checkpoint back, take another "
-            f"--workdir, or delete {names} to begin again."
+            f"{folder} has no checkpoint, but an earlier run left {names}, and "
+            "would restart from step 0. Restore a checkpoint, use another "
+            f"--workdir, or delete {names} to restart."
         )

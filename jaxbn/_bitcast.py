@@ -1,4 +1,4 @@
-"""Arrays of any dtype as rows of one dtype, so that they travel together."""
+"""Packs arrays of any dtype into rows of one dtype, for one collective."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def to_words(leaf: jax.Array) -> jax.Array:
-    """Returns the bits of a leaf as uint32 (n, k), rows padded with 0."""
+def to_uint32(leaf: jax.Array) -> jax.Array:
+    """Bitcasts a leaf to uint32 (n, k), with zero-padded rows."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     rows = leaf.reshape(leaf.shape[0], -1)
@@ -26,11 +26,11 @@ def to_words(leaf: jax.Array) -> jax.Array:
     return words.reshape(leaf.shape[0], -1)
 
 
-def from_words(words: jax.Array, like: jax.Array) -> jax.Array:
-    """Undoes `to_words`."""
+def from_uint32(words: jax.Array, like: jax.Array) -> jax.Array:
+    """Inverse of `to_uint32`."""
     n, dtype = like.shape[0], like.dtype
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        data = from_words(words, jax.random.key_data(like))
+        data = from_uint32(words, jax.random.key_data(like))
         keys: jax.Array = jax.random.wrap_key_data(
             data, impl=jax.random.key_impl(like)
         )
@@ -48,7 +48,7 @@ def from_words(words: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _stored(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype whose bits travel: one of whole bytes."""
+    """Returns a dtype of at least one byte that holds the values."""
     stored: Any = dtype
     if dtype == jnp.bool_:
         stored = jnp.uint8
@@ -61,7 +61,7 @@ def _stored(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def to_reals(leaf: jax.Array, dtype: Any) -> jax.Array:
-    """Returns a floating or complex leaf as reals (n, k) of a dtype."""
+    """Flattens a floating or complex leaf to real rows (n, k)."""
     rows = leaf.reshape(leaf.shape[0], -1)
     if jnp.iscomplexobj(rows):
         rows = jnp.concatenate([rows.real, rows.imag], 1)
@@ -69,7 +69,7 @@ def to_reals(leaf: jax.Array, dtype: Any) -> jax.Array:
 
 
 def from_reals(rows: jax.Array, like: jax.Array) -> jax.Array:
-    """Undoes `to_reals`."""
+    """Inverse of `to_reals`."""
     if jnp.iscomplexobj(like):
         rows = rows.astype(jnp.finfo(like.dtype).dtype)
         rows = jax.lax.complex(*jnp.split(rows, 2, 1))

@@ -1,4 +1,4 @@
-"""The moments of all examples, from those of the groups that share some."""
+"""Merges the moments of groups into those of all examples."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from jaxbn._moments import merge_parts
 from jaxbn._passes import Centered, Moments
 
 
-def of_all_examples(
+def merge_groups(
     spec: Spec,
     stats: Centered,
-    everyone: Devices,
+    all_devices: Devices,
     shift: jax.Array | None,
 ) -> Moments:
     """Merges the moments of all groups into those of all examples."""
     chunks, num_ids = spec.reduction.chunks, spec.reduction.num_ids
     ghost = spec.reduction.chunks != 1
-    if not ghost and spec.devices == everyone:
+    if not ghost and spec.devices == all_devices:
         return stats.moments
     if num_ids is not None:
         parts = Centered(*(a.reshape(chunks, -1, *a.shape[1:]) for a in stats))
@@ -35,11 +35,11 @@ def of_all_examples(
     )
     copies = spec.devices.size
     if spec.devices.groups is None:
-        # Along the axes that were summed over, the moments are the same.
-        everyone, copies = everyone.without(spec.devices.names), 1
-    total = merge_parts(parts, start, devices=everyone).moments
+        # The moments are equal along axes that were reduced already.
+        all_devices, copies = all_devices.without(spec.devices.names), 1
+    total = merge_parts(parts, start, devices=all_devices).moments
     count = total.count
     if num_ids is None and count.size == 1:
         count = count.reshape(())
-    # The members of a group have the same moments, each counted as often.
+    # All members of a group have counted the same moments.
     return Moments(count / copies, total.mean, total.m2 / copies)

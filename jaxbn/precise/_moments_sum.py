@@ -1,4 +1,4 @@
-"""Moments of many batches in float64, with the error of their sum."""
+"""Merges Moments in float64 and estimates the standard error."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from jaxbn._passes import Moments
 
 
-class Sum:
-    """Moments in float64, and how far the batches lie apart."""
+class MomentsSum:
+    """Merged Moments in float64, and their variance over batches."""
 
     def __init__(self) -> None:
         self.moments: Moments | None = None
@@ -26,7 +26,7 @@ class Sum:
         weight = np.square(part.count)
         if self.moments is None:
             self.moments = part
-            # About the first batch, so that equal batches have no error.
+            # Relative to the first batch, so that equal batches have error 0.
             self._origin = values
             self._first = dict.fromkeys(values, 0.0)
             self._second = dict.fromkeys(values, 0.0)
@@ -63,9 +63,9 @@ class Sum:
 
 
 def _in_float64(part: Moments) -> Moments:
-    """Wide, with a count of as many axes as the mean."""
+    """Casts to float64; count gets as many axes as the mean."""
     count, mean, m2 = map(np.asarray, part)
-    # Layers stacked by a scan have their axis first.
+    # A layer in a scan has the scanned axis first.
     count = count.reshape(count.shape + (1,) * (mean.ndim - count.ndim))
     wide = np.promote_types(mean.dtype, np.float64)
     fields: Any = (

@@ -1,0 +1,60 @@
+"""Builds devices, data, model and schedule from a config."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from train import data, processes
+from train.recipe import (
+    check,
+    make_recipe,
+    make_schedule,
+    steps_per_epoch,
+)
+from train.state import Recipe
+from train.topology import Topology, make_topology
+
+
+class Experiment(NamedTuple):
+    """The components of a run that a config describes."""
+
+    topology: Topology
+    dataset: data.Dataset
+    steps: int  # per epoch
+    schedule: optax.Schedule
+    recipe: Recipe
+
+
+def build_experiment(
+    config: ConfigDict, *, download: bool = True
+) -> Experiment:
+    """Builds the components of a run; writes nothing to the workdir.
+
+    Args:
+      config: config of the run.
+      download: False only uses data that is already prepared.
+
+    Raises:
+      UserError: the config is invalid, with what to change.
+    """
+    check(config)
+    topology = make_topology(
+        config.mesh, config.batch_size, config.microbatches
+    )
+    with processes.sync_errors():  # each host reads its own data
+        dataset = data.load(
+            config.dataset,
+            data_dir=config.data_dir,
+            train_split=config.train_split,
+            test_split=config.test_split,
+            lazy=jax.process_count() > 1,
+            download=download,
+        )
+    steps = steps_per_epoch(config, dataset)
+    schedule = make_schedule(config, steps)
+    recipe = make_recipe(config, dataset, schedule, topology)
+    return Experiment(topology, dataset, steps, schedule, recipe)

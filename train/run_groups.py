@@ -1,0 +1,96 @@
+"""Reads runs from their workdirs and groups them by config."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from train import UserError
+from train.trained_run import read_config
+from train.workdir import missing_epochs, read_records, read_summary
+
+# Fields that do not affect the result.
+IGNORED_FIELDS = ("seed", "seeds", "data_dir", "checkpoint_every", "profile")
+
+
+class Run(NamedTuple):
+    """The contents of a workdir."""
+
+    path: pathlib.Path
+    config: dict[str, Any]  # flattened, with dotted names
+    records: list[dict[str, float]]  # one per epoch
+    summary: dict[str, Any]  # empty until the run finishes
+
+
+class Group(NamedTuple):
+    """Runs that differ only in seed, with equally many epochs."""
+
+    runs: list[Run]
+    label: str  # the differing config fields, or the directory name
+
+
+def read(path: pathlib.Path) -> Run:
+    """Reads one run.
+
+    Raises:
+      UserError: path is not a workdir, has no records, or a file is damaged.
+    """
+    config = _flat(json.loads(read_config(path).to_json()))
+    records, summary = read_records(path), read_summary(path)
+    if not records and not summary:
+        raise UserError(
+            f"{path} has no records yet; they are written after each epoch."
+        )
+    last = max([int(one["epoch"]) for one in records], default=0)
+    missing = missing_epochs(records, config["epochs"] if summary else last)
+    if missing:
+        raise UserError(
+            f"{path / 'metrics.jsonl'} lacks {missing}. Restore it from a "
+            "backup, or leave this run out."
+        )
+    return Run(path, config, records, summary)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def grouped(runs: list[Run]) -> tuple[list[Group], list[str]]:
+    """Groups runs by config, in order of first appearance.
+
+    Unfinished runs are grouped with those of equally many epochs.
+
+    Returns:
+      The groups, and the names of the config fields that differ.
+    """
+    every = {name for run in runs for name in run.config}
+    differ = [
+        name
+        for name in sorted(every - {*IGNORED_FIELDS})
+        if len({json.dumps(run.config.get(name)) for run in runs}) > 1
+    ]
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        values = [run.config.get(name) for name in differ]
+        key = json.dumps([values, len(run.records)])
+        groups.setdefault(key, []).append(run)
+    found = [
+        Group(members, _label(members, differ)) for members in groups.values()
+    ]
+    return found, differ
+
+
+def _label(runs: list[Run], differ: list[str]) -> str:
+    run, done = runs[0], len(runs[0].records)
+    values = [f"{name}={run.config.get(name)}" for name in differ]
+    label = ", ".join(values) or run.path.name
+    if done < run.config["epochs"]:
+        label += f" ({done} of {run.config['epochs']} epochs)"
+    return label if len(runs) == 1 else f"{label}, {len(runs)} runs"
