@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._arithmetic import widen
+from jaxbn._check_values import is_known
 from jaxbn._checks import (
     check_features,
     check_input,
     describe,
-    is_known,
     split_axes,
 )
 from jaxbn._moments import moments
