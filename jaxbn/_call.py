@@ -128,7 +128,8 @@ def pure(
       without random streams, which restart in each call.
 
     Raises:
-      ValueError: see `make_model_call`; rngs or mutable are given for an nnx model.
+      ValueError: see `make_model_call`; rngs or mutable are given for an nnx
+        model.
     """
     run = make_model_call(model, call)
     if isinstance(model, nn.Module):

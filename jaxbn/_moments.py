@@ -132,9 +132,9 @@ def sync(
 
     With d_i = mean_i - shift and n = sum n_i, one all-reduce of 2C+1 floats
     computes mean = shift + sum n_i d_i / n and
-    m2 = sum (m2_i + n_i |d_i|^2) - |sum n_i d_i|^2 / n. If that difference would
-    cancel, it is recomputed about the mean in a second all-reduce. So the shift
-    never changes the result beyond rounding.
+    m2 = sum (m2_i + n_i |d_i|^2) - |sum n_i d_i|^2 / n. If that difference
+    would cancel, it is recomputed about the mean in a second all-reduce. So the
+    shift never changes the result beyond rounding.
 
     Args:
       local: moments of this device's shard; the count may be 0.

@@ -112,8 +112,8 @@ def batch_norm(
       x: (N, ..., C), floating or complex, this device's shard of the batch.
       scale: (C,), with ids also (K, C), or None for 1.
       bias: (C,), with ids also (K, C), or None for 0.
-      ids: (N,) integers in [0, K). With sharing.num_ids = K, each id has its own
-        statistics, and optionally its own scale and bias; otherwise all ids
+      ids: (N,) integers in [0, K). With sharing.num_ids = K, each id has its
+        own statistics, and optionally its own scale and bias; otherwise all ids
         share statistics, and scale or bias is (K, C). Examples with other ids
         result in NaN, and are excluded from all statistics.
       where: bool, broadcastable to x; False excludes a value. None includes

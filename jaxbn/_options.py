@@ -20,10 +20,10 @@ class Running:
     """How a layer updates its running statistics.
 
     Attributes:
-      mode: behavior in training. "update": normalizes with the batch and updates
-        the running statistics. "keep": normalizes with the batch without an
-        update. "frozen": normalizes with the running statistics without an
-        update, whatever use_running_average is.
+      mode: behavior in training. "update": normalizes with the batch and
+        updates the running statistics. "keep": normalizes with the batch
+        without an update. "frozen": normalizes with the running statistics
+        without an update, whatever use_running_average is.
       ddof: 0 stores the biased variance, 1 the unbiased one,
         m2 / (count - 1), as PyTorch. Normalization uses the biased one.
       debias: removes the bias towards the initial value; see `update_running`.

@@ -32,10 +32,10 @@ def shuffle(tree: Any, key: jax.Array, *, axis_name: AxisName) -> Any:
     examples to each device, including itself, and permutes what it receives. So
     an example is equally likely to move to any of the n D positions. Not all
     (n D)! permutations occur: two examples of different devices meet with
-    probability 1 / D, two of the same device with (n / D - 1) / (n - 1), whereas
-    in a uniform permutation both are (n - 1) / (n D - 1). If D does not divide
-    n, blocks have ceil(n / D) slots, some of them empty; which pairs of devices
-    exchange one more example is also random.
+    probability 1 / D, two of the same device with (n / D - 1) / (n - 1),
+    whereas in a uniform permutation both are (n - 1) / (n D - 1). If D does not
+    divide n, blocks have ceil(n / D) slots, some of them empty; which pairs of
+    devices exchange one more example is also random.
 
     Takes one all-to-all for the whole tree, in bits: a device receives
     D ceil(n / D) B bytes, about n B, for B bytes per example, each leaf padded

@@ -40,7 +40,8 @@ def examine(
     Args:
       run: the workdir.
       batches: number of batches to read.
-      data_dir: TFDS data directory; None uses that of the run, see `train.trained_run.load`.
+      data_dir: TFDS data directory; None uses that of the run, see
+        `train.trained_run.load`.
 
     Raises:
       UserError: run has no checkpoint, or cannot be written to.

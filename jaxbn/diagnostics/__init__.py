@@ -1,8 +1,8 @@
 """Measures the effects of batch norm on training, for any loss and model.
 
-All functions take pytrees and functions, not modules. `loss(params, batch_stats,
-batch)` returns (scalar, new_batch_stats) in training mode; the new statistics
-are discarded, so a measurement never changes a model. `apply(params,
+All functions take pytrees and functions, not modules. `loss(params,
+batch_stats, batch)` returns (scalar, new_batch_stats) in training mode; the new
+statistics are discarded, so a measurement never changes a model. `apply(params,
 batch_stats, x, *, train)` returns logits (B, C).
 """
 

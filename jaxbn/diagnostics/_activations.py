@@ -126,11 +126,11 @@ def gradient_tail(gradient: Any, *, tail: float = 0.05) -> GradientTail:
     """Measures how heavy-tailed the entries of a gradient are.
 
     excess_kurtosis = m4 / m2^2 - 3 with the central moments m2 and m4. With
-    sorted magnitudes x_1 >= x_2 >= ..., and k the fraction `tail` of the nonzero
-    ones, hill = 1 / mean_{i <= k} log(x_i / x_{k+1}), the Hill estimator of
-    alpha in P(|g| > x) ~ x^-alpha: 1 for a Cauchy distribution. For a normal
-    distribution, which has no such alpha, it is about 6 at tail=0.05, and
-    larger for a smaller tail.
+    sorted magnitudes x_1 >= x_2 >= ..., and k the fraction `tail` of the
+    nonzero ones, hill = 1 / mean_{i <= k} log(x_i / x_{k+1}), the Hill
+    estimator of alpha in P(|g| > x) ~ x^-alpha: 1 for a Cauchy distribution.
+    For a normal distribution, which has no such alpha, it is about 6 at
+    tail=0.05, and larger for a smaller tail.
 
     Args:
       gradient: a floating array, or a tree of them, treated as one vector; for
@@ -143,8 +143,9 @@ def gradient_tail(gradient: Any, *, tail: float = 0.05) -> GradientTail:
     Raises:
       ValueError: gradient is empty, or tail is out of range.
 
-    Source: Bjorck et al. (2018), Understanding Batch Normalization; Hill (1975), A Simple General Approach to Inference About the
-    Tail of a Distribution.
+    Source: Bjorck et al. (2018), Understanding Batch Normalization; Hill
+    (1975), A Simple General Approach to Inference About the Tail of a
+    Distribution.
     """
     if not 0 < tail < 1:
         raise ValueError(

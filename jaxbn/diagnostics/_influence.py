@@ -42,8 +42,8 @@ def influence(
       (B, B) in float32 or wider; row i is for the logits of example i.
 
     Raises:
-      ValueError: x is not floating, chunk_size is not positive, or apply returns
-        something else.
+      ValueError: x is not floating, chunk_size is not positive, or apply
+        returns something else.
 
     Source: Wu and Johnson (2021), Rethinking "Batch" in BatchNorm, table 6, on
     information leakage within a batch.

@@ -125,7 +125,8 @@ def max_step(
     """Returns the largest step after which the loss has not diverged.
 
     The largest t in steps with L(p - t g) / L(p) < threshold, or 0 if there is
-    none; a NaN loss counts as diverged. Takes one backward and K forward passes.
+    none; a NaN loss counts as diverged. Takes one backward and K forward
+    passes.
 
     Args:
       loss, params, batch_stats, batch, unroll: as in `gradient_line`; the loss

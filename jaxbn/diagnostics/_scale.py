@@ -71,10 +71,10 @@ def scale_invariance(
 
     BN((a W) u) = BN(W u) for a > 0. Hence L(a W) = L(W), a G(a W) = G(W) for
     the gradient G, and <w_c, dL/dw_c> = 0 for every output channel c: a step
-    rotates w_c by about learning rate * ||G at unit norm|| / ||w_c||^2. All three
-    are exact without epsilon, and hold up to O(epsilon / variance) with it: with
-    epsilon=1e-5, factor=0.01 makes variances 1e4 times smaller, and gradients
-    differ by percents.
+    rotates w_c by about learning rate * ||G at unit norm|| / ||w_c||^2. All
+    three are exact without epsilon, and hold up to O(epsilon / variance) with
+    it: with epsilon=1e-5, factor=0.01 makes variances 1e4 times smaller, and
+    gradients differ by percents.
 
     Args:
       loss, params, batch_stats, batch: as in `gradient_line`.
@@ -123,8 +123,9 @@ def angular_update(
     """Returns the rotation angle of each output channel of a weight.
 
     With d = w' - w and its component d_p = d - w <w, d> / <w, w> orthogonal to
-    w, angle = atan2(||d_p||, <w, w'> / ||w||). Accurate for small angles, unlike
-    the arccos of a cosine, which in float32 is either 0 or at least 3e-4.
+    w, angle = atan2(||d_p||, <w, w'> / ||w||). Accurate for small angles,
+    unlike the arccos of a cosine, which in float32 is either 0 or at least
+    3e-4.
 
     Args:
       params: tree of floating arrays, before a step.

@@ -56,9 +56,9 @@ class BatchNorm(nn.Module):
         statistics are always float32 or wider.
       sharing: which examples share statistics: groups of devices, a number of
         examples, ids; see `Scope`.
-      per_id: what has a row per id, with sharing.num_ids = K: "statistics", (K, C);
-        "affine", scale and bias, (K, C), with statistics shared by all examples
-        (class-conditional batch norm); or "both".
+      per_id: what has a row per id, with sharing.num_ids = K: "statistics",
+        (K, C); "affine", scale and bias, (K, C), with statistics shared by all
+        examples (class-conditional batch norm); or "both".
       running: how running statistics are updated; see `Running`.
       renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function
         that returns them for a number of batches, such as

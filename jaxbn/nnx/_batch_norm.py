@@ -67,9 +67,10 @@ class BatchNorm(nnx.BatchNorm):
       num_features: C, the length of the feature axis.
       sharing: which examples share statistics: groups of devices, a number of
         examples, ids; see `Scope`.
-      per_id: what has a row per id, with sharing.num_ids = K: "statistics", (K, C);
-        "affine", scale and bias, (K, C), with statistics shared by all examples
-        (class-conditional batch norm); or "both". Rows are initially equal.
+      per_id: what has a row per id, with sharing.num_ids = K: "statistics",
+        (K, C); "affine", scale and bias, (K, C), with statistics shared by all
+        examples (class-conditional batch norm); or "both". Rows are initially
+        equal.
       running: how running statistics are updated; see `Running`.
       renorm: (r_max, d_max) of `jaxbn.batch_renorm`, or a function
         that returns them for a number of batches, such as

@@ -56,8 +56,8 @@ def recompute(
     normalized with, use training batches.
 
     The error is the standard error of a mean of independent batches: with
-    weights w_i, SE^2 = k / (k - 1) sum w_i^2 (m_i - m)^2 / (sum w_i)^2, of means
-    in units of the standard deviation and of variances relative to the
+    weights w_i, SE^2 = k / (k - 1) sum w_i^2 (m_i - m)^2 / (sum w_i)^2, of
+    means in units of the standard deviation and of variances relative to the
     variance, the maximum over channels and layers. Ordered batches, such as
     class by class, are not independent: shuffle them, or set no tolerance.
 
