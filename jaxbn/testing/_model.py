@@ -38,7 +38,7 @@ def as_function(
         return lambda variables, batch: apply(variables, batch), variables
     if call is not None or rngs is not None or mutable:
         raise ValueError(
-            "call, rngs and mutable say how to call a model of flax; got "
-            f"{type(apply_fn).__name__} in its place, which is called as it is."
+            "call, rngs and mutable are only for flax models; got a "
+            f"{type(apply_fn).__name__}, which is called as it is."
         )
     return apply_fn, variables
