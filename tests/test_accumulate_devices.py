@@ -210,9 +210,9 @@ def test_runs_that_do_not_fit():
     params, stats, batch = problem()
     batch = jax.tree.map(lambda a: a[:24], batch)
     message = (
-        "normalize_over=6 does not fit 4 microbatches of 6 examples on each of "
-        "1 devices: it has to divide the 24 examples of a device, and be a "
-        "multiple or a divisor of 4; or be a multiple of 24 that divides the "
+        "normalize_over=6 is invalid for 4 microbatches of 6 examples on each "
+        "of 1 devices: it must divide the 24 examples per device, and be a "
+        "multiple or divisor of 4; or be a multiple of 24 that divides the "
         "devices. The nearest valid value is 4."
     )
     with pytest.raises(ValueError, match=re.escape(message)):

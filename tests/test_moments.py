@@ -117,7 +117,7 @@ class MomentsTest(chex.TestCase):
         ),
         (
             dict(x=np.ones((3, 3)), where=np.ones(3, bool)),
-            "where[:, None], one over the last axis where[None, :]",
+            "where[:, None], and one over the last axis as where[None, :]",
         ),
         (
             dict(x=np.ones((4, 3)), where=np.ones((2, 3), bool)),

@@ -56,7 +56,7 @@ def test_two_processes_stopped_and_started_again_end_well(tmp_path):
     assert ends[1][1] == ""
     for line in ends[0][1].splitlines():
         assert re.match("ResNet|epoch |about |time: |test accuracy ", line)
-    assert "results are in" in ends[0][1]
+    assert "results in" in ends[0][1]
     assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 20
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 20
 
@@ -271,7 +271,7 @@ def test_an_error_of_ones_own_is_no_lost_process(tmp_path):
 
 
 def test_the_second_to_take_a_workdir_is_told_who_has_it(tmp_path):
-    message = rf"Another run \(process {os.getpid()} on .* is at work in"
+    message = rf"Another run \(process {os.getpid()} on .* is using"
     with lock.locked(tmp_path / "run"):
         with (
             pytest.raises(UserError, match=message),

@@ -149,6 +149,7 @@ def test_a_run_that_suffers_ends_bit_for_bit_as_one_that_did_not(
     )
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run_and_any_topology_goes_on_with_it(
     undisturbed, tmp_path
 ):

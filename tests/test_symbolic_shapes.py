@@ -84,5 +84,7 @@ class TestSymbolicShapes:
         self.check(by_id, X, IDS, sizes=("b, 6", "b"))
         ghost = functools.partial(run, Scope(normalize_over=4))
         self.check(ghost, X, sizes="4*b, 6")
-        with pytest.raises(ValueError, match="must divide the examples"):
+        with pytest.raises(
+            ValueError, match="must divide the b examples per device"
+        ):
             exported(ghost, X, sizes="b, 6")
