@@ -1,5 +1,6 @@
 """A trained network without its data set: loaded, and exported."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -106,3 +107,23 @@ def test_exported_files_need_jax_alone(run, images, tmp_path):
         leaf.split("/")[-1] for leaf in export.folded_network(trained).params
     }
     assert not names & {"mean", "var"}
+
+
+def test_nothing_is_exported_through_a_link(run, tmp_path):
+    link = run[0] / "exported"
+    link.symlink_to(tmp_path)
+    try:
+        with pytest.raises(UserError, match="exported is a symbolic link"):
+            export.main([str(run[0])])
+    finally:
+        link.unlink()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_that_cannot_be_written(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(load, "write_json", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        loop.train(small_config(epochs=1), tmp_path / "run")

@@ -30,7 +30,12 @@ from safetensors.numpy import save
 
 from jaxbn.fold import Folded, fold
 from train import UserError, cli
-from train.files import as_user_error, atomic_write, write_json
+from train.files import (
+    as_user_error,
+    atomic_write,
+    refuse_links,
+    write_json,
+)
 from train.load import Trained, load
 from train.trained_run import use_devices
 
@@ -104,8 +109,10 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.out is not None and not given.out:
         raise UserError("--out is empty; give a folder.")
-    use_devices(given.run)
     out = pathlib.Path(given.out or given.run / "exported").expanduser()
+    if given.out is None:
+        refuse_links(out)  # the workdir may not be trusted
+    use_devices(given.run)
     about = export(load(given.run, best=given.best), out)
     print(
         f"Step {about['step']} is in {out}; folding changed logits by at most "

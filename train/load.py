@@ -15,12 +15,11 @@ from ml_collections import ConfigDict
 
 from train import UserError, data
 from train.augment import to_float
-from train.checkpoint import Checkpoints
-from train.files import exists, read_json, write_json
+from train.files import as_user_error, exists, read_json, write_json
 from train.recipe import make_recipe, make_schedule, steps_per_epoch
 from train.state import Recipe, abstract_state
 from train.topology import Topology
-from train.trained_run import read_config
+from train.trained_run import read_config, restore
 from train.workdir import with_advice
 
 FILE = "preprocessing.json"
@@ -84,7 +83,11 @@ class Trained(NamedTuple):
 def record(
     workdir: pathlib.Path, dataset: data.Dataset, recipe: Recipe
 ) -> None:
-    """Writes what `load` has to know of the data, unless it is there."""
+    """Writes what `load` has to know of the data, unless it is there.
+
+    Raises:
+      UserError: the workdir cannot be written to.
+    """
     path = workdir / FILE
     if exists(path):
         return
@@ -95,7 +98,8 @@ def record(
         pixel_std=recipe.pixel_std,
         examples=len(dataset.train.labels),
     )
-    write_json(path, found._asdict())
+    with as_user_error(f"--workdir={workdir}"):
+        write_json(path, found._asdict())
 
 
 def load(run: str | pathlib.Path, *, best: bool = False) -> Trained:
@@ -135,14 +139,7 @@ def load(run: str | pathlib.Path, *, best: bool = False) -> Trained:
     schedule = make_schedule(config, steps_per_epoch(config, dataset))
     recipe = make_recipe(config, dataset, schedule, Topology(mesh))
     like = abstract_state(recipe, preprocess.image_shape, mesh)
-    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
-        found = checkpoints.restore(like, best=best)
-    if found is None:
-        raise UserError(
-            f"{run} has no checkpoint{' with a test' if best else ''} yet; the "
-            "first is written after the first epoch."
-        )
-    state, _ = found
+    state, _ = restore(run, like, best=best)
     return Trained(
         model=recipe.model,
         variables={"params": state.params, "batch_stats": state.batch_stats},

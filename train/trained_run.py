@@ -95,6 +95,23 @@ def load(
     experiment = build_experiment(config, download=not foreign)
     shape = experiment.dataset.train.images.shape[1:]
     like = abstract_state(experiment.recipe, shape, experiment.topology.mesh)
+    state, progress = restore(run, like, best=best)
+    return TrainedRun(config, experiment, state, progress)
+
+
+def restore(
+    run: pathlib.Path, like: TrainState, *, best: bool
+) -> tuple[TrainState, Progress]:
+    """Restores a checkpoint of a run, without modifying the workdir.
+
+    Args:
+      run: the workdir.
+      like: shapes, dtypes and shardings; see `abstract_state`.
+      best: the checkpoint with the best test accuracy, not the newest.
+
+    Raises:
+      UserError: there is no such checkpoint yet.
+    """
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         found = checkpoints.restore(like, best=best)
     if found is None:
@@ -102,5 +119,4 @@ def load(
             f"{run} has no checkpoint{' with a test' if best else ''} yet; the "
             "first is written after the first epoch."
         )
-    state, progress = found
-    return TrainedRun(config, experiment, state, progress)
+    return found
