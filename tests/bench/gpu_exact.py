@@ -227,7 +227,7 @@ def bounds(dtype: str, offset: float) -> dict[str, float]:
     }
 
 
-def hessian(run: gpu_run.Run, dtype: Any = jnp.float32) -> Iterator[dict]:
+def hessian(run: gpu_run.Run) -> Iterator[dict]:
     """Product of the Hessian with a vector, held to float64 on the host."""
     shape = (16, 4, 4, 8)
     for offset in OFFSETS[:1] if run.quick else OFFSETS[:2]:
@@ -256,7 +256,6 @@ def hessian(run: gpu_run.Run, dtype: Any = jnp.float32) -> Iterator[dict]:
                 jax.jit(functools.partial(product, textbook))(*exact)
             )
         error = float(np.abs(got - want).max() / np.abs(want).max())
-        # |offset| eps is the relative error of x itself in standard deviations.
         bound = 2e-5
         yield {
             "case": f"Hessian, offset {offset:g}",
