@@ -13,10 +13,11 @@ SIGTERM, or because another process was lost: rerun the same command to resume;
 
 from __future__ import annotations
 
-from train import signals
+from train import clock, signals
 
 if __name__ == "__main__":
     signals.listen()  # before the imports, which take seconds
+    clock.start("importing")
 
 import functools
 import logging as standard_logging
@@ -130,6 +131,7 @@ def _several(process: int) -> None:
 
 def _run() -> int:
     """Returns the exit code; errors are reported in one line."""
+    clock.end_line()  # the imports are done
     try:
         app.run(main, flags_parser=_parse)
     except UserError as user_error:

@@ -15,7 +15,7 @@ import urllib.request
 
 import numpy as np
 
-from train import UserError
+from train import UserError, clock
 
 
 def load_builder(name: str, data_dir: str | None, *, download: bool = True):
@@ -124,6 +124,7 @@ def _prepare(builder, root: pathlib.Path) -> None:
                 "`python -m train` needs no download."
             )
     try:
+        clock.end_line()  # TFDS draws its own progress bars
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare()
     except tfds.download.download_manager.NonMatchingChecksumError as error:

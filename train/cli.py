@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from train import UserError, output
+from train import UserError, clock, output
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,6 +28,7 @@ def folder(name: str) -> pathlib.Path:
 
 def run(program: str, main: Callable[[list[str]], None]) -> NoReturn:
     """Runs main and exits: 0, 1 with a one-line error, or 130 after Ctrl-C."""
+    clock.end_line()
     output.guard()
     code = 1
     try:

@@ -9,12 +9,12 @@ only config.json, metrics.jsonl and summary.json.
 
 from __future__ import annotations
 
-from train import signals
+from train import clock, signals
 
 if __name__ == "__main__":
-    signals.exit_on_ctrl_c(
-        "train.compare"
-    )  # before the imports, which take seconds
+    # Before the imports, which take seconds.
+    signals.exit_on_ctrl_c("train.compare")
+    clock.start("importing")
 
 import pathlib
 import statistics

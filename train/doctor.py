@@ -7,12 +7,12 @@ training batches, augmented as in the run.
 
 from __future__ import annotations
 
-from train import signals
+from train import clock, signals
 
 if __name__ == "__main__":
-    signals.exit_on_ctrl_c(
-        "train.doctor"
-    )  # before the imports, which take seconds
+    # Before the imports, which take seconds.
+    signals.exit_on_ctrl_c("train.doctor")
+    clock.start("importing")
 
 import itertools
 import pathlib

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -98,7 +99,7 @@ class EpochRunner:
         self._check(meter, state, epoch)
         seconds = time.monotonic() - started
         step = int(state.step)
-        with self._timer.measure("test"):
+        with self._timer.measure("test"), self._report.clock("testing"):
             test_loss, test_accuracy = self.test(
                 state.params, state.batch_stats
             )
@@ -125,6 +126,9 @@ class EpochRunner:
                 self._experiment.recipe, topology.mesh, steps=count
             )
         with (
+            self._report.clock("compiling", done="compiled")
+            if first
+            else contextlib.nullcontext(),
             self._timer.measure("compile" if first else "steps"),
             self._trace.step(meter.sums),
         ):

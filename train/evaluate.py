@@ -9,12 +9,12 @@ statistics recomputed over N training batches.
 
 from __future__ import annotations
 
-from train import signals
+from train import clock, signals
 
 if __name__ == "__main__":
-    signals.exit_on_ctrl_c(
-        "train.evaluate"
-    )  # before the imports, which take seconds
+    # Before the imports, which take seconds.
+    signals.exit_on_ctrl_c("train.evaluate")
+    clock.start("importing")
 
 import pathlib
 from typing import Any

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
-from train import RESUME
+from train import RESUME, clock
 
 _ending = threading.Lock()  # never released by the thread that exits
 
@@ -55,6 +55,7 @@ def exit_now(
 
 def _flush() -> None:
     with contextlib.suppress(OSError, ValueError):
+        clock.end_line()
         sys.stdout.flush()
 
 

@@ -15,10 +15,12 @@ Folds batch norm into the convolutions and writes, into RUN/exported without
 
 from __future__ import annotations
 
-from train import signals
+from train import clock, signals
 
 if __name__ == "__main__":
-    signals.exit_on_ctrl_c("train.export")  # before the imports
+    # Before the imports, which take seconds.
+    signals.exit_on_ctrl_c("train.export")
+    clock.start("importing")
 
 import pathlib
 from typing import Any

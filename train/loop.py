@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from train import (
     UserError,
+    clock,
     load,
     lock,
     processes,
@@ -41,7 +42,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """
     started = time.monotonic()
     check_name(workdir)
-    experiment = build_experiment(config)
+    with clock.show(f"reading {config.dataset}", processes.is_main()):
+        experiment = build_experiment(config)
     with lock.locked(workdir):
         with processes.sync_errors():
             if processes.is_main():
@@ -62,7 +64,10 @@ def _train(
     topology, dataset, steps, _, recipe = experiment
     shape = dataset.train.images.shape[1:]
     progress = Progress()
-    found = checkpoints.restore(abstract_state(recipe, shape, topology.mesh))
+    main = processes.is_main()
+    with clock.show("reading checkpoints", main):
+        like = abstract_state(recipe, shape, topology.mesh)
+        found = checkpoints.restore(like)
     if found:
         state, progress = found
         summary = processes.broadcast_from_main(lambda: read_summary(workdir))
@@ -70,10 +75,11 @@ def _train(
         if done >= config.epochs * steps and summary:
             return summary
     else:
-        state = init_state(recipe, shape, topology.mesh)
+        with clock.show("initializing", main):
+            state = init_state(recipe, shape, topology.mesh)
     timer = Timer()
-    kind = Report if processes.is_main() else NullReport
-    profile = config.profile and processes.is_main()
+    kind = Report if main else NullReport
+    profile = config.profile and main
     with (
         kind(
             workdir,

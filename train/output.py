@@ -43,6 +43,14 @@ def say(line: str) -> None:
         lost(error)
 
 
+def is_terminal() -> bool:
+    """Whether standard output is a terminal."""
+    try:
+        return sys.stdout is not None and sys.stdout.isatty()
+    except ValueError:  # closed
+        return False
+
+
 def lost(error: OSError) -> None:
     """Reports that standard output is lost, and discards further output."""
     drop()

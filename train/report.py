@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, Self
 
 import matplotlib
@@ -15,7 +17,7 @@ from tensorboardX import summary as tensorboard
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from train import UserError, output
+from train import UserError, clock, output
 from train.files import as_user_error, atomic_write, write_text
 from train.workdir import missing_epochs, read_records
 
@@ -37,6 +39,10 @@ class NullReport:
 
     def say(self, line: str) -> None:
         pass
+
+    @contextlib.contextmanager
+    def clock(self, text: str, *, done: str = "") -> Iterator[None]:
+        yield
 
     def advance(self, images: int) -> None:
         pass
@@ -88,7 +94,7 @@ class Report:
                 self._write_records()
         self._events: EventsWriter | None = None  # created with the first epoch
         self._epochs = epochs
-        self._live = sys.stdout.isatty()
+        self._live = output.is_terminal()
         self._bar = tqdm.tqdm(
             total=epochs * images_per_epoch,
             initial=done * images_per_epoch,
@@ -96,7 +102,9 @@ class Report:
             unit_scale=True,
             file=sys.stdout,
             disable=not self._live,
+            dynamic_ncols=True,
         )
+        clock.below_bar(self._live)
         if missing:
             self.say(f"{self._path} lacks {missing}; continuing without")
 
@@ -105,6 +113,7 @@ class Report:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._to_terminal(self._bar.close)
+        clock.below_bar(False)
         try:
             if self._events is not None:
                 self._events.close()
@@ -122,6 +131,25 @@ class Report:
             self._to_terminal(self._bar.write, line, file=sys.stdout)
         else:
             output.say(line)
+
+    @contextlib.contextmanager
+    def clock(self, text: str, *, done: str = "") -> Iterator[None]:
+        """Shows an activity and its seconds in the progress bar.
+
+        The time does not count for the speed that the bar shows.
+
+        Args:
+          text: the activity, such as "compiling".
+          done: such as "compiled"; if it took long, this and the seconds are
+            printed at the end, without a terminal as well.
+        """
+        with clock.show(text, done=done, draw=self._describe, say=self.say):
+            yield
+        if self._live:
+            self._bar.unpause()
+
+    def _describe(self, text: str) -> None:
+        self._to_terminal(self._bar.set_description_str, text)
 
     def advance(self, images: int) -> None:
         """Moves the progress bar."""
