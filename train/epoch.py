@@ -71,7 +71,7 @@ class EpochRunner:
         size, epoch = config.batch_size, progress.epoch
         meter = Meter(progress.sums)
         batch_number, images = progress.batch, 0
-        started = time.monotonic()
+        started, compiled = time.monotonic(), self._timer.spent("compile")
         batches = batching.train_batches(
             dataset.train,
             size,
@@ -98,6 +98,7 @@ class EpochRunner:
             train_loss, train_accuracy = meter.means()
         self._check(meter, state, epoch)
         seconds = time.monotonic() - started
+        seconds -= self._timer.spent("compile") - compiled
         step = int(state.step)
         with self._timer.measure("test"), self._report.clock("testing"):
             test_loss, test_accuracy = self.test(

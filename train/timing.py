@@ -23,6 +23,10 @@ class Timer:
             spent = time.monotonic() - started
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
+    def spent(self, name: str) -> float:
+        """Returns the seconds spent on an activity so far."""
+        return self.seconds.get(name, 0.0)
+
     def shares(self) -> dict[str, float]:
         """Returns the fraction of the total time spent on each activity."""
         total = sum(self.seconds.values()) or 1.0
