@@ -1,6 +1,6 @@
 """CIFAR-10 to 96% in half a minute on one GPU: airbench96.
 
-    python -m train.fast --config configs/cifar10_96.py --workdir runs/fast96
+    python -m train --config configs/cifar10_96.py --workdir runs/fast96
 
 The recipe is that of github.com/KellerJordan/cifar10-airbench, which reports a
 mean test accuracy of 96.03% over 400 seeds in 34.7 s, in PyTorch on one A100
@@ -13,20 +13,20 @@ into the next epoch.
 
 from ml_collections import ConfigDict
 
-from configs import fast_defaults
+from configs import cifar10_94
 
 
 def get_config() -> ConfigDict:
     """Returns the config."""
-    config = fast_defaults.get_config()
-    config.widths = (128, 384, 512)
-    config.layers = 3
-    config.norm_momentum = 0.9
-    config.translate = 4
+    config = cifar10_94.get_config()
+    config.crop_padding = 4
     config.cutout = 12
+    config.fastnet.widths = (128, 384, 512)
+    config.fastnet.layers = 3
+    config.norm_momentum = 0.9
     config.epochs = 37.0
-    config.learning_rate = 9.0
-    config.weight_decay = 0.012
-    config.rate_peak = 0.1
-    config.rate_end = 0.0
+    config.learning_rate = 9.0 / (1 + 1 / (1 - config.momentum))
+    config.weight_decay = 0.012 / 9.0
+    config.triangular.peak = 0.1
+    config.triangular.end = 0.0
     return config

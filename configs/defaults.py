@@ -17,11 +17,15 @@ def get_config() -> ConfigDict:
     config.data_dir = placeholder(str)  # TFDS directory; default $TFDS_DATA_DIR
     config.train_split = "train"
     config.test_split = "test"
+    config.data_on_device = False  # keep all images on every device, as uint8
     config.crop_padding = 4  # pixels; 0 disables cropping
-    config.flip = True
+    config.crop_mode = "zeros"  # what lies outside of an image; or reflect
+    config.flip = "random"  # alternating: every other epoch; or none
+    config.cutout = 0  # side of the square in pixels; 0 disables cutout
 
     # Network.
-    config.model = "resnet"  # preact, preact_bottleneck, wide, resnet18
+    # preact, preact_bottleneck, wide, resnet18, or fastnet, with config.fastnet
+    config.model = "resnet"
     config.depth = 20  # 6n + 2
     config.width = 16  # channels of the first stage
     config.widen = 1  # multiplies width, for model="wide"
@@ -38,33 +42,62 @@ def get_config() -> ConfigDict:
     config.norm_options.train_affine = placeholder(bool)
     config.norm_options.skip_nonfinite = placeholder(bool)
     config.zero_init_gamma = False
-    config.dtype = "float32"  # of the computation; or bfloat16
+    config.fastnet = ConfigDict()
+    config.fastnet.widths = (64, 256, 256)  # channels of the blocks
+    config.fastnet.layers = 2  # convolutions per block; 3 adds a residual
+    config.fastnet.logit_scale = 1 / 9  # multiplies the last layer's output
+    # Standard deviation of the last layer's weights; default: as PyTorch.
+    config.fastnet.head_std = placeholder(float)
+    # Training images from which the first layer is computed.
+    config.fastnet.whitening_images = 5000
+    config.fastnet.whitening_epsilon = 5e-4
+    config.fastnet.whitening_bias_epochs = 3  # after which its bias is frozen
+    config.dtype = "float32"  # of the computation; or bfloat16, float16
 
     # Optimization.
     config.seed = 0
     config.seeds = 1  # runs with seed, seed + 1, ...: mean and deviation
-    config.epochs = 10
+    config.epochs = 10.0  # may be fractional
     config.batch_size = 128  # global, over all devices
     config.test_batch_size = 1000
+    config.test_every = 1  # epochs between tests; 0: only after the last
+    config.test_time_augmentation = False  # six views of each image: slower
     # Microbatches per device, with statistics and gradients of the whole batch;
     # for batches that do not fit into memory.
     config.microbatches = 1
+    config.optimizer = "sgd"  # or muon, for the kernels of convolutions
     config.learning_rate = 0.1  # the peak
-    config.schedule = "step"  # step, cosine or one_cycle
+    config.schedule = "step"  # step, cosine, one_cycle or triangular
     config.boundaries = (32_000, 48_000)  # steps at which the rate drops
     config.decay_factor = 0.1  # multiplies the rate at each boundary
+    # For schedule="triangular": first, and final rate as fractions of the peak,
+    # and when it is reached, as a fraction of the steps.
+    config.triangular = ConfigDict()
+    config.triangular.start = 0.2
+    config.triangular.peak = 0.23
+    config.triangular.end = 0.07
     config.warmup_epochs = 0.0  # for step and cosine
     config.warmup_start = 0.0  # initial rate, as a fraction
     config.warmup_shape = "linear"  # or constant
     config.momentum = 0.9
     config.nesterov = False
-    config.weight_decay = 1e-4  # on kernels only
+    config.weight_decay = 1e-4  # L2, multiplied by the learning rate
+    config.decay_affine = False  # whether biases and scales decay as well
+    config.bias_scale = 1.0  # multiplies the rate of biases and scales
+    # For optimizer="muon", whose updates do not depend on the gradient's scale.
+    config.muon = ConfigDict()
+    config.muon.learning_rate = 0.24
+    config.muon.momentum = 0.6
+    config.muon.iterations = 3  # Newton-Schulz iterations
+    config.lookahead_every = 0  # steps; 0 disables lookahead
+    # Final value; it grows with the cube of the step.
+    config.lookahead_decay = 0.95**5
     config.label_smoothing = 0.0
     # Decay of an exponential moving average of the weights, evaluated at the end
     # with statistics recomputed over precise_batches; 0 disables it.
     config.average_decay = 0.0
     config.precise_batches = 200
-    config.on_nonfinite = "stop"  # or skip, which skips the batch
+    config.on_nonfinite = "stop"  # or skip the batch, or ignore it unchecked
 
     # Machine.
     config.mesh = "data"  # or replica=2,data=4: axes to shard the batch over
@@ -72,6 +105,7 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 0  # steps; 0: only after each epoch
     config.profile = False  # writes a trace of ten steps to the workdir
     # Steps per program. More than 1 helps if a step is shorter than its launch:
-    # for small networks on accelerators, never on CPUs.
+    # for small networks on accelerators, never on CPUs. With data_on_device, 0 is
+    # a whole epoch on accelerators, and 1 on CPUs.
     config.steps_per_dispatch = 1
     return config

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = defaults.get_config()
     config.dataset = "digits"
     config.crop_padding = 1
-    config.flip = False
+    config.flip = "none"
     config.depth = 8
     config.epochs = 20
     config.batch_size = 64

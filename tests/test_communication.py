@@ -13,9 +13,13 @@ import jaxbn
 from jaxbn.linen import BatchNorm
 from jaxbn.testing import collectives
 from train import batching
+from train.augment import Augmentation
+from train.optimizer import sgd
+from train.pipeline import Feed
+from train.programs import make_train_program
 from train.resnet import ResNet
-from train.state import Recipe, init_state, make_optimizer
-from train.step import make_train_step
+from train.state import Recipe, abstract_state
+from train.topology import Topology
 
 C, FLOAT = 6, 4
 X = jax.ShapeDtypeStruct((16, 4, 4, C), jnp.float32)
@@ -134,7 +138,7 @@ def test_alone_sends_nothing():
 
 
 def test_a_training_step_sends_two_a_layer_and_the_gradient():
-    optimizer = make_optimizer(
+    optimizer = sgd(
         lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4
     )
     recipe = Recipe(
@@ -147,18 +151,19 @@ def test_a_training_step_sends_two_a_layer_and_the_gradient():
         optimizer=optimizer,
         pixel_mean=(0.0,) * 3,
         pixel_std=(1.0,) * 3,
-        padding=0,
-        flip=False,
-        seed=0,
+        augmentation=Augmentation(),
     )
-    state = jax.eval_shape(lambda: init_state(recipe, (8, 8, 3), mesh()))
+    topology = Topology(mesh())
+    state = abstract_state(recipe, (8, 8, 3), topology)
     batch = batching.Batch(
         images=np.zeros((8, 8, 8, 3), np.uint8),
         labels=np.zeros(8, np.int32),
         index=np.zeros(8, np.int32),
         where=np.ones(8, bool),
     )
-    got = collectives(make_train_step(recipe, mesh()), state, batch, 0)
+    feed = Feed(None, batch, 0)
+    program = make_train_program(recipe, topology, feed, size=1)
+    got = collectives(program, state, feed, 0, 0)
     layers = 7
     assert set(got) == {"all-reduce"}
     # The gradient's, with the sums of loss and hits, may take up to two.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from train.fast.network import max_pool
+from train.max_pool import max_pool
 
 flax_max_pool = functools.partial(
     nn.max_pool, window_shape=(2, 2), strides=(2, 2)

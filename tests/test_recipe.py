@@ -11,23 +11,31 @@ import optax
 import pytest
 
 from configs import resnet20_cifar10, resnet20_cifar10_short
-from train import UserError, augment
-from train import recipe as recipes
+from train import UserError, augment, schedules
+from train.optimizer import sgd
 from train.resnet import ResNet
-from train.state import make_optimizer
 
 # Augmentation
 
 
 @functools.partial(jax.jit, static_argnames="padding")
 def augmented(seed, index, images, *, padding):
-    keys = augment.example_keys(jax.random.key(seed), index)
-    return augment.crop_and_flip(images, keys, padding=padding, flip=True)
+    how = augment.Augmentation(padding=padding, flip="random")
+    draws = augment.draw(how, index, images.shape[1:], seed=seed, epoch=0)
+    return augment.crop_and_flip(
+        images,
+        jnp.arange(len(images)),
+        draws.offset,
+        draws.flip,
+        pad_mode="zeros",
+        mean=(0.0,),
+        std=(1.0,),
+    )
 
 
 def test_augmentation_is_a_function_of_the_example():
     rng = np.random.default_rng(0)
-    batch = rng.normal(size=(8, 6, 6, 2)).astype(np.float32)
+    batch = rng.integers(0, 256, (8, 6, 6, 2), np.uint8)
     index = np.array([5, 3, 900, 4, 11, 0, 2, 1])
     together = augmented(0, index, batch, padding=2)
     alone = augmented(0, index[2:3], batch[2:3], padding=2)
@@ -38,13 +46,14 @@ def test_augmentation_is_a_function_of_the_example():
 
 def test_every_crop_and_mirror_occurs_and_nothing_else():
     padding, size = 1, 4
-    image = np.arange(1, size * size + 1, dtype=np.float32)
+    image = np.arange(1, size * size + 1, dtype=np.uint8)
     image = image.reshape(size, size, 1)
     padded = np.pad(image, [(padding,) * 2] * 2 + [(0, 0)])
     possible = set()
     for i in range(2 * padding + 1):
         for j in range(2 * padding + 1):
             crop = padded[i : i + size, j : j + size]
+            crop = crop.astype(np.float32)
             possible |= {crop.tobytes(), crop[:, ::-1].tobytes()}
     images = np.broadcast_to(image, (500, size, size, 1))
     got = augmented(0, np.arange(500), images, padding=padding)
@@ -86,7 +95,7 @@ def test_zero_init_gamma_starts_as_the_shortcut():
 
 
 def test_only_kernels_decay():
-    optimizer = make_optimizer(
+    optimizer = sgd(
         optax.constant_schedule(1.0),
         momentum=0.0,
         nesterov=False,
@@ -111,19 +120,27 @@ def rates(schedule, steps):
     return np.asarray(jax.jit(jax.vmap(schedule))(np.array(steps)))
 
 
+def schedule_of(config, steps_per_epoch):
+    return schedules.make_schedule(
+        config,
+        steps=int(steps_per_epoch * config.epochs),
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
 def test_schedules():
     config = resnet20_cifar10.get_config()
-    rate = recipes.make_schedule(config, 390)
+    rate = schedule_of(config, 390)
     got = rates(rate, (0, 31_999, 32_001, 48_001, 63_959))
     np.testing.assert_allclose(got, [0.1, 0.1, 0.01, 0.001, 0.001], rtol=1e-5)
     config.update(schedule="cosine", warmup_epochs=1.0, epochs=10)
-    rate = recipes.make_schedule(config, 100)
+    rate = schedule_of(config, 100)
     got = rates(rate, (0, 49, 500, 1000))
     want = [0.001, 0.05 * (1 + np.cos(np.pi * 0.049)) / 2, 0.05, 0.0]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-8)
     config = resnet20_cifar10_short.get_config()
-    rate = recipes.make_schedule(config, 390)
-    steps = 390 * config.epochs
+    rate = schedule_of(config, 390)
+    steps = int(390 * config.epochs)
     peak = rates(rate, range(0, steps, 13)).max()
     np.testing.assert_allclose(peak, config.learning_rate, rtol=1e-3)
     assert rates(rate, [steps - 1]) < 1e-3 * peak

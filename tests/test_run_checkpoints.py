@@ -28,6 +28,8 @@ def state_at(step, **params):
         batch_stats={"mean": jnp.ones(3) * step},
         opt_state=({"trace": jnp.ones((2, 3)) * step},),
         average=None,
+        slow=None,
+        frozen={},
     )
     return jax.device_put(state, NamedSharding(mesh, P()))
 

@@ -175,7 +175,13 @@ def test_records_of_any_kind(text, tmp_path):
 
 
 def open_report(run, *, done, epochs=5):
-    return report.Report(run, epochs=epochs, images_per_epoch=10, done=done)
+    return report.Report(
+        run,
+        tested=range(1, epochs + 1),
+        done=done,
+        images=10 * epochs,
+        images_done=10 * done,
+    )
 
 
 def test_epochs_without_a_record_are_named(tmp_path, capsys):

@@ -113,7 +113,7 @@ def test_before_the_first_step_it_leaves_at_once(patch, number, tmp_path):
     )
 
 
-@pytest.mark.parametrize("program", ["evaluate", "doctor", "compare", "fast"])
+@pytest.mark.parametrize("program", ["evaluate", "doctor", "compare"])
 def test_other_programs_end_while_they_import(program):
     patch = IMPORTING.replace("matplotlib", "numpy")
     script = TRAIN.format(patch=patch).replace("train", f"train.{program}", 1)

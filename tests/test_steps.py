@@ -14,10 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from configs import digits
 from jaxbn import accumulate
+from tests.helpers.recipes import init_state, test_program, train_program
 from tests.helpers.recipes import make_recipe as plain_recipe
 from train import batching, data, norms
-from train.state import init_state, make_optimizer
-from train.step import augmented_images, make_test_step, make_train_step
+from train.augment import Augmentation
+from train.optimizer import sgd
+from train.state import Phase
+from train.step import augmented_images
 from train.topology import MICROBATCH_AXIS, Topology, make_topology
 
 
@@ -54,7 +57,13 @@ def network(axis_name="data", dtype=jnp.float32):
 
 
 def make_recipe(**changes):
-    return plain_recipe(**{"model": network(), "padding": 0, **changes})
+    return plain_recipe(
+        **{
+            "model": network(),
+            "augmentation": Augmentation(flip="random"),
+            **changes,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +82,7 @@ def batches():
 
 
 def walk(recipe, topology, batches):
-    step = make_train_step(recipe, topology.mesh)
+    step = train_program(recipe, topology.mesh)
     state = init_state(recipe, (8, 8, 1), topology.mesh)
     states, sums = [], []
     for batch in batches:
@@ -86,7 +95,7 @@ def walk(recipe, topology, batches):
 @pytest.fixture(scope="module")
 def skipping(topology, batches):
     recipe = make_recipe(
-        stop_if_nonfinite=False, average_decay=0.75, label_smoothing=0.2
+        on_nonfinite="skip", average_decay=0.75, label_smoothing=0.2
     )
     return recipe, *walk(recipe, topology, batches)
 
@@ -115,10 +124,10 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(skipping):
 def test_the_schedule_counts_the_batches_that_are_left_out(topology, batches):
     """The fourth step takes the rate of the fourth, with the third left out."""
     rates = jnp.array([0.1, 0.1, 0.1, 0.0, 0.5])
-    optimizer = make_optimizer(
+    optimizer = sgd(
         lambda count: rates[count], momentum=0.0, nesterov=False, weight_decay=0
     )
-    recipe = make_recipe(stop_if_nonfinite=False, optimizer=optimizer)
+    recipe = make_recipe(on_nonfinite="skip", optimizer=optimizer)
     states, _ = walk(recipe, topology, batches)
     counts = [int(optax.tree.get(s.opt_state, "count")) for s in states]
     assert counts == [int(s.step) for s in states] == [1, 2, 3, 4]
@@ -161,12 +170,12 @@ def test_label_smoothing(skipping, topology, batches):
     """The first loss, from the logits of the network as it began."""
     recipe, _, sums = skipping
     state = init_state(recipe, (8, 8, 1), topology.mesh)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = state.variables
     model = network(axis_name=None)
 
     @jax.jit
     def logits_of(variables, batch):
-        images = augmented_images(recipe, batch, 0)
+        images = augmented_images(recipe, batch, seed=0, epoch=0)
         trained, _ = model.apply(
             variables, images, train=True, mutable=["batch_stats"]
         )
@@ -181,8 +190,8 @@ def test_label_smoothing(skipping, topology, batches):
     hot = np.eye(10)[batches[0].labels]
     want = loss(trained, 0.8 * hot + 0.02)
     np.testing.assert_allclose(sums[0].loss, want, rtol=1e-5)
-    test_step = make_test_step(recipe, topology.mesh)
-    got = test_step(*variables.values(), topology.put(batches[0], 32))
+    test_step = test_program(recipe, topology.mesh)
+    got = test_step(variables, topology.put(batches[0], 32))
     np.testing.assert_allclose(got.loss, loss(tested, hot), rtol=1e-5)
 
 
@@ -192,18 +201,18 @@ def test_the_same_steps_in_another_way(how, skipping, topology, batches):
     state = init_state(recipe, (8, 8, 1), topology.mesh)
     if how == "microbatches":
         recipe = recipe._replace(
-            microbatches=2, microbatch_model=network(("data", "micro"))
+            microbatches=2, phases=(Phase(0, network(("data", "micro"))),)
         )
-        step = make_train_step(recipe, topology.mesh)
+        step = train_program(recipe, topology.mesh)
         sums = []
         for batch in batches:
             state, got = step(state, topology.put(batch, 32), 0)
             sums.append(got)
         total = jax.tree.map(lambda *each: sum(each), *sums)
     else:
-        ((count, rows),) = batching.stack_batches(batches, 4)
+        ((count, rows),) = batching.stack_batches(batches, [4])
         assert count == 4
-        step = make_train_step(recipe, topology.mesh, steps=4)
+        step = train_program(recipe, topology.mesh, steps=4)
         state, total = step(state, topology.put(rows, 32, stacked=True), 0)
     want = jax.tree.map(lambda *each: sum(each), *want_sums)
     chex.assert_trees_all_close(total, want, rtol=1e-5)
@@ -215,14 +224,17 @@ def test_stacked_batches():
         batching.Batch(*(np.full((2, 3), i + 10 * j) for j in range(4)))
         for i in range(5)
     ]
-    got = list(batching.stack_batches(batches, 2))
-    assert [count for count, _ in got] == [2, 2, 1]
+    sizes = batching.dispatch_sizes(5, 2)
+    assert sizes == [2, 2, 1]
+    got = list(batching.stack_batches(batches, sizes))
+    assert [count for count, _ in got] == sizes
     np.testing.assert_array_equal(got[1][1].labels[:, 0, 0], [12, 13])
     np.testing.assert_array_equal(got[2][1].labels, batches[4].labels)
     assert got[2][1].labels.shape == (2, 3)
-    assert [b.images[0, 0] for _, b in batching.stack_batches(batches, 1)] == [
-        *range(5)
-    ]
+    one_by_one = batching.stack_batches(batches, batching.dispatch_sizes(5, 1))
+    assert [b.images[0, 0] for _, b in one_by_one] == [*range(5)]
+    assert batching.dispatch_sizes(4, 4) == [4]
+    assert batching.dispatch_sizes(0, 4) == []
 
 
 def test_bfloat16_computes_and_float32_keeps(stopping, topology, batches):

@@ -26,7 +26,7 @@ from train import (
 )
 from train.checkpoint import Checkpoints, Progress
 from train.experiment import build_experiment
-from train.state import init_state
+from train.state import abstract_state
 from train.workdir import open_workdir
 
 # Evaluate
@@ -56,11 +56,7 @@ class Made:
         experiment = build_experiment(config)
         open_workdir(workdir, config)
         shape = experiment.dataset.train.images.shape[1:]
-        blank = jax.eval_shape(
-            lambda: init_state(
-                experiment.recipe, shape, experiment.topology.mesh
-            )
-        )
+        blank = abstract_state(experiment.recipe, shape, experiment.topology)
         self.workdir, self.variables = workdir, {}
         # The best; the second epoch; and one within the third, without a test.
         made = [(4, 1, 0, 0.5), (8, 2, 0, 0.25), (10, 2, 2, None)]
@@ -160,8 +156,7 @@ def test_new_statistics_are_those_of_so_many_training_batches(made):
     stats = weight_average.precise_statistics(
         run.config,
         run.experiment,
-        run.state.params,
-        run.state.batch_stats,
+        run.state.variables,
         batches=3,
     )
     images = run.experiment.dataset.train.images
@@ -193,9 +188,9 @@ def test_best_checkpoint_and_another_split(made):
 def test_no_more_batches_than_an_epoch_has(made, monkeypatch):
     asked = []
 
-    def anew(config, experiment, params, batch_stats, *, batches):
+    def anew(config, experiment, variables, *, batches):
         asked.append(batches)
-        return batch_stats
+        return variables["batch_stats"]
 
     monkeypatch.setattr(evaluate, "precise_statistics", anew)
     found = evaluate.evaluate(made.workdir, made.saved, precise=99)

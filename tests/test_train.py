@@ -9,7 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.recipes import make_recipe, mesh_of, small_config
+from tests.helpers.recipes import (
+    init_state,
+    make_recipe,
+    mesh_of,
+    small_config,
+    test_program,
+    train_program,
+)
 from train import (
     UserError,
     batching,
@@ -20,8 +27,6 @@ from train import (
     report,
     seeds,
 )
-from train.state import init_state
-from train.step import make_test_step, make_train_step
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,7 @@ def test_steps_are_the_same_on_any_number_of_devices(images, monkeypatch):
 
     def run(devices):
         mesh = mesh_of(devices)
-        step = make_train_step(recipe, mesh)
+        step = train_program(recipe, mesh)
         state = init_state(recipe, (8, 8, 1), mesh)
         start, losses = jax.device_get(state.params), []
         for epoch in range(2):
@@ -64,15 +69,15 @@ def test_evaluation_counts_every_image_once(images):
     recipe = make_recipe()
     mesh = mesh_of(8)
     state = init_state(recipe, (8, 8, 1), mesh)
-    step = make_test_step(recipe, mesh)
+    step = test_program(recipe, mesh)
     sums = [
-        step(state.params, state.batch_stats, batch)
+        step(state.variables, batch)
         for batch in batching.test_batches(images.test, 64)
     ]
     total = jax.tree.map(lambda *a: float(sum(a)), *sums)
     inputs = (images.test.images.astype(np.float32) - 80) / 90
     logits = jax.jit(functools.partial(recipe.model.apply, train=False))(
-        {"params": state.params, "batch_stats": state.batch_stats}, inputs
+        state.variables, inputs
     )
     log_p = np.asarray(jax.nn.log_softmax(logits))
     labels = images.test.labels
@@ -110,6 +115,7 @@ def test_what_a_run_leaves(finished):
         "versions",
         "seconds",
         "images_per_second",
+        "training_seconds",
         "time",
     }
     assert (summary["epochs"], summary["steps"]) == (3, 12)
@@ -149,7 +155,7 @@ def test_a_trace_of_some_steps(finished):
 def test_seeds_are_runs_of_their_own(tmp_path, monkeypatch):
     ran = []
 
-    def train(config, workdir):
+    def train(config, workdir, session):
         ran.append((config.seed, config.seeds))
         summary = {
             "test_accuracy": {3: 0.5, 4: 0.75, 5: 0.7}[config.seed],
@@ -163,7 +169,7 @@ def test_seeds_are_runs_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train", train)
     got = seeds.train(small_config(seed=3, seeds=2), tmp_path)
     assert ran == [(3, 1), (4, 1)]
-    assert got["test_accuracies"] == [0.5, 0.75]
+    assert got["test_accuracy_of_seeds"] == [0.5, 0.75]
     assert got["test_accuracy"] == 0.625
     np.testing.assert_allclose(got["test_accuracy_deviation"], 0.125 * 2**0.5)
     assert json.loads((tmp_path / "summary.json").read_text()) == got

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ def train_batches(
     seed: int,
     epoch: int,
     start: int = 0,
+    stop: int | None = None,
     rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Yields full batches in the order of `order`, dropping the remainder.
@@ -34,7 +36,20 @@ def train_batches(
       batch_size: global batch size, over all processes.
       seed, epoch: determine the order.
       start: number of batches to skip without reading them.
+      stop: number of the batch to stop before; None reads all full batches.
       rows: indices within each batch to read; None reads all.
+
+    Raises:
+      UserError: batch_size is not in 1..N.
+    """
+    indices = batch_indices(split, batch_size, seed=seed, epoch=epoch)
+    return _batches(split, indices[start:stop].ravel(), batch_size, rows)
+
+
+def batch_indices(
+    split: Split, batch_size: int, *, seed: int, epoch: int
+) -> np.ndarray:
+    """Returns the examples of all full batches of an epoch, (S, B) int32.
 
     Raises:
       UserError: batch_size is not in 1..N.
@@ -47,25 +62,26 @@ def train_batches(
         )
     indices = order(num_examples, seed=seed, epoch=epoch)
     full = num_examples - num_examples % batch_size
-    indices = indices[start * batch_size : full]
-    return _batches(split, indices, batch_size, rows)
+    return indices[:full].reshape(-1, batch_size).astype(np.int32)
+
+
+def dispatch_sizes(batches: int, per_dispatch: int) -> list[int]:
+    """Splits a number of batches into dispatches; the last may be smaller."""
+    whole, rest = divmod(batches, per_dispatch)
+    return [per_dispatch] * whole + [rest] * (rest > 0)
 
 
 def stack_batches(
-    batches: Iterable[Batch], count: int
+    batches: Iterable[Batch], sizes: Iterable[int]
 ) -> Iterator[tuple[int, Batch]]:
-    """Yields (count, count batches stacked on a new first axis).
+    """Yields (size, size batches stacked on a new first axis).
 
-    The remaining batches are yielded one by one, without the axis.
+    A single batch has no such axis.
     """
-    waiting: list[Batch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if len(waiting) == count:
-            yield count, waiting[0] if count == 1 else _stack(waiting)
-            waiting = []
-    for batch in waiting:
-        yield 1, batch
+    batches = iter(batches)
+    for size in sizes:
+        together = list(itertools.islice(batches, size))
+        yield size, together[0] if size == 1 else _stack(together)
 
 
 def _stack(batches: Sequence[Batch]) -> Batch:

@@ -38,7 +38,7 @@ def table(groups: list[Group], differ: list[str]) -> str:
         name = runs[0].path.name + (f" + {len(runs) - 1}" if runs[1:] else "")
         row = [name, *(str(runs[0].config.get(key)) for key in differ)]
         row.append(",".join(str(run.config["seed"]) for run in runs))
-        row.append(f"{len(runs[0].records)}/{runs[0].config['epochs']}")
+        row.append("/".join(map(str, runs[0].progress)))
         row.append(_spread(runs, "test_accuracy", "{:.2f}", 100))
         row.append(_spread(runs, "test_loss", "{:.4f}"))
         if averaged:
@@ -55,9 +55,8 @@ def table(groups: list[Group], differ: list[str]) -> str:
 
 def _last(run: Run) -> dict[str, Any]:
     """Returns the results of a run after its last epoch."""
-    # The first epoch includes compilation.
     speeds = [record["images_per_second"] for record in run.records]
-    speed = statistics.median(speeds[1:] or speeds)
+    speed = statistics.median(speeds)
     return {**run.summary, **run.records[-1], "images_per_second": speed}
 
 

@@ -29,25 +29,23 @@ class Counts(NamedTuple):
 
 def make_counter(
     experiment: Experiment, split: data.Split
-) -> Callable[[Any, Any], Counts]:
-    """Returns (params, batch_stats) -> Counts over all examples, each once."""
+) -> Callable[[Any], Counts]:
+    """Returns (variables) -> Counts over all examples, each once."""
     topology, classes = experiment.topology, experiment.dataset.num_classes
     step = jax.jit(
-        jax.shard_map(
+        topology.shard_map(
             functools.partial(_step, experiment.recipe, topology.axes, classes),
-            mesh=topology.mesh,
-            in_specs=(P(), P(), P(topology.axes)),
-            out_specs=P(),
+            (P(), P(topology.axes)),
         )
     )
     size = topology.padded(min(_BATCH, len(split.labels)))
 
-    def count(params: Any, batch_stats: Any) -> Counts:
+    def count(variables: Any) -> Counts:
         loss, confusion = 0.0, 0
         for rows in batching.test_batches(
             split, size, rows=topology.rows(size)
         ):
-            part = step(params, batch_stats, topology.put(rows, size))
+            part = step(variables, topology.put(rows, size))
             # Blocks each step: simulated devices must not run far ahead.
             part = jax.device_get(part)
             loss = loss + np.float64(part.loss)
@@ -61,12 +59,11 @@ def _step(
     recipe: Recipe,
     axes: tuple[str, ...],
     classes: int,
-    params: Any,
-    batch_stats: Any,
+    variables: Any,
     batch: batching.Batch,
 ) -> Counts:
     logits = recipe.model.apply(
-        {"params": params, "batch_stats": batch_stats},
+        variables,
         to_float(batch.images, recipe.pixel_mean, recipe.pixel_std),
         train=False,
     )

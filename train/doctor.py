@@ -47,11 +47,9 @@ def examine(
       UserError: run has no checkpoint, or cannot be written to.
     """
     saved = load(run, data_dir=data_dir)
-    state = saved.state
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
     report = doctor.examine(
         saved.experiment.recipe.model,
-        variables,
+        saved.state.variables,
         itertools.islice(_images(saved), batches),
         devices=saved.experiment.topology.mesh.size,
     )
@@ -64,7 +62,11 @@ def _images(saved: TrainedRun) -> Iterator[jax.Array]:
     """Yields batches of augmented images of the last epoch."""
     config, epoch = saved.config, max(saved.progress.epoch - 1, 0)
     recipe = saved.experiment.recipe
-    augment = jax.jit(lambda batch: augmented_images(recipe, batch, epoch))
+    augment = jax.jit(
+        lambda batch: augmented_images(
+            recipe, batch, seed=config.seed, epoch=epoch
+        )
+    )
     for batch in batching.train_batches(
         saved.experiment.dataset.train,
         config.batch_size,

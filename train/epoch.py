@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from train import (
-    Stopped,
-    UserError,
-    batching,
-    watchdog,
-)
+from train import Stopped, UserError, watchdog
 from train.checkpoint import Checkpoints, Progress
-from train.experiment import Experiment
 from train.meter import Meter
 from train.nonfinite import describe_nonfinite
-from train.prefetch import prefetch
+from train.pipeline import Feed
 from train.report import Report
+from train.session import Session
 from train.signals import Interrupt
-from train.state import TrainState
-from train.step import make_test_step, make_train_step
+from train.state import Sums, TrainState
 from train.summary import RemainingTime
 from train.timing import Timer
 from train.trace import Trace
@@ -34,7 +28,7 @@ class EpochRunner:
     def __init__(
         self,
         config: ConfigDict,
-        experiment: Experiment,
+        session: Session,
         report: Report,
         checkpoints: Checkpoints,
         timer: Timer,
@@ -42,113 +36,114 @@ class EpochRunner:
         trace: Trace,
     ):
         self._config = config
-        self._experiment = experiment
+        self._experiment = session.experiment
+        self._pipeline = session.pipeline
+        self._programs = session.programs
         self._report = report
         self._checkpoints = checkpoints
         self._timer = timer
         self._interrupt = interrupt
         self._trace = trace
-        topology = experiment.topology
-        self._train_steps: dict[int, Any] = {}  # by batches per dispatch
-        self._test_step = make_test_step(experiment.recipe, topology.mesh)
-        # The last batch is padded anyway; round up to the devices.
-        size = min(config.test_batch_size, len(experiment.dataset.test.labels))
-        self._test_batch_size = topology.padded(size)
-        self._remaining_time = RemainingTime(
-            report, config.epochs * experiment.steps
-        )
+        self._remaining_time = RemainingTime(report, session.experiment.steps)
+        # Sums of the last epoch that was not tested, and its number.
+        self._unread: tuple[Meter, int] | None = None
+        self._images = 0  # trained on since the last record
+        self._since = self.tested_at = time.monotonic()  # end of the last test
 
     def epoch(
-        self, state: TrainState, progress: Progress
-    ) -> tuple[TrainState, dict[str, float]]:
-        """Finishes an epoch and tests; returns the state and a record.
+        self, state: TrainState, progress: Progress, *, test: bool
+    ) -> tuple[TrainState, dict[str, float] | None]:
+        """Finishes an epoch; returns the state, and a record if it is tested.
+
+        Without a test, the host does not wait for the devices.
 
         Raises:
           Stopped: a signal was received; the state is saved.
           UserError: the loss or a gradient is not finite.
         """
-        config, (topology, dataset, *_) = self._config, self._experiment
-        size, epoch = config.batch_size, progress.epoch
+        if not self._images:  # after a record
+            self._since = time.monotonic()
+        epoch, steps = progress.epoch, self._experiment.steps
         meter = Meter(progress.sums)
-        batch_number, images = progress.batch, 0
-        started, compiled = time.monotonic(), self._timer.spent("compile")
-        batches = batching.train_batches(
-            dataset.train,
-            size,
-            seed=config.seed,
+        batch = progress.batch
+        feeds = self._pipeline.train_feeds(
+            seed=self._config.seed,
             epoch=epoch,
-            start=progress.batch,
-            rows=topology.rows(size),
+            start=batch,
+            stop=steps.of(epoch),
+            timer=self._timer,
         )
-        together = batching.stack_batches(batches, config.steps_per_dispatch)
-        for count, rows in prefetch(together, self._timer):
-            state = self._dispatch(state, count, rows, epoch, meter)
+        for size, feed in feeds:
+            state = self._dispatch(state, size, feed, epoch, meter)
             self._interrupt.unsaved(True)
+            if self._unread is not None:
+                self._read(*self._unread, state)
+                self._unread = None
             self._check(meter, state, epoch)
-            batch_number += count
+            batch += size
             watchdog.beat(f"training in epoch {epoch + 1}")
-            images += count * size
-            self._report.advance(count * size)
-            done = epoch * self._experiment.steps + batch_number
+            self._images += size * self._config.batch_size
+            self._report.advance(size * self._config.batch_size)
+            done = epoch * steps.per_epoch + batch
             self._remaining_time.step(done)
             self._maybe_save(
-                state, Progress(epoch, batch_number), meter, done, count
+                state, Progress(epoch, batch), meter, done, size, test=test
             )
-        with self._timer.measure("steps"):
-            train_loss, train_accuracy = meter.means()
-        self._check(meter, state, epoch)
-        seconds = time.monotonic() - started
-        seconds -= self._timer.spent("compile") - compiled
+        if not test:
+            self._unread = meter, epoch
+            return state, None
+        train_loss, train_accuracy = self._read(meter, epoch, state)
+        seconds = time.monotonic() - self._since
         step = int(state.step)
         with self._timer.measure("test"), self._report.clock("testing"):
-            test_loss, test_accuracy = self.test(
-                state.params, state.batch_stats
-            )
-        return state, {
+            tested = self.test(state.variables)
+        self.tested_at = time.monotonic()
+        record = {
             "epoch": epoch + 1,
             "step": step,
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
+            **tested,
             "learning_rate": float(self._experiment.schedule(step - 1)),
-            "images_per_second": images / seconds if images else 0.0,
+            "images_per_second": self._images / seconds,
             "skipped": meter.nonfinite,
         }
+        self._images = 0
+        return state, record
+
+    def test(self, variables: dict[str, Any]) -> dict[str, float]:
+        """Returns loss and accuracy on the test split, by record key."""
+        meter = Meter()
+        for size, feed in self._pipeline.test_feeds():
+            watchdog.beat("testing")
+            meter.add(self._programs.test(size)(variables, feed))
+        loss, accuracy = meter.means()
+        tested = {"test_loss": loss, "test_accuracy": accuracy}
+        if self._experiment.recipe.test_time_augmentation:
+            sums = Sums(*meter.sums())
+            tested["test_accuracy_augmented"] = sums.augmented / sums.count
+        return tested
 
     def _dispatch(
-        self, state: TrainState, count: int, rows: Any, epoch: int, meter: Meter
+        self, state: TrainState, size: int, feed: Feed, epoch: int, meter: Meter
     ) -> TrainState:
-        """Dispatches training steps on one batch or on stacked batches."""
-        topology, size = self._experiment.topology, self._config.batch_size
-        first = count not in self._train_steps
-        if first:
-            self._train_steps[count] = make_train_step(
-                self._experiment.recipe, topology.mesh, steps=count
-            )
-        with (
-            self._report.clock("compiling", done="compiled")
-            if first
-            else contextlib.nullcontext(),
-            self._timer.measure("compile" if first else "steps"),
-            self._trace.step(meter.sums),
-        ):
-            batch = topology.put(rows, size, stacked=count > 1)
-            state, sums = self._train_steps[count](state, batch, epoch)
+        """Dispatches training steps on some batches."""
+        phase = self._experiment.recipe.phase(epoch)
+        program = self._programs.train(size, phase)
+        with self._timer.measure("steps"), self._trace.step(meter.sums):
+            seed, number = np.int32(self._config.seed), np.int32(epoch)
+            state, sums = program(state, feed, seed, number)
             meter.add(sums)
         return state
 
-    def test(self, params: Any, batch_stats: Any) -> tuple[float, float]:
-        """Returns mean loss and accuracy on the test split."""
-        meter = Meter()
-        topology, size = self._experiment.topology, self._test_batch_size
-        for rows in batching.test_batches(
-            self._experiment.dataset.test, size, rows=topology.rows(size)
-        ):
-            watchdog.beat("testing")
-            batch = topology.put(rows, size)
-            meter.add(self._test_step(params, batch_stats, batch))
-        return meter.means()
+    def _read(
+        self, meter: Meter, epoch: int, state: TrainState
+    ) -> tuple[float, float]:
+        """Waits for the steps of an epoch; returns mean loss and accuracy."""
+        with self._timer.measure("steps"):
+            means = meter.means()
+        self._check(meter, state, epoch)
+        return means
 
     def _maybe_save(
         self,
@@ -156,16 +151,19 @@ class EpochRunner:
         progress: Progress,
         meter: Meter,
         done: int,
-        count: int,
+        size: int,
+        *,
+        test: bool,
     ) -> None:
         """Saves a checkpoint if one is due or a signal was received."""
         every = self._config.checkpoint_every
-        due = every and done // every > (done - count) // every
+        due = every and done // every > (done - size) // every
         # A collective decision: every process must call it every time.
         stop = self._checkpoints.preempted() or self._interrupt.requested
         if not stop and not due:
             return
-        if progress.batch == self._experiment.steps and not stop:
+        ended = progress.batch == self._experiment.steps.of(progress.epoch)
+        if ended and test and not stop:
             return  # saved after testing
         with self._timer.measure("steps"):
             sums = meter.sums()

@@ -65,18 +65,17 @@ def evaluate(
         "step": int(state.step),
         "epoch": saved.progress.epoch,
         "split": split,
-        **metrics(count(state.params, state.batch_stats)),
+        **metrics(count(state.variables)),
     }
     if precise:
-        read = min(precise, saved.experiment.steps)
+        read = min(precise, saved.experiment.steps.per_epoch)
         stats = precise_statistics(
             config,
             saved.experiment,
-            state.params,
-            state.batch_stats,
+            state.variables,
             batches=read,
         )
-        again = metrics(count(state.params, stats))
+        again = metrics(count({**state.variables, "batch_stats": stats}))
         found["precise"] = {"batches": read, **again}
     print(format_result(found, config.dataset))
     with as_user_error(run):

@@ -9,12 +9,8 @@ import optax
 from ml_collections import ConfigDict
 
 from train import data, processes
-from train.recipe import (
-    check,
-    make_recipe,
-    make_schedule,
-    steps_per_epoch,
-)
+from train.recipe import Steps, check, count_steps, make_recipe
+from train.schedules import make_schedule
 from train.state import Recipe
 from train.topology import Topology, make_topology
 
@@ -24,7 +20,7 @@ class Experiment(NamedTuple):
 
     topology: Topology
     dataset: data.Dataset
-    steps: int  # per epoch
+    steps: Steps
     schedule: optax.Schedule
     recipe: Recipe
 
@@ -54,7 +50,9 @@ def build_experiment(
             lazy=jax.process_count() > 1,
             download=download,
         )
-    steps = steps_per_epoch(config, dataset)
-    schedule = make_schedule(config, steps)
-    recipe = make_recipe(config, dataset, schedule, topology)
+    steps = count_steps(config, dataset)
+    schedule = make_schedule(
+        config, steps=steps.total, steps_per_epoch=steps.per_epoch
+    )
+    recipe = make_recipe(config, dataset, steps, schedule, topology)
     return Experiment(topology, dataset, steps, schedule, recipe)

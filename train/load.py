@@ -15,9 +15,11 @@ from ml_collections import ConfigDict
 
 from train import UserError, data
 from train.augment import to_float
+from train.experiment import Experiment
 from train.files import as_user_error, exists, read_json, write_json
-from train.recipe import make_recipe, make_schedule, steps_per_epoch
-from train.state import Recipe, abstract_state
+from train.recipe import count_steps, make_recipe
+from train.schedules import make_schedule
+from train.state import abstract_state
 from train.topology import Topology
 from train.trained_run import read_config, restore
 from train.workdir import with_advice
@@ -60,7 +62,7 @@ class Trained(NamedTuple):
     Attributes:
       model: model.apply(variables, preprocess(images), train=False) are the
         logits (N, num_classes), float32.
-      variables: params and batch_stats.
+      variables: params, batch_stats and, where there are any, frozen.
       preprocess: from uint8 images (N, H, W, C) to what the model takes.
       config: of the run.
       step: training steps that were taken.
@@ -80,9 +82,7 @@ class Trained(NamedTuple):
         return logits
 
 
-def record(
-    workdir: pathlib.Path, dataset: data.Dataset, recipe: Recipe
-) -> None:
+def record(workdir: pathlib.Path, experiment: Experiment) -> None:
     """Writes what `load` has to know of the data, unless it is there.
 
     Raises:
@@ -91,6 +91,7 @@ def record(
     path = workdir / FILE
     if exists(path):
         return
+    dataset, recipe = experiment.dataset, experiment.recipe
     found = Preprocessing(
         image_shape=tuple(dataset.train.images.shape[1:]),
         num_classes=dataset.num_classes,
@@ -136,13 +137,16 @@ def load(run: str | pathlib.Path, *, best: bool = False) -> Trained:
         (1,), ("data",), (AxisType.Auto,), devices=jax.local_devices()[:1]
     )
     config.mesh = "data"
-    schedule = make_schedule(config, steps_per_epoch(config, dataset))
-    recipe = make_recipe(config, dataset, schedule, Topology(mesh))
-    like = abstract_state(recipe, preprocess.image_shape, mesh)
+    topology, steps = Topology(mesh), count_steps(config, dataset)
+    schedule = make_schedule(
+        config, steps=steps.total, steps_per_epoch=steps.per_epoch
+    )
+    recipe = make_recipe(config, dataset, steps, schedule, topology)
+    like = abstract_state(recipe, preprocess.image_shape, topology)
     state, _ = restore(run, like, best=best)
     return Trained(
         model=recipe.model,
-        variables={"params": state.params, "batch_stats": state.batch_stats},
+        variables=state.variables,
         preprocess=preprocess,
         config=config,
         step=int(state.step),

@@ -19,22 +19,34 @@ from train import (
 from train.checkpoint import Checkpoints, Progress
 from train.checkpoint_errors import resume_hint
 from train.epoch import EpochRunner
-from train.experiment import Experiment, build_experiment
 from train.files import write_json
 from train.report import NullReport, Report
+from train.session import Session, make_session, prepare
 from train.signals import Interrupt
-from train.state import abstract_state, init_state
 from train.summary import headline, summarize
 from train.timing import Timer
 from train.trace import Trace
 from train.weight_average import evaluate_average
-from train.workdir import check_name, open_workdir, read_summary
+from train.workdir import (
+    check_name,
+    open_workdir,
+    read_summary,
+    tested_epochs,
+)
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: pathlib.Path, session: Session | None = None
+) -> dict[str, Any]:
     """Trains a model and returns the contents of summary.json.
 
     A workdir with the same config is resumed from its last checkpoint.
+
+    Args:
+      config: config of the run.
+      workdir: where results are written to.
+      session: result of `make_session` for a config that differs only in the
+        seed; None makes one.
 
     Raises:
       UserError: the config is invalid, with what to change.
@@ -42,86 +54,95 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """
     started = time.monotonic()
     check_name(workdir)
-    with clock.show(f"reading {config.dataset}", processes.is_main()):
-        experiment = build_experiment(config)
+    session = session or make_session(config)
     with lock.locked(workdir):
         with processes.sync_errors():
             if processes.is_main():
                 open_workdir(workdir, config)
-                load.record(workdir, experiment.dataset, experiment.recipe)
+                load.record(workdir, session.experiment)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
-            return _train(config, workdir, experiment, checkpoints, started)
+            return _train(config, workdir, session, checkpoints, started)
 
 
 def _train(
     config: ConfigDict,
     workdir: pathlib.Path,
-    experiment: Experiment,
+    session: Session,
     checkpoints: Checkpoints,
     started: float,
 ) -> dict[str, Any]:
     """Trains in a workdir that is locked."""
-    topology, dataset, steps, _, recipe = experiment
-    shape = dataset.train.images.shape[1:]
-    progress = Progress()
+    experiment, _, programs = session
+    steps, size = experiment.steps, config.batch_size
+    state, progress = None, Progress()
     main = processes.is_main()
     with clock.show("reading checkpoints", main):
-        like = abstract_state(recipe, shape, topology.mesh)
-        found = checkpoints.restore(like)
+        found = checkpoints.restore(programs.abstract_state)
     if found:
         state, progress = found
         summary = processes.broadcast_from_main(lambda: read_summary(workdir))
-        done = progress.epoch * steps + progress.batch
-        if done >= config.epochs * steps and summary:
+        if _steps_done(progress, session) >= steps.total and summary:
             return summary
-    else:
-        with clock.show("initializing", main):
-            state = init_state(recipe, shape, topology.mesh)
     timer = Timer()
     kind = Report if main else NullReport
     profile = config.profile and main
+    tested = tested_epochs(config)
     with (
         kind(
             workdir,
-            epochs=config.epochs,
-            images_per_epoch=steps * config.batch_size,
+            tested=tested,
             done=progress.epoch,
+            images=steps.total * size,
+            images_done=_steps_done(progress, session) * size,
         ) as report,
         Interrupt(jax.process_count()) as interrupt,
         Trace(workdir / "profile" if profile else None, report.say) as trace,
     ):
-        report.say(headline(config, experiment, state.params, progress))
+        report.say(headline(config, session, progress))
+        with (
+            report.clock("compiling", done="compiled"),
+            timer.measure("compile"),
+        ):
+            prepare(session, epoch=progress.epoch, batch=progress.batch)
+        training = time.monotonic()
+        if state is None:
+            with timer.measure("initialize"):
+                state = programs.init(config.seed)
         runner = EpochRunner(
-            config, experiment, report, checkpoints, timer, interrupt, trace
+            config, session, report, checkpoints, timer, interrupt, trace
         )
-        for epoch in range(progress.epoch, config.epochs):
-            state, record = runner.epoch(state, progress)
+        for epoch in range(progress.epoch, steps.epochs):
+            state, record = runner.epoch(
+                state, progress, test=epoch + 1 in tested
+            )
+            progress = Progress(epoch + 1)
+            if record is None:
+                continue
+            seconds = runner.tested_at - training - timer.spent("save")
             with timer.measure("save"):
                 # At most one record may be ahead of the checkpoints.
                 checkpoints.wait()
-            try:
-                report.add(record)
-            except OSError as error:
-                raise UserError(
-                    f"Cannot write to {workdir}: {error.strerror}. "
-                    f"{resume_hint(checkpoints.newest)}"
-                ) from error
-            progress = Progress(epoch + 1)
-            with timer.measure("save"):
+                try:
+                    report.add(record)
+                except OSError as error:
+                    raise UserError(
+                        f"Cannot write to {workdir}: {error.strerror}. "
+                        f"{resume_hint(checkpoints.newest)}"
+                    ) from error
                 checkpoints.save(
                     state, progress, test_accuracy=record["test_accuracy"]
                 )
         with timer.measure("save"):
             checkpoints.wait()
         interrupt.unsaved(False)
-        extra = {}
+        extra = {} if found else {"training_seconds": round(seconds, 4)}
         if state.average is not None:
-            extra = evaluate_average(config, experiment, state, runner.test)
+            extra |= evaluate_average(config, experiment, state, runner.test)
         report.say(f"time: {timer}")
 
     def summary() -> dict[str, Any]:
         """Runs in the main process, which has the records."""
-        found = summarize(report.records, experiment, started, timer) | extra
+        found = summarize(report.records, session, started, timer) | extra
         try:
             write_json(workdir / "summary.json", found)
         except OSError as error:
@@ -132,3 +153,8 @@ def _train(
         return found
 
     return processes.broadcast_from_main(summary)
+
+
+def _steps_done(progress: Progress, session: Session) -> int:
+    steps = session.experiment.steps
+    return min(progress.epoch * steps.per_epoch + progress.batch, steps.total)

@@ -33,7 +33,7 @@ def describe_nonfinite(
     """
     topology, dataset, steps, _, recipe = experiment
     step = int(state.step)
-    number = step - epoch * steps
+    number = step - epoch * steps.per_epoch
     text = (
         f"The loss or a gradient is not finite at step {step + 1} (epoch "
         f"{epoch + 1}, batch {number + 1})."
@@ -52,24 +52,19 @@ def describe_nonfinite(
         )
     )
     read = jax.jit(
-        jax.shard_map(
-            functools.partial(_moments, recipe),
-            mesh=topology.mesh,
-            in_specs=(P(), P(), P(topology.axes), P()),
-            out_specs=P(),
+        topology.shard_map(
+            functools.partial(_moments, recipe, config.seed, epoch),
+            (P(), P(topology.axes)),
         )
     )
-    tree = read(
-        state.params, state.batch_stats, topology.put(rows, size), epoch
-    )
+    tree = read(state.variables, topology.put(rows, size))
     return f"{text} {_describe_layers(jax.device_get(tree))}"
 
 
 def _moments(
-    recipe: Recipe, params: Any, batch_stats: Any, batch: Any, epoch: jax.Array
+    recipe: Recipe, seed: int, epoch: int, variables: Any, batch: Any
 ) -> Any:
-    variables = {"params": params, "batch_stats": batch_stats}
-    images = augmented_images(recipe, batch, epoch)
+    images = augmented_images(recipe, batch, seed=seed, epoch=epoch)
     return jaxbn.linen.batch_moments(
         recipe.model, variables, images, train=True
     )

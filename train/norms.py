@@ -180,13 +180,14 @@ def _axes(config: ConfigDict, topology: Topology) -> tuple[str, ...]:
         return topology.axes
     if config.norm_axes == "none":
         return ()
-    if config.norm_axes not in topology.axes:
-        known = ("all", "none", *topology.axes)
+    names = topology.mesh.axis_names
+    if config.norm_axes not in names:
+        known = ("all", "none", *names)
         raise UserError(
             f"norm_axes={config.norm_axes!r} must be one of "
             f"{', '.join(known)} with mesh={config.mesh!r}."
         )
-    return (config.norm_axes,)
+    return (config.norm_axes,) if topology.axes else ()
 
 
 def _batch_axes(topology: Topology, microbatches: int) -> tuple[str, ...]:
@@ -202,7 +203,7 @@ def _jaxbn_axes(
     """Returns axis and groups; running statistics cover all examples."""
     names, bound = _axes(config, topology), _batch_axes(topology, microbatches)
     if names == topology.axes:
-        return {"axis_name": bound}
+        return {"axis_name": bound or None}
     if not names:
         together = jaxbn.Scope(group_size=microbatches)
         return {"axis_name": bound, "sharing": together}
@@ -225,7 +226,7 @@ def _flax_axes(
             f"norm_axes={config.norm_axes!r} would make flax's running "
             "statistics differ between devices; norm='flax' requires 'all'."
         )
-    return {"axis_name": _batch_axes(topology, microbatches)}
+    return {"axis_name": _batch_axes(topology, microbatches) or None}
 
 
 def _check_no_options(given: dict[str, Any], norm: str) -> None:

@@ -1,9 +1,10 @@
-"""Turns a config into schedule, optimizer and model."""
+"""Turns a config into the recipe of a run."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,19 +15,35 @@ from ml_collections import ConfigDict
 
 from configs import defaults
 from train import UserError, config_checks, data, networks, processes
-from train.augment import pixel_counts, pixel_statistics
+from train.augment import (
+    FLIPS,
+    PAD_MODES,
+    Augmentation,
+    pixel_counts,
+    pixel_statistics,
+)
 from train.norms import norm_of
-from train.state import Recipe, make_optimizer
+from train.optimizer import OPTIMIZERS, Lookahead, make_optimizer
+from train.schedules import SCHEDULES
+from train.state import Phase, Recipe
 from train.topology import Topology
+from train.workdir import num_epochs
 
 
 def check(config: ConfigDict) -> None:
     """Raises UserError if the config is invalid."""
     config_checks.check(config, defaults)
+    one_of("optimizer", config.optimizer, OPTIMIZERS)
     one_of("schedule", config.schedule, SCHEDULES)
     one_of("warmup_shape", config.warmup_shape, ("linear", "constant"))
-    one_of("dtype", config.dtype, ("float32", "bfloat16"))
-    one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
+    one_of("dtype", config.dtype, ("float32", "bfloat16", "float16"))
+    one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip", "ignore"))
+    one_of("flip", config.flip, FLIPS)
+    one_of("crop_mode", config.crop_mode, PAD_MODES)
+    if not config.fastnet.widths:
+        raise UserError(
+            "fastnet.widths must not be empty; use for example (64, 256, 256)."
+        )
     if config.average_decay and config.norm in ("flax", "none"):
         raise UserError(
             f"average_decay={config.average_decay} recomputes running "
@@ -35,12 +52,17 @@ def check(config: ConfigDict) -> None:
         )
     if config.warmup_epochs > config.epochs:
         raise UserError(
-            f"warmup_epochs={config.warmup_epochs} must not exceed "
-            f"epochs={config.epochs}."
+            f"warmup_epochs={config.warmup_epochs:g} must not exceed "
+            f"epochs={config.epochs:g}."
         )
     if list(config.boundaries) != sorted({*config.boundaries}):
         raise UserError(
             f"boundaries={config.boundaries} must be strictly increasing."
+        )
+    if not config.steps_per_dispatch and not config.data_on_device:
+        raise UserError(
+            "steps_per_dispatch=0, an epoch at once, requires "
+            "data_on_device=True."
         )
     check_seeds(config)
 
@@ -65,8 +87,24 @@ def one_of(key: str, value: str, known: Any) -> None:
         )
 
 
-def steps_per_epoch(config: ConfigDict, dataset: data.Dataset) -> int:
-    """Returns the number of full batches in the training split.
+class Steps(NamedTuple):
+    """Numbers of steps, one for each batch."""
+
+    per_epoch: int
+    total: int
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs, of which the last may be a part."""
+        return -(-self.total // self.per_epoch)
+
+    def of(self, epoch: int) -> int:
+        """Returns the steps of an epoch; the last may have fewer."""
+        return min(self.total - epoch * self.per_epoch, self.per_epoch)
+
+
+def count_steps(config: ConfigDict, dataset: data.Dataset) -> Steps:
+    """Returns the numbers of steps, with full batches of the training split.
 
     Raises:
       UserError: there is none, or the total number of steps overflows int32.
@@ -78,58 +116,20 @@ def steps_per_epoch(config: ConfigDict, dataset: data.Dataset) -> int:
             f"batch_size={config.batch_size} exceeds the {examples} "
             f"examples of {config.dataset} {config.train_split!r}."
         )
-    if steps * config.epochs >= 2**31:
+    # 9.9 x 48 is rounded up in floating point.
+    total = math.ceil(round(config.epochs * steps, 6))
+    if total >= 2**31:
         raise UserError(
-            f"epochs={config.epochs} of {steps} steps exceed the limit of "
+            f"epochs={config.epochs:g} of {steps} steps exceed the limit of "
             "2^31 steps."
         )
-    return steps
-
-
-def _step_schedule(config: ConfigDict, _: int) -> optax.Schedule:
-    return optax.piecewise_constant_schedule(
-        config.learning_rate,
-        {step: config.decay_factor for step in config.boundaries},
-    )
-
-
-def _cosine_schedule(config: ConfigDict, total: int) -> optax.Schedule:
-    return optax.cosine_decay_schedule(config.learning_rate, total)
-
-
-def _one_cycle_schedule(config: ConfigDict, total: int) -> optax.Schedule:
-    return optax.cosine_onecycle_schedule(total, config.learning_rate)
-
-
-SCHEDULES = {
-    "step": _step_schedule,
-    "cosine": _cosine_schedule,
-    "one_cycle": _one_cycle_schedule,
-}
-
-
-def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the learning rate schedule."""
-    total = steps_per_epoch * config.epochs
-    main = SCHEDULES[config.schedule](config, total)
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-
-    start, linear = config.warmup_start, config.warmup_shape == "linear"
-
-    def schedule(step: jax.Array) -> jax.Array:
-        if not warmup:
-            return main(step)
-        share = jnp.minimum((step + 1) / warmup, 1)
-        if not linear:
-            share = jnp.where(step < warmup, 0, 1)
-        return main(step) * (start + (1 - start) * share)
-
-    return schedule
+    return Steps(steps, min(total, num_epochs(config.epochs) * steps))
 
 
 def make_recipe(
     config: ConfigDict,
     dataset: data.Dataset,
+    steps: Steps,
     schedule: optax.Schedule,
     topology: Topology,
 ) -> Recipe:
@@ -139,13 +139,16 @@ def make_recipe(
       UserError: the network, norm or augmentation of the config is invalid.
     """
     side = min(dataset.train.images.shape[1:3])
-    if config.crop_padding >= side:
-        raise UserError(
-            f"crop_padding={config.crop_padding} must be less than the {side} "
-            "pixels of an image: some crops would contain only padding."
-        )
+    for key, reason in (
+        ("crop_padding", "some crops would contain only padding"),
+        ("cutout", "some images would be blank"),
+    ):
+        if config[key] >= side:
+            raise UserError(
+                f"{key}={config[key]} must be less than the {side} pixels of "
+                f"an image: {reason}."
+            )
     mean, std = _pixels(dataset.train)
-    several = config.microbatches > 1
 
     def network(microbatches: int) -> nn.Module:
         return networks.make(
@@ -155,24 +158,43 @@ def make_recipe(
             dtype=jnp.dtype(config.dtype),
         )
 
+    trained = network(config.microbatches)
+    phases: tuple[Phase, ...] = ()
+    if config.microbatches > 1:
+        phases = (Phase(0, trained),)
+    bias_epochs = 0
+    if config.model == "fastnet":
+        bias_epochs = config.fastnet.whitening_bias_epochs
+        later = trained.clone(train_whitening_bias=False)
+        phases = (Phase(0, trained), Phase(bias_epochs, later))
+    lookahead = None
+    if config.lookahead_every:
+        lookahead = Lookahead(
+            config.lookahead_every, config.lookahead_decay, steps.total
+        )
+    examples = len(dataset.train.labels)
     return Recipe(
         model=network(1),
-        microbatch_model=network(config.microbatches) if several else None,
+        phases=phases,
         microbatches=config.microbatches,
         optimizer=make_optimizer(
-            schedule,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
+            config, schedule, bias_steps=bias_epochs * steps.per_epoch
         ),
         pixel_mean=mean,
         pixel_std=std,
-        padding=config.crop_padding,
-        flip=config.flip,
-        seed=config.seed,
+        augmentation=Augmentation(
+            padding=config.crop_padding,
+            pad_mode=config.crop_mode,
+            flip=config.flip,
+            cutout=config.cutout,
+        ),
         label_smoothing=config.label_smoothing,
         average_decay=config.average_decay or None,
-        stop_if_nonfinite=config.on_nonfinite == "stop",
+        lookahead=lookahead,
+        on_nonfinite=config.on_nonfinite,
+        loss_scale=config.batch_size if config.dtype == "float16" else 1.0,
+        init_images=networks.init_images(config, examples),
+        test_time_augmentation=config.test_time_augmentation,
     )
 
 

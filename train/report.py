@@ -8,7 +8,7 @@ import pathlib
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import matplotlib
@@ -56,10 +56,11 @@ class Report:
 
     Args:
       workdir: directory of the run.
-      epochs: total number of epochs.
-      images_per_epoch: number of training images per epoch.
+      tested: epochs that are recorded, from 1; the last one ends the run.
       done: number of completed epochs; later records, left by a crash, are
         dropped.
+      images: number of images of the run, each as often as it is processed.
+      images_done: number of images that have been processed.
 
     Raises:
       UserError: the existing records are damaged, lack the result of a
@@ -70,20 +71,19 @@ class Report:
         self,
         workdir: pathlib.Path,
         *,
-        epochs: int,
-        images_per_epoch: int,
+        tested: Sequence[int],
         done: int,
+        images: int,
+        images_done: int,
     ):
         self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
         found = read_records(workdir)
         self.records = [one for one in found if one["epoch"] <= done]
-        missing = missing_epochs(self.records, done)
-        if (
-            missing
-            and done == epochs
-            and missing_epochs(self.records[-1:], done)
-        ):
+        epochs = tested[-1]
+        expected = [epoch for epoch in tested if epoch <= done]
+        missing = missing_epochs(self.records, expected)
+        if done == epochs and missing_epochs(self.records, [epochs]):
             raise UserError(
                 f"{workdir} is fully trained, but {self._path.name} lacks "
                 f"{missing}, and so the result: run python -m train.evaluate "
@@ -96,8 +96,8 @@ class Report:
         self._epochs = epochs
         self._live = output.is_terminal()
         self._bar = tqdm.tqdm(
-            total=epochs * images_per_epoch,
-            initial=done * images_per_epoch,
+            total=images,
+            initial=images_done,
             unit=" images",
             unit_scale=True,
             file=sys.stdout,

@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 
 from train import UserError
 from train.trained_run import read_config
-from train.workdir import missing_epochs, read_records, read_summary
+from train.workdir import (
+    missing_epochs,
+    num_epochs,
+    read_records,
+    read_summary,
+    tested_epochs,
+)
 
 # Fields that do not affect the result.
 IGNORED_FIELDS = ("seed", "seeds", "data_dir", "checkpoint_every", "profile")
@@ -21,6 +27,12 @@ class Run(NamedTuple):
     config: dict[str, Any]  # flattened, with dotted names
     records: list[dict[str, float]]  # one per epoch
     summary: dict[str, Any]  # empty until the run finishes
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Epochs of the last record, and of the whole run."""
+        done = int(self.records[-1]["epoch"]) if self.records else 0
+        return done, num_epochs(self.config["epochs"])
 
 
 class Group(NamedTuple):
@@ -43,7 +55,10 @@ def read(path: pathlib.Path) -> Run:
             f"{path} has no records yet; they are written after each epoch."
         )
     last = max([int(one["epoch"]) for one in records], default=0)
-    missing = missing_epochs(records, config["epochs"] if summary else last)
+    expected = tested_epochs(config)
+    if not summary:
+        expected = [epoch for epoch in expected if epoch <= last]
+    missing = missing_epochs(records, expected)
     if missing:
         raise UserError(
             f"{path / 'metrics.jsonl'} lacks {missing}. Restore it from a "
@@ -79,7 +94,7 @@ def grouped(runs: list[Run]) -> tuple[list[Group], list[str]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         values = [run.config.get(name) for name in differ]
-        key = json.dumps([values, len(run.records)])
+        key = json.dumps([values, run.progress])
         groups.setdefault(key, []).append(run)
     found = [
         Group(members, _label(members, differ)) for members in groups.values()
@@ -88,9 +103,9 @@ def grouped(runs: list[Run]) -> tuple[list[Group], list[str]]:
 
 
 def _label(runs: list[Run], differ: list[str]) -> str:
-    run, done = runs[0], len(runs[0].records)
+    run, (done, epochs) = runs[0], runs[0].progress
     values = [f"{name}={run.config.get(name)}" for name in differ]
     label = ", ".join(values) or run.path.name
-    if done < run.config["epochs"]:
-        label += f" ({done} of {run.config['epochs']} epochs)"
+    if done < epochs:
+        label += f" ({done} of {epochs} epochs)"
     return label if len(runs) == 1 else f"{label}, {len(runs)} runs"

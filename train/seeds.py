@@ -11,17 +11,23 @@ from ml_collections import ConfigDict
 
 from train import UserError, lock, loop, processes
 from train.files import as_user_error, exists, refuse_links, write_json
+from train.session import Session, make_session
 from train.workdir import open_workdir, read_summary
+
+# Results of which the mean and the deviation are reported.
+RESULTS = ("test_accuracy", "test_accuracy_augmented", "training_seconds")
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains with config.seeds seeds, each in its own subdirectory.
 
     Finished seeds are not trained again, so seeds can be added to a workdir.
+    Programs are compiled once.
 
     Returns:
-      The contents of summary.json: accuracies of all seeds, their mean, and
-      their standard deviation with ddof=1.
+      The contents of summary.json: for each of RESULTS that all seeds have, its
+      mean, under "_deviation" its standard deviation with ddof=1, and under
+      "_of_seeds" the values.
 
     Raises:
       UserError: the config is invalid, or a directory holds another run.
@@ -41,20 +47,21 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             )
     seeds = range(config.seed, config.seed + config.seeds)
     summaries = []
+    session: Session | None = None
     for seed in seeds:
         one = copy.deepcopy(config)
         one.seed, one.seeds = seed, 1
-        summaries.append(_train_one(one, workdir / f"seed-{seed}"))
-    accuracies = [each["test_accuracy"] for each in summaries]
-    summary = {
-        "seeds": list(seeds),
-        "test_accuracies": accuracies,
-        "test_accuracy": statistics.fmean(accuracies),
-        "test_accuracy_deviation": statistics.stdev(accuracies),
-        "epochs": summaries[0]["epochs"],
-        "steps": summaries[0]["steps"],
-        "seconds": round(sum(each["seconds"] for each in summaries), 1),
-    }
+        folder = workdir / f"seed-{seed}"
+        found = _finished(one, folder)
+        if not found:
+            session = session or make_session(config)
+            found = loop.train(one, folder, session)
+        summaries.append(found)
+    summary = {"seeds": list(seeds), **_spread(summaries)}
+    for name in ("epochs", "steps", "devices", "device_kind", "versions"):
+        if name in summaries[0]:
+            summary[name] = summaries[0][name]
+    summary["seconds"] = round(sum(each["seconds"] for each in summaries), 1)
     with processes.sync_errors():
         if processes.is_main():
             with as_user_error(workdir):
@@ -62,8 +69,22 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     return summary
 
 
-def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    def done() -> dict[str, Any] | None:
+def _spread(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    spread: dict[str, Any] = {}
+    for name in RESULTS:
+        if any(name not in each for each in summaries):
+            continue
+        values = [each[name] for each in summaries]
+        spread[name] = statistics.fmean(values)
+        spread[f"{name}_deviation"] = statistics.stdev(values)
+        spread[f"{name}_of_seeds"] = values
+    return spread
+
+
+def _finished(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Opens the directory of a seed; returns its summary, or {}."""
+
+    def summary() -> dict[str, Any]:
         open_workdir(workdir, config)
         return read_summary(workdir)
 
@@ -71,5 +92,4 @@ def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         if processes.is_main():
             refuse_links(workdir)
     with lock.locked(workdir):
-        summary = processes.broadcast_from_main(done)
-    return summary or loop.train(config, workdir)
+        return processes.broadcast_from_main(summary)

@@ -1,4 +1,4 @@
-"""Recipe and state of training, and the optimizer."""
+"""Recipe and state of training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+
+from train.augment import Augmentation, to_float
+from train.optimizer import Lookahead
+from train.topology import Topology
 
 
 class TrainState(NamedTuple):
@@ -21,6 +24,21 @@ class TrainState(NamedTuple):
     batch_stats: Any
     opt_state: Any
     average: Any  # average of params, or None
+    slow: Any  # (params, batch_stats), slow weights of lookahead, or None
+    frozen: Any  # variables that are not trained; {} without
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Variables of the network."""
+        return network_variables(self.params, self.batch_stats, self.frozen)
+
+
+def network_variables(
+    params: Any, batch_stats: Any, frozen: Any
+) -> dict[str, Any]:
+    """Returns the variables that the network is applied to."""
+    variables = {"params": params, "batch_stats": batch_stats}
+    return variables | ({"frozen": frozen} if frozen else {})
 
 
 class Sums(NamedTuple):
@@ -30,6 +48,14 @@ class Sums(NamedTuple):
     correct: jax.Array  # ()
     count: jax.Array  # ()
     nonfinite: jax.Array  # () batches whose update was skipped
+    augmented: jax.Array  # () correct with test-time augmentation, else 0
+
+
+class Phase(NamedTuple):
+    """The network that trains from an epoch on."""
+
+    first_epoch: int
+    model: nn.Module
 
 
 class Recipe(NamedTuple):
@@ -39,75 +65,67 @@ class Recipe(NamedTuple):
     optimizer: optax.GradientTransformation
     pixel_mean: tuple[float, ...]  # (C,) in units of 0..255
     pixel_std: tuple[float, ...]
-    padding: int  # of the random crop; 0 disables it
-    flip: bool
-    seed: int
+    augmentation: Augmentation
     label_smoothing: float = 0.0
     average_decay: float | None = None  # decay of the average of params
-    stop_if_nonfinite: bool = True  # False: skip the batch
+    lookahead: Lookahead | None = None
+    on_nonfinite: str = "stop"  # or "skip" or "ignore" the batch
+    loss_scale: float = 1.0  # keeps float16 gradients from underflowing
     microbatches: int = 1  # per device, processed in turn
-    # The same network, also synchronized over microbatches; None without.
-    microbatch_model: nn.Module | None = None
+    # Networks that train, by epoch, with the same variables; () is `model`.
+    # They also synchronize over microbatches.
+    phases: tuple[Phase, ...] = ()
+    init_images: int = 1  # training images that initialize the network
+    test_time_augmentation: bool = False
+
+    def phase(self, epoch: int) -> int:
+        """Returns the index of the phase of an epoch."""
+        starts = [phase.first_epoch for phase in self.phases]
+        return max(sum(start <= epoch for start in starts) - 1, 0)
+
+    def training_model(self, phase: int) -> nn.Module:
+        """Returns the network that trains in a phase."""
+        return self.phases[phase].model if self.phases else self.model
 
 
-def make_optimizer(
-    schedule: optax.Schedule,
-    *,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-) -> optax.GradientTransformation:
-    """Returns SGD with momentum and L2 weight decay on kernels.
-
-    Scale and bias are not decayed. Source: He et al. (2015), section 4.2.
-    """
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=is_kernel),
-        optax.sgd(schedule, momentum, nesterov=nesterov),
-    )
-
-
-def is_kernel(params: Any) -> Any:
-    """Returns a mask of params that is True for kernels."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key == "kernel", params
-    )
-
-
-def init_state(
-    recipe: Recipe, image_shape: tuple[int, ...], mesh: Mesh
+def make_state(
+    recipe: Recipe, images: jax.Array, seed: int | jax.Array
 ) -> TrainState:
-    """Returns the state at step 0 on every device of the mesh.
+    """Returns the state at step 0.
 
-    Depends only on recipe.seed. Compiled as one program: op by op it takes
-    longer than the first epoch on digits.
+    Args:
+      recipe: recipe of the run.
+      images: (init_images, H, W, C) uint8, the first training images.
+      seed: seed of the run.
     """
-
-    def init() -> TrainState:
-        image = jnp.zeros((1, *image_shape))
-        key = jax.random.key(recipe.seed)
-        variables = recipe.model.init(key, image, train=False)
-        params = variables["params"]
-        averaged = recipe.average_decay is not None
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=recipe.optimizer.init(params),
-            average=params if averaged else None,
-        )
-
-    return jax.jit(init, out_shardings=NamedSharding(mesh, P()))()
+    images = to_float(images, recipe.pixel_mean, recipe.pixel_std)
+    key = jax.random.key(seed)
+    variables = recipe.model.init(key, images, train=False)
+    params = variables["params"]
+    batch_stats = variables.get("batch_stats", {})
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=recipe.optimizer.init(params),
+        average=None if recipe.average_decay is None else params,
+        slow=None if recipe.lookahead is None else (params, batch_stats),
+        frozen=variables.get("frozen", {}),
+    )
 
 
 def abstract_state(
-    recipe: Recipe, image_shape: tuple[int, ...], mesh: Mesh
+    recipe: Recipe, image_shape: tuple[int, ...], topology: Topology
 ) -> TrainState:
-    """Returns shapes, dtypes and shardings of `init_state`, uncompiled."""
-    shapes = jax.eval_shape(lambda: init_state(recipe, image_shape, mesh))
-    replicated = NamedSharding(mesh, P())
+    """Returns shapes, dtypes and shardings of a state, uncompiled."""
+    images = jax.ShapeDtypeStruct((recipe.init_images, *image_shape), np.uint8)
+    shapes = jax.eval_shape(
+        lambda images: make_state(recipe, images, 0), images
+    )
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated),
+        lambda a: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=topology.replicated
+        ),
         shapes,
     )

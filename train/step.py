@@ -1,108 +1,66 @@
-"""Training and test steps, sharded over the mesh."""
+"""A training step and a test step on the shard of a batch."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from jaxbn import accumulate
-from train.augment import crop_and_flip, example_keys, to_float
+from train.augment import Draws, crop_and_flip, cutout, draw, to_float
 from train.batching import Batch
-from train.state import Recipe, Sums, TrainState
+from train.state import Recipe, Sums, TrainState, network_variables
 from train.topology import MICROBATCH_AXIS
+from train.views import mean_logits, view_logits
 
 
-def make_train_step(recipe: Recipe, mesh: Mesh, *, steps: int = 1) -> Any:
-    """Returns a jitted function (state, batch, epoch) -> (state, Sums).
-
-    The batch is sharded over all axes of the mesh; loss, gradient and running
-    statistics are those of the global batch. The state is donated.
+def train_step(
+    recipe: Recipe,
+    axes: tuple[str, ...],
+    phase: int,
+    state: TrainState,
+    source: jax.Array | None,
+    batch: Batch,
+    draws: Draws,
+) -> tuple[TrainState, Sums]:
+    """Takes a step; loss, gradient and statistics are of the global batch.
 
     Args:
       recipe: what a step computes.
-      mesh: mesh of the batch.
-      steps: above 1, the batch has a leading axis of that many batches, which
-        one program scans over; Sums are over all of them.
+      axes: mesh axes of the batch, over which this is mapped.
+      phase: see `Recipe.training_model`.
+      state: state before the step.
+      source: all training images, of which batch.index are rows; None if
+        batch.images holds those of the batch.
+      batch: shard of the batch.
+      draws: random numbers of its augmentation.
+
+    Returns:
+      (new state, Sums over the global batch).
     """
-    axes = tuple(mesh.axis_names)
-    one = functools.partial(_train_step, recipe, axes)
-    sharded = jax.shard_map(
-        one if steps == 1 else functools.partial(_train_steps, one),
-        mesh=mesh,
-        in_specs=(P(), P(axes) if steps == 1 else P(None, axes), P()),
-        out_specs=P(),
-        check_vma=True,
-    )
-    return jax.jit(sharded, donate_argnums=0)
-
-
-def make_test_step(recipe: Recipe, mesh: Mesh) -> Any:
-    """Returns a jitted function (params, batch_stats, batch) -> Sums."""
-    axes = tuple(mesh.axis_names)
-    sharded = jax.shard_map(
-        functools.partial(_test_step, recipe, axes),
-        mesh=mesh,
-        in_specs=(P(), P(), P(axes)),
-        out_specs=P(),
-        check_vma=True,
-    )
-    return jax.jit(sharded)
-
-
-def augmented_images(
-    recipe: Recipe, batch: Batch, epoch: jax.Array
-) -> jax.Array:
-    """Returns the augmented and normalized images (B, H, W, C).
-
-    Depends only on recipe.seed, epoch and batch.index.
-    """
-    key = jax.random.fold_in(jax.random.key(recipe.seed), epoch)
-    return crop_and_flip(
-        to_float(batch.images, recipe.pixel_mean, recipe.pixel_std),
-        example_keys(key, batch.index),
-        padding=recipe.padding,
-        flip=recipe.flip,
-    )
-
-
-def _train_steps(
-    one: Any, state: TrainState, batches: Batch, epoch: jax.Array
-) -> tuple[TrainState, Sums]:
-    def body(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        return one(state, batch, epoch)
-
-    state, sums = jax.lax.scan(body, state, batches)
-    return state, jax.tree.map(lambda each: each.sum(0), sums)
-
-
-def _train_step(
-    recipe: Recipe,
-    axes: tuple[str, ...],
-    state: TrainState,
-    batch: Batch,
-    epoch: jax.Array,
-) -> tuple[TrainState, Sums]:
     several = recipe.microbatches > 1
-    model = recipe.microbatch_model if several else recipe.model
+    model = recipe.training_model(phase)
     names = (*axes, MICROBATCH_AXIS) if several else axes
 
     def loss(
-        params: Any, batch_stats: Any, epoch: jax.Array, batch: Batch
+        params: Any,
+        batch_stats: Any,
+        frozen: Any,
+        source: jax.Array | None,
+        examples: tuple[Batch, Draws],
     ) -> tuple[jax.Array, tuple[Sums, Any]]:
+        batch, draws = examples
         logits, updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            augmented_images(recipe, batch, epoch),
+            network_variables(params, batch_stats, frozen),
+            augment(recipe, source, batch, draws),
             train=True,
             mutable=["batch_stats"],
         )
         sums = _sums(logits, batch, names, recipe.label_smoothing)
-        return sums.loss / sums.count, (sums, updates.get("batch_stats", {}))
+        scaled = sums.loss / sums.count * recipe.loss_scale
+        return scaled, (sums, updates.get("batch_stats", {}))
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if several:
@@ -113,20 +71,101 @@ def _train_step(
             has_aux=True,
         )
     (_, (sums, batch_stats)), grads = value_and_grad(
-        state.params, state.batch_stats, epoch, batch
+        state.params, state.batch_stats, state.frozen, source, (batch, draws)
     )
+    if recipe.loss_scale != 1:
+        grads = jax.tree.map(lambda g: g / recipe.loss_scale, grads)
     updates, opt_state = recipe.optimizer.update(
         grads, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    average = state.average
+    step, average, slow = state.step + 1, state.average, state.slow
     if average is not None:
         decay = recipe.average_decay
         average = optax.incremental_update(params, average, 1 - decay)
-    new = TrainState(
-        state.step + 1, state.skipped, params, batch_stats, opt_state, average
+    if recipe.lookahead is not None:
+        fast = params, batch_stats
+        (params, batch_stats), slow = recipe.lookahead.update(fast, slow, step)
+    new = state._replace(
+        step=step,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        average=average,
+        slow=slow,
     )
+    if recipe.on_nonfinite == "ignore":
+        return new, sums
     return _skip_if_nonfinite(recipe, state, new, sums, grads)
+
+
+def test_step(
+    recipe: Recipe,
+    axes: tuple[str, ...],
+    variables: dict[str, Any],
+    source: jax.Array | None,
+    batch: Batch,
+) -> Sums:
+    """Returns sums over the global batch, excluding padding.
+
+    Args:
+      recipe, axes, source, batch: see `train_step`.
+      variables: variables of the network.
+    """
+    if not recipe.test_time_augmentation:
+        pixels = batch.images if source is None else source[batch.index]
+        floats = to_float(pixels, recipe.pixel_mean, recipe.pixel_std)
+        logits = recipe.model.apply(variables, floats, train=False)
+        return _sums(logits, batch, axes, 0.0)
+    views = view_logits(recipe, variables, *_pixels(source, batch))
+    correct = _sums(mean_logits(views), batch, axes, 0.0).correct
+    return _sums(views[0, 0], batch, axes, 0.0)._replace(augmented=correct)
+
+
+test_step.__test__ = False  # for pytest, where it is imported by name
+
+
+def augmented_images(
+    recipe: Recipe, batch: Batch, *, seed: Any, epoch: Any
+) -> jax.Array:
+    """Returns the augmented and normalized images (B, H, W, C).
+
+    Depends only on seed, epoch and batch.index.
+    """
+    draws = draw(
+        recipe.augmentation,
+        batch.index,
+        batch.images.shape[1:],
+        seed=seed,
+        epoch=epoch,
+    )
+    return augment(recipe, None, batch, draws)
+
+
+def augment(
+    recipe: Recipe, source: jax.Array | None, batch: Batch, draws: Draws
+) -> jax.Array:
+    """Returns the augmented and normalized images of a batch."""
+    images, rows = _pixels(source, batch)
+    floats = crop_and_flip(
+        images,
+        rows,
+        draws.offset,
+        draws.flip,
+        pad_mode=recipe.augmentation.pad_mode,
+        mean=recipe.pixel_mean,
+        std=recipe.pixel_std,
+    )
+    return cutout(floats, draws.corner, recipe.augmentation.cutout)
+
+
+def _pixels(
+    source: jax.Array | None, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Returns images, and the rows of them that are in the batch."""
+    if source is None:
+        return batch.images, jnp.arange(len(batch.images))
+    return source, batch.index
 
 
 def _skip_if_nonfinite(
@@ -138,16 +177,17 @@ def _skip_if_nonfinite(
     is frozen until then. Otherwise the skipped batch still counts as a step,
     also in the schedule, so that the run ends as planned.
     """
+    stop = recipe.on_nonfinite == "stop"
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(optax.tree.norm(grads))
-    halted = recipe.stop_if_nonfinite & (old.skipped > 0)
+    halted = stop & (old.skipped > 0)
     take = finite & ~halted
     state = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
     nonfinite = jnp.where(finite, 0, 1)
     step = jnp.where(halted, old.step, old.step + 1)
-    if recipe.stop_if_nonfinite:
+    if stop:
         step = jnp.where(take, step, old.step)
     opt_state = state.opt_state
-    if not recipe.stop_if_nonfinite:
+    if not stop:
         opt_state = _set_schedule_count(opt_state, step)
     state = state._replace(
         step=step, skipped=old.skipped + nonfinite, opt_state=opt_state
@@ -169,21 +209,6 @@ def _set_schedule_count(opt_state: Any, step: jax.Array) -> Any:
     )
 
 
-def _test_step(
-    recipe: Recipe,
-    axes: tuple[str, ...],
-    params: Any,
-    batch_stats: Any,
-    batch: Batch,
-) -> Sums:
-    logits = recipe.model.apply(
-        {"params": params, "batch_stats": batch_stats},
-        to_float(batch.images, recipe.pixel_mean, recipe.pixel_std),
-        train=False,
-    )
-    return _sums(logits, batch, axes, 0.0)
-
-
 def _sums(
     logits: jax.Array, batch: Batch, axes: tuple[str, ...], smoothing: float
 ) -> Sums:
@@ -197,4 +222,5 @@ def _sums(
         jax.lax.psum(jnp.where(batch.where, values, 0).sum(), axes)
         for values in (loss, correct, jnp.ones_like(loss))
     )
-    return Sums(*totals, nonfinite=jnp.zeros((), jnp.int32))
+    zero = jnp.zeros((), jnp.int32)
+    return Sums(*totals, nonfinite=zero, augmented=zero)

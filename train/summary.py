@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 
 from train import networks
 from train.checkpoint import Progress
-from train.experiment import Experiment
 from train.norms import describe_statistics
+from train.recipe import Steps
 from train.report import Report
+from train.session import Session
 from train.timing import Timer
 
 
@@ -24,8 +25,8 @@ class RemainingTime:
 
     BEGIN, END = 3, 13  # steps that are timed; the first ones compile
 
-    def __init__(self, report: Report, total: int):
-        self._report, self._total = report, total
+    def __init__(self, report: Report, steps: Steps):
+        self._report, self._total = report, steps.total
         self._seen, self._started = 0, 0.0
 
     def step(self, done: int) -> None:
@@ -40,21 +41,16 @@ class RemainingTime:
                 self._report.say(f"about {left / 60:.0f} min left, until {end}")
 
 
-def headline(
-    config: ConfigDict,
-    experiment: Experiment,
-    params: Any,
-    progress: Progress,
-) -> str:
+def headline(config: ConfigDict, session: Session, progress: Progress) -> str:
     """Returns a one-line description of the run.
 
     Args:
       config: config of the run.
-      experiment: components of the run.
-      params: parameters of the network.
+      session: components of the run.
       progress: position to start from.
     """
-    topology, dataset = experiment.topology, experiment.dataset
+    topology, dataset, *_ = session.experiment
+    params = session.programs.abstract_state.params
     device = topology.mesh.devices.flat[0]
     shape = " x ".join(f"{k}={v}" for k, v in topology.mesh.shape.items())
     processes = jax.process_count()
@@ -83,25 +79,24 @@ def versions() -> dict[str, str]:
 
 def summarize(
     records: list[dict[str, float]],
-    experiment: Experiment,
+    session: Session,
     started: float,
     timer: Timer,
 ) -> dict[str, Any]:
     """Returns the contents of summary.json.
 
     Args:
-      records: records of all epochs.
-      experiment: components of the run.
+      records: records of the epochs.
+      session: components of the run.
       started: start time, from time.monotonic().
       timer: time spent on each activity.
     """
     last = records[-1]
-    mesh = experiment.topology.mesh
-    # The first epoch includes compilation.
+    mesh = session.experiment.topology.mesh
     speeds = [record["images_per_second"] for record in records]
+    tested = {k: v for k, v in last.items() if k.startswith("test_")}
     return {
-        "test_accuracy": last["test_accuracy"],
-        "test_loss": last["test_loss"],
+        **tested,
         "epochs": last["epoch"],
         "steps": last["step"],
         "devices": mesh.size,
@@ -109,6 +104,6 @@ def summarize(
         "device_kind": mesh.devices.flat[0].device_kind,
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
-        "images_per_second": statistics.median(speeds[1:] or speeds),
+        "images_per_second": statistics.median(speeds),
         "time": {k: round(v, 4) for k, v in timer.shares().items()},
     }

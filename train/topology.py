@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,11 @@ class Topology(NamedTuple):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return tuple(self.mesh.axis_names)
+        """Axes that programs reduce over; none on a single device.
+
+        XLA may keep a reduction over one device, with its launch.
+        """
+        return tuple(self.mesh.axis_names) if self.mesh.size > 1 else ()
 
     @property
     def batch(self) -> NamedSharding:
@@ -35,6 +40,34 @@ class Topology(NamedTuple):
     def replicated(self) -> NamedSharding:
         """Sharding of replicated arrays."""
         return NamedSharding(self.mesh, P())
+
+    def shard_map(
+        self, function: Callable[..., Any], in_specs: Any
+    ) -> Callable[..., Any]:
+        """Maps a function with replicated results over the devices.
+
+        On a single device, returns the function.
+        """
+        if self.mesh.size == 1:
+            return function
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=P(),
+            check_vma=True,
+        )
+
+    def replicate(self, tree: Any) -> Any:
+        """Copies host arrays, equal in all processes, to every device."""
+        if jax.process_count() == 1:
+            return jax.device_put(tree, self.replicated)
+        return jax.tree.map(
+            lambda a: jax.make_array_from_callback(
+                a.shape, self.replicated, lambda index: np.asarray(a[index])
+            ),
+            tree,
+        )
 
     def rows(self, batch_size: int) -> np.ndarray:
         """Returns the indices within a batch that this process reads, sorted."""

@@ -94,7 +94,7 @@ def load(
     config.data_dir = data_dir or config.data_dir
     experiment = build_experiment(config, download=not foreign)
     shape = experiment.dataset.train.images.shape[1:]
-    like = abstract_state(experiment.recipe, shape, experiment.topology.mesh)
+    like = abstract_state(experiment.recipe, shape, experiment.topology)
     state, progress = restore(run, like, best=best)
     return TrainedRun(config, experiment, state, progress)
 

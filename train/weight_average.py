@@ -23,48 +23,41 @@ def evaluate_average(
     config: ConfigDict,
     experiment: Experiment,
     state: TrainState,
-    test: Callable[[Any, Any], tuple[float, float]],
+    test: Callable[[Any], dict[str, float]],
 ) -> dict[str, float]:
     """Returns loss and accuracy of the averaged weights.
 
     The running statistics belong to the weights of each step. For the average
     they are recomputed over config.precise_batches training batches.
     """
-    batch_stats = precise_statistics(
-        config,
-        experiment,
-        state.average,
-        state.batch_stats,
-        batches=config.precise_batches,
+    variables = state._replace(params=state.average).variables
+    variables["batch_stats"] = precise_statistics(
+        config, experiment, variables, batches=config.precise_batches
     )
-    loss, accuracy = test(state.average, batch_stats)
-    return {"average_test_loss": loss, "average_test_accuracy": accuracy}
+    return {f"average_{key}": value for key, value in test(variables).items()}
 
 
 def precise_statistics(
     config: ConfigDict,
     experiment: Experiment,
-    params: Any,
-    batch_stats: Any,
+    variables: dict[str, Any],
     *,
     batches: int,
 ) -> Any:
-    """Returns batch_stats recomputed for params over training batches.
+    """Returns batch_stats recomputed over training batches.
 
     Args:
       config: config of the run; its norm must not be "flax" or "none".
       experiment: data and model of the run.
-      params: parameters to compute the statistics for.
-      batch_stats: running statistics; entries not recomputed are kept.
+      variables: of the network; running statistics that are not recomputed
+        are kept.
       batches: number of batches to read, at most one epoch.
     """
-    topology, dataset, _, _, recipe = experiment
-    size, epoch = config.batch_size, config.epochs - 1
-    read = jax.shard_map(
-        functools.partial(_moments, recipe),
-        mesh=topology.mesh,
-        in_specs=(P(), (P(topology.axes), P())),
-        out_specs=P(),
+    topology, dataset, steps, _, recipe = experiment
+    size, epoch = config.batch_size, steps.epochs - 1
+    read = topology.shard_map(
+        functools.partial(_moments, recipe, config.seed, epoch),
+        (P(), P(topology.axes)),
     )
     read_from = batching.train_batches(
         dataset.train,
@@ -75,22 +68,23 @@ def precise_statistics(
     )
     found = precise.recompute(
         read,
-        {"params": params, "batch_stats": batch_stats},
+        variables,
         (
-            (topology.put(rows, size), epoch)
+            topology.put(rows, size)
             for rows in itertools.islice(read_from, batches)
         ),
     )
-    return precise.with_statistics(jax.device_get(batch_stats), found.stats)
+    return precise.with_statistics(
+        jax.device_get(variables["batch_stats"]), found.stats
+    )
 
 
 def _moments(
-    recipe: Recipe, variables: dict[str, Any], given: tuple[Any, Any]
+    recipe: Recipe, seed: int, epoch: int, variables: Any, batch: Any
 ) -> Any:
-    batch, epoch = given
     return jaxbn.linen.batch_moments(
         recipe.model,
         variables,
-        augmented_images(recipe, batch, epoch),
+        augmented_images(recipe, batch, seed=seed, epoch=epoch),
         train=True,
     )

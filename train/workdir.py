@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ MACHINE_FIELDS = (
     "data_dir",
     "cpu_devices",
     "checkpoint_every",
+    "data_on_device",
     "mesh",
     "microbatches",
     "profile",
@@ -202,10 +204,28 @@ def _numbers(found: dict[str, Any], names: Iterable[str], where: str) -> None:
             )
 
 
-def missing_epochs(records: list[dict[str, Any]], epochs: int) -> str:
-    """Lists the epochs without a record, as text; empty if there are none."""
+def num_epochs(epochs: float) -> int:
+    """Returns the number of epochs, of which the last may be a part."""
+    return math.ceil(round(epochs, 6))
+
+
+def tested_epochs(config: Any) -> list[int]:
+    """Returns the epochs, from 1, after which a run is tested and recorded.
+
+    Args:
+      config: config of the run, or the contents of its config.json.
+    """
+    last, every = num_epochs(config["epochs"]), config.get("test_every", 1)
+    tested = range(every, last, every) if every else ()
+    return [*tested, last]
+
+
+def missing_epochs(
+    records: list[dict[str, Any]], expected: Iterable[int]
+) -> str:
+    """Lists expected epochs without a record, as text; empty without any."""
     there = {record["epoch"] for record in records}
-    left = [n for n in range(1, int(epochs) + 1) if n not in there]
+    left = [n for n in expected if n not in there]
     if not left:
         return ""
     if len(left) == 1:

@@ -24,7 +24,7 @@ PROGRAMS = {
     "resnet18": "ResNet-18 for 32x32 images",
     "resnet50": "ResNet-50 for 224x224 images",
     "train": "the step of train with configs/resnet18_cifar.py",
-    "fast": "an epoch of train.fast with configs/cifar10_94.py",
+    "fast": "an epoch of train with configs/cifar10_94.py",
     "slice": "the step of train with ResNet-50 on many chips",
 }
 NORMS = ("flax", "jaxbn", "stable", "none")

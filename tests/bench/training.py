@@ -13,9 +13,12 @@ from jax.sharding import AxisType
 from configs import defaults
 from tests.bench import measure
 from train import networks, norms
+from train.augment import Augmentation
 from train.batching import Batch
-from train.state import Recipe, init_state, make_optimizer
-from train.step import make_train_step
+from train.optimizer import sgd
+from train.pipeline import Feed
+from train.programs import make_init_program, make_train_program
+from train.state import Recipe
 from train.topology import Topology
 
 NORMS = ("flax", "jaxbn", "none")
@@ -72,7 +75,7 @@ class _Steps:
                 norm=norms.norm_of(config, topology),
                 dtype=jnp.dtype(dtype),
             ),
-            optimizer=make_optimizer(
+            optimizer=sgd(
                 lambda step: 0.01,
                 momentum=0.9,
                 nesterov=True,
@@ -80,9 +83,7 @@ class _Steps:
             ),
             pixel_mean=(128.0,) * 3,
             pixel_std=(64.0,) * 3,
-            padding=4,
-            flip=True,
-            seed=0,
+            augmentation=Augmentation(padding=4, flip="random"),
         )
         rng = np.random.default_rng(0)
         batch = Batch(
@@ -91,10 +92,11 @@ class _Steps:
             np.arange(size, dtype=np.int32),
             np.ones(size, bool),
         )
-        self._batch = topology.put(batch, size)
-        self._step = make_train_step(recipe, topology.mesh)
-        self._state = init_state(recipe, (32, 32, 3), topology.mesh)
+        self._feed = Feed(None, topology.put(batch, size), np.int32(0))
+        self._step = make_train_program(recipe, topology, self._feed, size=1)
+        init = make_init_program(recipe, topology)
+        self._state = init(batch.images[:1], 0)
 
     def __call__(self) -> Any:
-        self._state, sums = self._step(self._state, self._batch, 0)
+        self._state, sums = self._step(self._state, self._feed, 0, 0)
         return sums

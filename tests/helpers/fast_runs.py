@@ -1,17 +1,22 @@
-"""A small fast run on images made here, and its programs."""
+"""A small run of FastNet on images made here, and its programs."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 from configs import cifar10_94
-from jaxbn.linen import BatchNorm
+from tests.helpers.recipes import mesh_of
 from train import data
-from train.fast import programs, step
-from train.fast.recipe import MIN_IMAGE_SIZE, make_recipe
+from train.experiment import Experiment
+from train.fastnet import MIN_IMAGE_SIZE
+from train.pipeline import make_pipeline
+from train.programs import Programs
+from train.recipe import check, count_steps, make_recipe
+from train.schedules import make_schedule
+from train.timing import Timer
+from train.topology import Topology
 
 CLASSES = 10
 STEPS = 9  # one epoch of six, and half of one
@@ -31,62 +36,82 @@ def examples(count, seed):
 DATASET = data.Dataset(examples(100, 0), examples(TEST, 1), CLASSES)
 
 
-def small(argument="", **changes):
+def small(argument="", *, widths=(8, 12), **changes):
     config = cifar10_94.get_config(argument)
-    config.widths = (8, 12)  # less to compile
+    config.fastnet.widths = widths  # less to compile
+    config.fastnet.whitening_bias_epochs = 1
     config.dtype = "float32"
+    # The published rates are for the sum of the losses.
+    config.learning_rate *= 16 / config.batch_size
     config.batch_size, config.test_batch_size = 16, 10
     config.epochs = 1.5
-    config.whitening_bias_epochs = 1
     config.lookahead_every = 3
     config.seeds = 1
     config.update(changes)
     return config
 
 
-def norm_of(**fields):
-    fields = {"momentum": 0.6, "epsilon": 1e-12, **fields}
-    return functools.partial(BatchNorm, use_scale=False, **fields)
-
-
-def recipe_of(config):
-    axis_name = "data" if config.devices > 1 else None
-    return make_recipe(config, DATASET, norm_of(axis_name=axis_name))
-
-
-def mesh_of(devices):
-    return jax.make_mesh(
-        (devices,),
-        ("data",),
-        axis_types=(AxisType.Auto,),
-        devices=jax.devices()[:devices],
+def experiment_of(config, devices=1, dataset=DATASET):
+    check(config)
+    topology = Topology(mesh_of(devices))
+    steps = count_steps(config, dataset)
+    schedule = make_schedule(
+        config, steps=steps.total, steps_per_epoch=steps.per_epoch
     )
+    recipe = make_recipe(config, dataset, steps, schedule, topology)
+    return Experiment(topology, dataset, steps, schedule, recipe)
 
 
-def compiled(recipe, *, scan):
-    return programs.compile_programs(recipe, DATASET, mesh_of(1), scan=scan)
+class Run:
+    """The programs of a config, and what they read."""
+
+    def __init__(self, config, devices=1, dataset=DATASET):
+        self.config = config
+        self.experiment = experiment_of(config, devices, dataset)
+        self.recipe = self.experiment.recipe
+        self.pipeline = make_pipeline(config, dataset, self.experiment.topology)
+        self.programs = Programs(self.experiment, self.pipeline)
+
+    def train(self, seed=0, epochs=None):
+        """Returns the states at the start and after each epoch, and all Sums."""
+        states, sums = [jax.device_get(self.programs.init(seed))], []
+        steps = self.experiment.steps
+        for epoch in range(epochs or steps.epochs):
+            state = jax.tree.map(jnp.copy, states[-1])
+            state = self.experiment.topology.replicate(state)
+            feeds = self.pipeline.train_feeds(
+                seed=seed,
+                epoch=epoch,
+                start=0,
+                stop=steps.of(epoch),
+                timer=Timer(),
+            )
+            for size, feed in feeds:
+                program = self.programs.train(size, self.recipe.phase(epoch))
+                state, got = program(
+                    state, feed, np.int32(seed), np.int32(epoch)
+                )
+                sums.append(jax.device_get(got))
+            states.append(jax.device_get(state))
+        return states, sums
+
+    def test(self, state):
+        """Returns the Sums over the test split."""
+        variables = self.experiment.topology.replicate(state.variables)
+        sums = [
+            jax.device_get(self.programs.test(size)(variables, feed))
+            for size, feed in self.pipeline.test_feeds()
+        ]
+        return jax.tree.map(lambda *each: sum(each), *sums)
 
 
-def trained(made, recipe, seed=0):
-    """Returns the states at the start and after each epoch, and all losses."""
-    states, losses = [made.init(seed)], []
-    for epoch in range(programs.epochs(recipe)):
-        kept = jax.tree.map(jnp.copy, states[-1])
-        state, found = made.epoch(states[-1], seed, epoch)
-        states[-1] = kept
-        states.append(state)
-        losses.extend(np.asarray(jax.device_get(found)).tolist())
-    return states, losses
+def losses_of(sums):
+    """Returns the mean loss of each dispatch."""
+    return np.array([each.loss / each.count for each in sums])
 
 
 @functools.cache
-def plan_program(cutout=0):
-    """The program that plans an epoch of `DATASET`, by (seed, epoch)."""
-    recipe = recipe_of(small(cutout=cutout))
-    return jax.jit(functools.partial(step.plan_epoch, recipe, DATASET.train))
-
-
-def first_batch(cutout=0):
-    return jax.tree.map(
-        lambda a: a[0], jax.device_get(plan_program(cutout)(0, 0))
-    )
+def plain_run():
+    """The run of `small`, and its training, once for all tests of a file."""
+    run = Run(small())
+    return run, *run.train()

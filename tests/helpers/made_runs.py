@@ -20,8 +20,7 @@ def make_run(workdir, accuracies, *, finished=True, **changes):
             "test_loss": 1 - accuracy,
             "test_accuracy": accuracy,
             "learning_rate": 0.1,
-            # The first has the compilation.
-            "images_per_second": 100.0 if epoch > 1 else 1.0,
+            "images_per_second": 100.0,
             "skipped": 0,
         }
         lines.append(json.dumps(record) + "\n")

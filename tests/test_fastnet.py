@@ -1,4 +1,4 @@
-"""The network of the fast runs: whitening, sizes and equations in float64."""
+"""FastNet: whitening, sizes and equations in float64."""
 
 import functools
 import math
@@ -10,10 +10,10 @@ import pytest
 from scipy.special import erf
 
 from configs import cifar10_94, cifar10_96
-from tests.helpers.fast_runs import DATASET, norm_of, small
-from train.fast.network import identity_kernel
-from train.fast.recipe import make_recipe
-from train.fast.whitening import whitening_kernel
+from tests.helpers.fast_runs import experiment_of, small
+from train import UserError
+from train.fastnet import check_widths, enlarge, identity_kernel
+from train.whitening import whitening_kernel
 
 
 def test_whitening_whitens():
@@ -58,8 +58,8 @@ def test_identity_kernel(inputs, outputs):
         np.testing.assert_allclose(rest.std(), bound / math.sqrt(3), rtol=0.15)
 
 
-def network(config, norm=None):
-    return make_recipe(config, DATASET, norm or norm_of()).model
+def network(config):
+    return experiment_of(config).recipe.model
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,9 @@ def test_sizes(config, parameters, norms):
     )
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
     frozen = sum(leaf.size for leaf in jax.tree.leaves(shapes["frozen"]))
-    assert (total + frozen if config.layers == 2 else total) == parameters
+    assert (
+        total + frozen if config.fastnet.layers == 2 else total
+    ) == parameters
     paths = jax.tree_util.tree_leaves_with_path(shapes["params"])
     names = [path[-1].key for path, _ in paths]
     assert names.count("bias") == norms + 1 and "scale" not in names
@@ -110,7 +112,8 @@ def pooled(x):
 @pytest.mark.parametrize("layers", [2, 3])
 def test_network_is_what_it_should_be_in_float64(layers):
     rng = np.random.default_rng(0)
-    config = small(layers=layers, logit_scale=0.3, widths=(8, 12, 8))
+    config = small(widths=(8, 12, 8))
+    config.fastnet.layers, config.fastnet.logit_scale = layers, 0.3
     net = network(config)
     x = rng.normal(size=(2, 17, 16, 3))
     init = functools.partial(net.init, train=False)
@@ -153,8 +156,9 @@ def test_network_is_what_it_should_be_in_float64(layers):
 
 
 def test_head_begins_with_the_deviation_asked_for():
-    def kernel(**changes):
-        config = small(widths=(8, 8, 400), **changes)
+    def kernel(head_std=None):
+        config = small(widths=(8, 8, 400))
+        config.fastnet.head_std = head_std
         shape = jnp.zeros((1, 16, 16, 3))
         init = jax.jit(functools.partial(network(config).init, train=False))
         params = init(jax.random.key(0), shape)
@@ -163,3 +167,30 @@ def test_head_begins_with_the_deviation_asked_for():
     np.testing.assert_allclose(kernel(head_std=1.0).std(), 1, rtol=0.05)
     # PyTorch's default: uniform within one over the root of the inputs.
     assert 0.045 < np.abs(kernel()).max() <= 1 / 20
+
+
+def test_initialization_computes_the_first_layer_from_its_input():
+    images = np.random.default_rng(0).normal(size=(9, 16, 16, 3))
+    net = network(small())
+    init = jax.jit(functools.partial(net.init, train=False))
+    kernel = init(jax.random.key(0), jnp.float32(images))["frozen"]
+    np.testing.assert_allclose(
+        kernel["whitening"]["kernel"],
+        whitening_kernel(jnp.float32(images), epsilon=5e-4),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_small_images_are_enlarged():
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 1))
+    got = np.asarray(enlarge(jnp.float32(images)))
+    assert got.shape == (2, 32, 32, 1)
+    np.testing.assert_array_equal(got[:, ::4, 1::4], np.float32(images))
+    assert enlarge(got) is got
+
+
+def test_more_blocks_than_an_image_can_be_halved():
+    check_widths((8,) * 4, (1, 32, 32, 3))
+    with pytest.raises(UserError, match="32 pixels allow at most 4"):
+        check_widths((8,) * 5, (1, 32, 32, 3))

@@ -1,25 +1,27 @@
-"""Augmentation of the fast runs: what is drawn, and pixels against numpy."""
+"""Augmentation: what is drawn, and pixels against numpy."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from train.fast import augment
+from train import augment
 
 
 @functools.cache
 def program(flip):
-    draw = functools.partial(
-        augment.draw, flip=flip, translate=2, last_corner=(20, 9)
-    )
+    how = augment.Augmentation(padding=2, flip=flip, cutout=3)
+
+    def draw(index, seed, epoch):
+        return augment.draw(how, index, (23, 12, 3), seed=seed, epoch=epoch)
+
     return jax.jit(draw)
 
 
 def drawn(epoch, index=range(50), seed=0, flip="alternating"):
-    index = np.array(index, np.int32)
-    return program(flip)(jax.random.key(seed), index, epoch)
+    return program(flip)(np.array(index, np.int32), seed, epoch)
 
 
 def test_flips_alternate():
@@ -48,21 +50,35 @@ def test_draws_belong_to_the_example_and_cover_what_they_may():
     assert (np.asarray(drawn(1).offset) != np.asarray(drawn(0).offset)).any()
 
 
-def test_view_against_numpy():
+def test_batches_of_an_epoch_are_drawn_at_once():
+    index = np.arange(12).reshape(3, 4)
+    together = drawn(1, index)
+    for number, rows in enumerate(index):
+        for whole, part in zip(together, drawn(1, rows)):
+            np.testing.assert_array_equal(whole[number], part)
+
+
+@pytest.mark.parametrize("pad_mode", ["zeros", "reflect"])
+def test_pixels_against_numpy(pad_mode):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 7, 9, 3), np.uint8)
-    index = np.array([4, 0, 4, 5])
+    rows = np.array([4, 0, 4, 5])
     flip = np.array([True, False, False, True])
     offset = np.array([[3, -2], [0, 0], [-3, 1], [1, 3]])
-    got = augment.flip_and_translate(
-        images, *map(jnp.array, (index, flip, offset))
+    mean, std = (90.0, 100.0, 110.0), (50.0, 60.0, 70.0)
+    crop = functools.partial(
+        augment.crop_and_flip, pad_mode=pad_mode, mean=mean, std=std
     )
-    assert got.dtype == jnp.uint8
+    got = jax.jit(crop)(images, rows, offset, flip)
+    assert got.dtype == jnp.float32
+    mode = {"zeros": "constant", "reflect": "reflect"}[pad_mode]
     for i, (dy, dx) in enumerate(offset):
-        image = images[index[i]][:, :: -1 if flip[i] else 1]
-        padded = np.pad(image, ((3, 3), (3, 3), (0, 0)), "reflect")
+        image = (images[rows[i]] - np.array(mean)) / np.array(std)
+        padded = np.pad(image, ((3, 3), (3, 3), (0, 0)), mode)
         want = padded[3 + dy : 10 + dy, 3 + dx : 12 + dx]
-        np.testing.assert_array_equal(got[i], want)
+        if flip[i]:
+            want = want[:, ::-1]
+        np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-6)
 
 
 def test_blank_against_numpy():
