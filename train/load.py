@@ -19,7 +19,7 @@ from train.experiment import Experiment
 from train.files import as_user_error, exists, read_json, write_json
 from train.recipe import count_steps, make_recipe
 from train.schedules import make_schedule
-from train.state import abstract_state
+from train.state import Recipe, abstract_state
 from train.topology import Topology
 from train.trained_run import read_config, restore
 from train.workdir import with_advice
@@ -125,8 +125,23 @@ def load(run: str | pathlib.Path, *, best: bool = False) -> Trained:
       classes = trained.logits(images).argmax(-1)  # images: uint8 (N, 32, 32, 3)
     """
     run = pathlib.Path(run)
-    config = read_config(run)
-    preprocess = _read(run)
+    config, preprocess = read_config(run), read_preprocessing(run)
+    recipe, topology = inference_recipe(config, preprocess)
+    like = abstract_state(recipe, preprocess.image_shape, topology)
+    state, _ = restore(run, like, best=best)
+    return Trained(
+        model=recipe.model,
+        variables=state.variables,
+        preprocess=preprocess,
+        config=config,
+        step=int(state.step),
+    )
+
+
+def inference_recipe(
+    config: ConfigDict, preprocess: Preprocessing
+) -> tuple[Recipe, Topology]:
+    """Returns the recipe of a run on a single device, without its data."""
     # Of the data only sizes are read, and its pixels are known.
     blank = data.Split(
         np.zeros((1, *preprocess.image_shape), np.uint8),
@@ -141,19 +156,15 @@ def load(run: str | pathlib.Path, *, best: bool = False) -> Trained:
     schedule = make_schedule(
         config, steps=steps.total, steps_per_epoch=steps.per_epoch
     )
-    recipe = make_recipe(config, dataset, steps, schedule, topology)
-    like = abstract_state(recipe, preprocess.image_shape, topology)
-    state, _ = restore(run, like, best=best)
-    return Trained(
-        model=recipe.model,
-        variables=state.variables,
-        preprocess=preprocess,
-        config=config,
-        step=int(state.step),
-    )
+    return make_recipe(config, dataset, steps, schedule, topology), topology
 
 
-def _read(run: pathlib.Path) -> Preprocessing:
+def read_preprocessing(run: pathlib.Path) -> Preprocessing:
+    """Returns what `record` has written.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
     path = run / FILE
     if not exists(path):
         raise UserError(

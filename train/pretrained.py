@@ -1,0 +1,143 @@
+# ruff: noqa: E402
+"""Networks whose weights come with the repository.
+
+    python -m train.pretrained            # lists them
+    python -m train.pretrained RUN NAME   # adds that of a run
+
+Weights are stored in float16, and computed with in float32.
+"""
+
+from __future__ import annotations
+
+from train import clock, signals
+
+if __name__ == "__main__":
+    # Before the imports, which take seconds.
+    signals.exit_on_ctrl_c("train.pretrained")
+    clock.start("importing")
+
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_bytes
+
+from train import UserError, cli
+from train.files import (
+    as_user_error,
+    atomic_write,
+    exists,
+    read_json,
+    write_json,
+)
+from train.load import (
+    FILE,
+    Trained,
+    inference_recipe,
+    read_preprocessing,
+)
+from train.load import load as load_run
+from train.trained_run import read_config, use_devices
+from train.workdir import read_summary
+
+FOLDER = pathlib.Path(__file__).resolve().parent / "weights"
+WEIGHTS = "weights.safetensors"
+
+
+def names() -> list[str]:
+    """Returns the names of all networks."""
+    return sorted(path.parent.name for path in FOLDER.glob(f"*/{WEIGHTS}"))
+
+
+def load(name: str) -> Trained:
+    """Returns a network that comes with the repository.
+
+    Args:
+      name: one of `names`.
+
+    Returns:
+      Trained, with variables in float32.
+
+    Raises:
+      UserError: there is no such network.
+
+    Example:
+      trained = load("cifar10_resnet20")
+      classes = trained.logits(images).argmax(-1)  # images: uint8 (N, 32, 32, 3)
+    """
+    if name not in names():
+        raise UserError(
+            f"There is no network {name!r}; there are {', '.join(names())}."
+        )
+    folder = FOLDER / name
+    config, preprocess = read_config(folder), read_preprocessing(folder)
+    recipe, _ = inference_recipe(config, preprocess)
+    flat = {
+        path: jnp.asarray(leaf, jnp.float32)
+        for path, leaf in load_file(folder / WEIGHTS).items()
+    }
+    return Trained(
+        model=recipe.model,
+        variables=unflatten_dict(flat, sep="/"),
+        preprocess=preprocess,
+        config=config,
+        step=int(results(name)["steps"]),
+    )
+
+
+def results(name: str) -> dict[str, Any]:
+    """Returns the contents of summary.json of the run."""
+    return read_summary(FOLDER / name)
+
+
+def save(run: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes config, preprocessing, results and weights of a finished run.
+
+    Raises:
+      UserError: the run is not finished, or the folder cannot be written.
+    """
+    trained, summary = load_run(run), read_summary(run)
+    if not summary:
+        raise UserError(f"{run} has no summary.json: it is not finished.")
+    flat = flatten_dict(jax.device_get(trained.variables), sep="/")
+    weights = {path: leaf.astype(np.float16) for path, leaf in flat.items()}
+    with as_user_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", FILE):
+            write_json(folder / name, read_json(run / name))
+        write_json(folder / "summary.json", summary)
+        with atomic_write(folder / WEIGHTS) as file:
+            file.write(to_bytes(weights))
+
+
+def main(arguments: list[str]) -> None:
+    parser = cli.Parser(
+        "python -m train.pretrained", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "run", type=cli.folder, nargs="?", help="the --workdir of a run"
+    )
+    parser.add_argument("name", nargs="?", help="such as cifar10_resnet20")
+    given = parser.parse_args(arguments)
+    if given.run is None:
+        for name in names():
+            accuracy = results(name)["test_accuracy"]
+            print(f"{name}  test accuracy {accuracy:.2%}")
+        return
+    if not re.fullmatch(r"\w+", given.name or ""):
+        parser.error(f"NAME must consist of letters and _; got {given.name!r}")
+    use_devices(given.run)
+    folder = FOLDER / given.name
+    if exists(folder / WEIGHTS):
+        raise UserError(f"{folder} exists; remove it, or use another name.")
+    save(given.run, folder)
+    print(f"Wrote {folder}.")
+
+
+if __name__ == "__main__":
+    cli.run("train.pretrained", main)
