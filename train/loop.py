@@ -31,10 +31,17 @@ from train.weight_average import evaluate_average
 from train.workdir import check_name, open_workdir, read_summary
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: pathlib.Path, **options: Any
+) -> dict[str, Any]:
     """Trains a model and returns the contents of summary.json.
 
     A workdir with the same config is resumed from its last checkpoint.
+
+    Args:
+      config: config of the run.
+      workdir: directory of the run.
+      **options: further arguments of `Report`.
 
     Raises:
       UserError: the config is invalid, with what to change.
@@ -50,7 +57,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
                 open_workdir(workdir, config)
                 load.record(workdir, experiment.dataset, experiment.recipe)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
-            return _train(config, workdir, experiment, checkpoints, started)
+            return _train(
+                config, workdir, experiment, checkpoints, started, options
+            )
 
 
 def _train(
@@ -59,6 +68,7 @@ def _train(
     experiment: Experiment,
     checkpoints: Checkpoints,
     started: float,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """Trains in a workdir that is locked."""
     topology, dataset, steps, _, recipe = experiment
@@ -86,6 +96,7 @@ def _train(
             epochs=config.epochs,
             images_per_epoch=steps * config.batch_size,
             done=progress.epoch,
+            **options,
         ) as report,
         Interrupt(jax.process_count()) as interrupt,
         Trace(workdir / "profile" if profile else None, report.say) as trace,

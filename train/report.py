@@ -60,6 +60,7 @@ class Report:
       images_per_epoch: number of training images per epoch.
       done: number of completed epochs; later records, left by a crash, are
         dropped.
+      label: begins each line and the progress bar, such as "seed 3/5".
 
     Raises:
       UserError: the existing records are damaged, lack the result of a
@@ -73,6 +74,7 @@ class Report:
         epochs: int,
         images_per_epoch: int,
         done: int,
+        label: str = "",
     ):
         self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
@@ -94,8 +96,10 @@ class Report:
                 self._write_records()
         self._events: EventsWriter | None = None  # created with the first epoch
         self._epochs = epochs
+        self._label = label and f"{label} "
         self._live = output.is_terminal()
         self._bar = tqdm.tqdm(
+            desc=label or None,
             total=epochs * images_per_epoch,
             initial=done * images_per_epoch,
             unit=" images",
@@ -127,8 +131,10 @@ class Report:
 
     def say(self, line: str) -> None:
         """Prints a line, above the progress bar if there is one."""
+        line = self._label + line
         if self._live:
-            self._to_terminal(self._bar.write, line, file=sys.stdout)
+            wrapped = output.wrap(line)
+            self._to_terminal(self._bar.write, wrapped, file=sys.stdout)
         else:
             output.say(line)
 
@@ -149,7 +155,9 @@ class Report:
             self._bar.unpause()
 
     def _describe(self, text: str) -> None:
-        self._to_terminal(self._bar.set_description_str, text)
+        self._to_terminal(
+            self._bar.set_description, f"{self._label}{text}".strip()
+        )
 
     def advance(self, images: int) -> None:
         """Moves the progress bar."""
@@ -170,10 +178,10 @@ class Report:
         draw(self.records, self._workdir / "curves.png")
         self.say(
             f"epoch {record['epoch']}/{self._epochs}"
-            f"  train loss {record['train_loss']:.4f}"
-            f" accuracy {record['train_accuracy']:.2%}"
-            f"  test loss {record['test_loss']:.4f}"
-            f" accuracy {record['test_accuracy']:.2%}"
+            f"  train {record['train_loss']:.4f}"
+            f" {record['train_accuracy']:.2%}"
+            f"  test {record['test_loss']:.4f}"
+            f" {record['test_accuracy']:.2%}"
             f"  {record['images_per_second']:,.0f} images/s"
         )
 

@@ -14,10 +14,17 @@ from train.files import as_user_error, exists, refuse_links, write_json
 from train.workdir import open_workdir, read_summary
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: pathlib.Path, **options: Any
+) -> dict[str, Any]:
     """Trains with config.seeds seeds, each in its own subdirectory.
 
     Finished seeds are not trained again, so seeds can be added to a workdir.
+
+    Args:
+      config: config of the runs.
+      workdir: directory of the runs.
+      **options: further arguments of `Report`.
 
     Returns:
       The contents of summary.json: accuracies of all seeds, their mean, and
@@ -28,10 +35,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       Stopped: a signal was received; the state is saved.
     """
     with lock.locked(workdir):
-        return _train(config, workdir)
+        return _train(config, workdir, options)
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def _train(
+    config: ConfigDict, workdir: pathlib.Path, options: dict[str, Any]
+) -> dict[str, Any]:
     """Trains in a workdir that is locked."""
     with processes.sync_errors():
         if processes.is_main() and exists(workdir / "config.json"):
@@ -41,10 +50,11 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             )
     seeds = range(config.seed, config.seed + config.seeds)
     summaries = []
-    for seed in seeds:
+    for i, seed in enumerate(seeds, 1):
         one = copy.deepcopy(config)
         one.seed, one.seeds = seed, 1
-        summaries.append(_train_one(one, workdir / f"seed-{seed}"))
+        named = {**options, "label": f"seed {i}/{len(seeds)}"}
+        summaries.append(_train_one(one, workdir / f"seed-{seed}", named))
     accuracies = [each["test_accuracy"] for each in summaries]
     summary = {
         "seeds": list(seeds),
@@ -62,7 +72,9 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     return summary
 
 
-def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def _train_one(
+    config: ConfigDict, workdir: pathlib.Path, options: dict[str, Any]
+) -> dict[str, Any]:
     def done() -> dict[str, Any] | None:
         open_workdir(workdir, config)
         return read_summary(workdir)
@@ -72,4 +84,4 @@ def _train_one(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             refuse_links(workdir)
     with lock.locked(workdir):
         summary = processes.broadcast_from_main(done)
-    return summary or loop.train(config, workdir)
+    return summary or loop.train(config, workdir, **options)
