@@ -69,7 +69,11 @@ class EpochRunner:
         """
         config, (topology, dataset, *_) = self._config, self._experiment
         size, epoch = config.batch_size, progress.epoch
-        meter = Meter(progress.sums)
+        meter = Meter(
+            progress.sums,
+            step=epoch * self._experiment.steps + progress.batch,
+            fetched=self._report.step,
+        )
         batch_number, images = progress.batch, 0
         started, compiled = time.monotonic(), self._timer.spent("compile")
         batches = batching.train_batches(
@@ -135,7 +139,7 @@ class EpochRunner:
         ):
             batch = topology.put(rows, size, stacked=count > 1)
             state, sums = self._train_steps[count](state, batch, epoch)
-            meter.add(sums)
+            meter.add(sums, count)
         return state
 
     def test(self, params: Any, batch_stats: Any) -> tuple[float, float]:

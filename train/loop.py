@@ -14,6 +14,7 @@ from train import (
     clock,
     load,
     lock,
+    networks,
     processes,
 )
 from train.checkpoint import Checkpoints, Progress
@@ -96,6 +97,8 @@ def _train(
             epochs=config.epochs,
             images_per_epoch=steps * config.batch_size,
             done=progress.epoch,
+            step=progress.epoch * steps + progress.batch,
+            title=f"{networks.title(config)} on {config.dataset}",
             **options,
         ) as report,
         Interrupt(jax.process_count()) as interrupt,
