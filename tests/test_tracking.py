@@ -1,6 +1,8 @@
 """Curves, TensorBoard events and Weights & Biases of a run."""
 
 import struct
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tests.helpers.recipes import small_config
-from train import epoch, learning_curves, loop, report
+from tests.helpers.runs import end, one_line, start
+from train import UserError, epoch, learning_curves, loop, report, wandb_run
 from train.meter import MAX_IN_FLIGHT, Meter
 from train.state import Sums
 
@@ -161,3 +164,117 @@ def test_resumed_run_has_no_point_twice(tmp_path, monkeypatch):
     assert resumed == whole
     steps = [step for tag, step, _ in whole if tag == "train/step_loss"]
     assert steps == [2, 4, 6, 8, 10, 12]
+
+
+# Weights & Biases
+
+
+class FakeWandb(types.ModuleType):
+    """Keeps the runs that are started, and what is logged to them."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs = []
+
+    def init(self, **given):
+        run = types.SimpleNamespace(given=given, logged=[], ended=None)
+        run.log = lambda values, step: run.logged.append((step, values))
+        run.finish = lambda exit_code: setattr(run, "ended", exit_code)
+        self.runs.append(run)
+        return run
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_continues_the_run_of_a_resumed_one(tmp_path, wandb):
+    (tmp_path / "config.json").write_text('{"depth": 8}')
+    with open_report(tmp_path) as made:  # without
+        made.add(record_of(1, 4))
+    with open_report(tmp_path, wandb="norms", done=1, step=4) as made:
+        made.step(10, sums_of(1.0))
+        made.add(record_of(2, 8))
+        made.add(record_of(3, 12))  # not in a checkpoint yet when it crashes
+    with (
+        pytest.raises(UserError, match="crashed"),
+        open_report(tmp_path, wandb="norms", done=2, step=8) as made,
+    ):
+        made.add(record_of(3, 12))
+        made.add(record_of(4, 16, test_accuracy=0.75))
+        raise UserError("crashed")
+    first, second = wandb.runs
+    assert first.given["id"] == second.given["id"]
+    assert first.given["resume"] == second.given["resume"] == "allow"
+    assert first.given["project"] == "norms"
+    assert first.given["config"] == {"depth": 8}
+    assert first.given["name"] == tmp_path.name
+    assert [step for step, _ in first.logged] == [4, 8, 12]
+    assert [step for step, _ in second.logged] == [16]
+    want = record_of(4, 16, test_accuracy=0.75)
+    del want["step"]
+    assert second.logged == [(16, want)]
+    assert (first.ended, second.ended) == (0, 1)
+    with open_report(tmp_path, wandb="another", done=2, step=8):
+        pass
+    assert wandb.runs[2].given["id"] != first.given["id"]
+    assert [step for step, _ in wandb.runs[2].logged] == [4, 8]
+
+
+def test_wandb_that_cannot_finish_is_a_warning(tmp_path, wandb):
+    def fails(**_):
+        raise RuntimeError("no network")
+
+    with (
+        pytest.warns(UserWarning, match="--wandb: no network"),
+        open_report(tmp_path, wandb="norms") as made,
+    ):
+        wandb.runs[0].finish = fails
+        made.add(record_of(1, 4))
+    assert (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_wandb_groups_seeds(tmp_path, wandb):
+    run = tmp_path / "five" / "seed-3"
+    run.mkdir(parents=True)
+    with open_report(run, wandb="norms", label="seed 3/5"):
+        pass
+    (made,) = wandb.runs
+    assert made.given["group"] == "five" and made.given["name"] == "five-seed-3"
+
+
+def test_wandb_that_cannot_start(tmp_path, wandb, monkeypatch):
+    def refuses(**_):
+        raise RuntimeError("api_key not configured\n(no-tty).")
+
+    monkeypatch.setattr(wandb, "init", refuses)
+    message = r"--wandb=norms: api_key not configured \(no-tty\)\. WANDB_MODE="
+    with pytest.raises(UserError, match=message):
+        open_report(tmp_path, wandb="norms")
+    (tmp_path / "wandb.json").write_text('{"project": "norms", "id": 5}')
+    with pytest.raises(UserError, match="is damaged: id is 5. Remove it to"):
+        open_report(tmp_path, wandb="norms")
+    (tmp_path / "wandb.json").unlink()
+    (tmp_path / "wandb").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="wandb is a symbolic link, and"):
+        open_report(tmp_path, wandb="norms")
+
+
+def test_without_the_package_it_is_one_line(tmp_path):
+    missing = "import sys; sys.modules['wandb'] = None"
+    code, out, error = end(
+        start(tmp_path / "run", "--wandb=norms", patch=missing)
+    )
+    assert code == 1 and out == ""
+    assert one_line(error).startswith("--wandb needs the package wandb (")
+    assert one_line(error).endswith("pip install wandb")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_that_name_is_no_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    with pytest.raises(UserError, match="needs the package wandb: pip install"):
+        wandb_run.require()

@@ -1,4 +1,4 @@
-"""Reports progress: console, metrics.jsonl, TensorBoard and a plot."""
+"""Reports progress: console, metrics.jsonl, plot, TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from train.events import Events
 from train.files import as_user_error, write_text
 from train.learning_curves import draw_run
 from train.state import Sums
+from train.wandb_run import WandbRun
 from train.workdir import missing_epochs, read_records
 
 STEPS = 10  # at least, between two losses of steps in TensorBoard
@@ -61,6 +62,7 @@ class Report:
         dropped.
       step: number of completed steps; later TensorBoard events are dropped.
       title: of the plot.
+      wandb: project of Weights & Biases to log to as well, or None.
       label: begins each line and the progress bar, such as "seed 3/5".
 
     Raises:
@@ -77,6 +79,7 @@ class Report:
         done: int,
         step: int = 0,
         title: str = "",
+        wandb: str | None = None,
         label: str = "",
     ):
         self._workdir = workdir
@@ -101,6 +104,12 @@ class Report:
         self._epochs, self._title = epochs, title
         self._logged = step  # newest step whose loss is in TensorBoard
         self._label = label and f"{label} "
+        self._wandb: WandbRun | None = None
+        if wandb is not None:
+            group = workdir.absolute().parent.name if label else ""
+            self._wandb = WandbRun(
+                wandb, workdir, records=self.records, group=group
+            )
         self._live = output.is_terminal()
         self._bar = tqdm.tqdm(
             desc=label or None,
@@ -122,6 +131,8 @@ class Report:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._to_terminal(self._bar.close)
         clock.below_bar(False)
+        if self._wandb is not None:
+            self._wandb.finish(failed=kind is not None)
         try:
             self._events.close()
         except OSError as error:
@@ -191,6 +202,8 @@ class Report:
         }
         self._events.write(int(record["step"]), scalars)
         self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log(record)
         draw_run(self.records, self._workdir / "curves.png", self._title)
         self.say(
             f"epoch {record['epoch']}/{self._epochs}"
