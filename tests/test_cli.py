@@ -9,6 +9,14 @@ from configs import defaults
 from tests.helpers.command_line import run
 
 
+def lines_of(out):
+    """What was printed, unwrapped; each line had at most 80 columns."""
+    for line in out.splitlines():
+        assert len(line) <= 80 or "/" in line, line
+    lines = re.sub(r"\n +", " ", out).splitlines()
+    return [line for line in lines if not line.startswith("compiled in ")]
+
+
 def test_quick_start_from_anywhere(tmp_path):
     done = run(
         "--config.epochs=1",
@@ -17,12 +25,16 @@ def test_quick_start_from_anywhere(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    first, epoch, times, last = done.stdout.splitlines()
+    first, epoch, times, last = lines_of(done.stdout)
     assert first.startswith(
         "ResNet-8 (4,934 parameters) on digits: 128 training and 360 test"
     )
     assert "over 4 cpu devices" in first
-    assert epoch.startswith("epoch 1/1  train loss ")
+    assert re.fullmatch(
+        r"epoch 1/1  train \d+\.\d{4} \d+\.\d\d%  test \d+\.\d{4} "
+        r"\d+\.\d\d%  [\d,]+ images/s",
+        epoch,
+    )
     assert re.fullmatch(r"time: (\w+ \d+\.\d%(, )?){6}", times)
     assert last.startswith("test accuracy ")
     assert done.stderr == ""
@@ -34,7 +46,12 @@ def test_quick_start_from_anywhere(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0].split()[:4] == ["layer", "kind", "sync", "over"]
     assert lines[1].split()[:4] == ["BatchNorm_0", "jaxbn", "data", "64"]
-    assert len(lines[1:8]) == 7 and not lines[8]  # then the legend
+    assert len(lines[1:8]) == 7 and not lines[8]
+    assert lines[9].split()[:3] == ["layer", "z", "KL"]
+    assert not lines[17] and lines[18].startswith("sync: ")  # the legend
+    assert "\ndoctor.png, layers from left to right" in done.stdout
+    assert lines[-1] == f"Wrote {workdir / 'doctor.png'}."
+    assert all(len(line) <= 80 for line in lines[:-1])
     assert "\nOver 2 batches the model's output differs" in done.stdout
     # Two steps with momentum 0.9 are not enough, and it says so.
     assert "have not converged" in done.stdout
@@ -100,6 +117,39 @@ def test_help_shows_every_field():
         assert f"--config.{name}" in done.stdout
     assert "--coordinator: HOST:PORT" in done.stdout
     assert "arguments.py" not in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    for name in ("evaluate", "compare", "doctor", "export", "why"):
+        assert re.search(
+            rf"^  python -m train\.{name} +[A-Z]", done.stdout, re.M
+        )
+    assert "python -m train " not in done.stdout.partition("Other pro")[2]
+    assert "--list: " in done.stdout and "--config:" in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--list", "--config=nothing.py --list"])
+def test_list_of_configs(flag):
+    done = run(*flag.split())
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    digits, *_ = done.stdout.split("\n\n")
+    assert digits.splitlines()[:3] == [
+        "configs/digits.py",
+        "  ResNet-8 on scikit-learn's handwritten digits: no download.",
+        "  98.1 to 98.6% on the 360 test images (seeds 0 to 3) in about 20 s on "
+        "two CPU",
+    ]
+    assert "  The paper reports 91.25%. Not yet" in done.stdout
+    assert "\n  28-10  96.00%  " in done.stdout
+    names = set(re.findall(r"^configs/(.*)$", done.stdout, re.M))
+    assert {"resnet_cifar.py", "large_batch.py"} <= names
+    assert not {"defaults.py", "arguments.py", "ranges.py"} & names
+
+
+@pytest.mark.parametrize("name", ["evaluate", "compare", "doctor", "export"])
+def test_help_of_the_other_programs(name):
+    done = run("--help", module=f"train.{name}")
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
 
 
 def test_the_doctor_of_no_run(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 
 import flax.linen as nn
 import jax
@@ -197,8 +198,11 @@ def test_it_prints_where_standard_output_goes_now(batches):
         doctor.examine(model, variables, batches[:2], quiet=True)
     assert out.getvalue() == f"{report}\n"
     # The table explains its columns.
-    table, _, legend = str(report).partition("\n\n")
-    legend = legend.partition("\n\n")[0]
-    for column in table.splitlines()[0].split():
-        if column not in ("layer", "kind", "channels"):
-            assert column in legend
+    layers, health, legend, *_ = str(report).split("\n\n")
+    for table in (layers, health):
+        for column in table.splitlines()[0].split():
+            if column not in ("layer", "kind"):
+                assert re.search(
+                    rf"(^|[ ]){re.escape(column)}[,:]", legend, re.M
+                )
+    assert all(len(line) <= 80 for line in str(report).splitlines())

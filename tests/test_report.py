@@ -4,7 +4,59 @@ import json
 import time
 
 from tests.helpers.recipes import small_config
-from train import loop
+from train import loop, output, report, seeds
+
+RECORD = {
+    **{"epoch": 164, "step": 640, "learning_rate": 0.1, "skipped": 0},
+    **{"train_loss": 2.2733, "train_accuracy": 0.179, "test_loss": 1.7606},
+    **{"test_accuracy": 0.5556, "images_per_second": 5304.2},
+}
+
+
+def open_report(path, **options):
+    given = {"epochs": 200, "images_per_epoch": 10, "done": 0, **options}
+    return report.Report(path, **given)
+
+
+def test_an_epoch_fits_a_line(tmp_path, capsys):
+    with open_report(tmp_path, label="seed 3/5") as made:
+        made.add(RECORD)
+    assert capsys.readouterr().out == (
+        "seed 3/5 epoch 164/200  train 2.2733 17.90%  test 1.7606 55.56%  "
+        "5,304 images/s\n"
+    )
+
+
+def test_lines_are_wrapped_between_words(capsys):
+    path = "/" + "x" * 90
+    output.say(f"results of all of the seeds that were trained are in {path}")
+    output.say("  " + "word " * 16 + "end")
+    output.say("- " + "a-b " * 25 + "\nshort")
+    assert capsys.readouterr().out.splitlines() == [
+        "results of all of the seeds that were trained are in",
+        "  " + path,
+        ("  " + "word " * 15).rstrip(),
+        "    word end",
+        ("- " + "a-b " * 19).rstrip(),
+        ("  " + "a-b " * 6).rstrip(),
+        "short",
+    ]
+
+
+def test_every_line_names_its_seed(tmp_path, capsys):
+    seeds.train(small_config(epochs=1, seeds=2, seed=5), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    begun = [line for line in lines if not line.startswith("  ")]
+    assert all(len(line) <= 80 for line in lines)
+    for i in (1, 2):
+        name = f"seed {i}/2 "
+        mine = [
+            line.removeprefix(name) for line in begun if line.startswith(name)
+        ]
+        assert mine[0].startswith("ResNet-8 ")
+        assert mine[-2].startswith("epoch 1/1  train ")
+        begun = begun[len(mine) :]
+    assert not begun
 
 
 def test_speed_leaves_compilation_out(tmp_path, monkeypatch):

@@ -60,6 +60,17 @@ def _define() -> None:
         "With several processes, seconds without progress after which each of "
         "them exits with code 75, because one hangs; 0 disables.",
     )
+    flags.DEFINE_string(
+        "wandb",
+        None,
+        "Project of Weights & Biases to log to as well; needs pip install "
+        "wandb. WANDB_MODE=offline logs to the workdir alone.",
+    )
+    flags.register_validator(
+        "wandb",
+        lambda project: project != "",
+        message="must be the name of a project",
+    )
     flags.register_validator(
         "stall_limit",
         lambda seconds: 0 <= seconds < math.inf,
@@ -84,7 +95,7 @@ def main(config: ConfigDict) -> None:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     warnings.formatwarning = lambda message, *_, **__: f"train: {message}\n"
     # Not before the number of devices is set.
-    from train import distributed, loop, processes, seeds
+    from train import distributed, loop, processes, seeds, wandb_run
     from train.summary import versions
 
     given = flags.FLAGS
@@ -105,8 +116,13 @@ def main(config: ConfigDict) -> None:
             )
     processes.check_consistent(config, versions())
     _log.use(workdir)
+    with processes.sync_errors():
+        if given.wandb is not None and processes.is_main():
+            wandb_run.require()
     several = config.seeds > 1
-    summary = (seeds if several else loop).train(config, workdir)
+    summary = (seeds if several else loop).train(
+        config, workdir, wandb=given.wandb
+    )
     if not processes.is_main():
         return
     deviation = ""

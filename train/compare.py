@@ -21,13 +21,16 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from train import UserError, cli
+from train import UserError, cli, output
 from train.learning_curves import draw
 from train.run_groups import Group, Run, grouped, read
 
 
 def table(groups: list[Group], differ: list[str]) -> str:
-    """Formats the groups as a text table."""
+    """Formats the groups as a text table.
+
+    One wider than the output is cut between columns, below each other.
+    """
     averaged = any("average_test_accuracy" in _last(g.runs[0]) for g in groups)
     head = ["run", *differ, "seeds", "epochs", "accuracy %", "loss"]
     head += ["average's %"] if averaged else []
@@ -47,7 +50,23 @@ def table(groups: list[Group], differ: list[str]) -> str:
         row.append(_spread(runs, "seconds", "{:,.0f}"))
         row.append(" ".join(sorted({_devices(run) for run in runs})))
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    first, *columns = zip(*rows)
+    parts = [[first]]
+    for column in columns:
+        if parts[-1][1:] and _width([*parts[-1], column]) > output.WIDTH:
+            parts.append([first])
+        parts[-1].append(column)
+    return "\n\n".join(map(_aligned, parts))
+
+
+def _width(columns: list[tuple[str, ...]]) -> int:
+    return sum(max(map(len, each)) + 2 for each in columns) - 2
+
+
+def _aligned(columns: list[tuple[str, ...]]) -> str:
+    """Formats columns side by side, with two spaces between them."""
+    widths = [max(map(len, each)) for each in columns]
+    rows = zip(*columns)
     return "\n".join(
         "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
     )

@@ -28,6 +28,16 @@ from train.files import as_user_error, atomic_write
 from train.step import augmented_images
 from train.trained_run import TrainedRun, load, use_devices
 
+# How to read it, after the legend of the table.
+_PICTURE = """\
+doctor.png, layers from left to right in the order of the network:
+- top: z of the table; near 0 the running mean is that of the data. A median
+  far from 0 has not converged, or is of other data.
+- middle: gap and noise of the table (noise as "with exact statistics"). What
+  the gap exceeds the noise by comes from the running statistics.
+- bottom: |scale| of the channels; box: quartiles, line: median. Channels near 0
+  pass nothing on."""
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -135,7 +145,7 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--batches must be at least 1; got {given.batches}")
     use_devices(given.run)
     examine(given.run, given.batches, data_dir=given.data_dir)
-    print(f"Wrote {given.run / 'doctor.png'}.")
+    print(f"\n{_PICTURE}\nWrote {given.run / 'doctor.png'}.")
 
 
 if __name__ == "__main__":

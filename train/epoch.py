@@ -64,8 +64,12 @@ class EpochRunner:
         if not self._images:  # after a record
             self._since = time.monotonic()
         epoch, steps = progress.epoch, self._experiment.steps
-        meter = Meter(progress.sums)
         batch = progress.batch
+        meter = Meter(
+            progress.sums,
+            step=epoch * steps.per_epoch + batch,
+            fetched=self._report.step,
+        )
         feeds = self._pipeline.train_feeds(
             seed=self._config.seed,
             epoch=epoch,
@@ -133,7 +137,7 @@ class EpochRunner:
         with self._timer.measure("steps"), self._trace.step(meter.sums):
             seed, number = np.int32(self._config.seed), np.int32(epoch)
             state, sums = program(state, feed, seed, number)
-            meter.add(sums)
+            meter.add(sums, size)
         return state
 
     def _read(

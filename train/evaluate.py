@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import pathlib
 from typing import Any
 
-from train import UserError, cli, data
+from train import UserError, cli, data, output
 from train.confusion import make_counter, metrics
 from train.files import as_user_error, write_json
 from train.trained_run import TrainedRun, load, use_devices
@@ -77,7 +77,7 @@ def evaluate(
         )
         again = metrics(count({**state.variables, "batch_stats": stats}))
         found["precise"] = {"batches": read, **again}
-    print(format_result(found, config.dataset))
+    print(output.wrap(format_result(found, config.dataset)))
     with as_user_error(run):
         write_json(run / "evaluation.json", found)
     return found

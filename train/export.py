@@ -31,7 +31,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from jaxbn.fold import Folded, fold
-from train import UserError, cli
+from train import UserError, cli, output
 from train.files import (
     as_user_error,
     atomic_write,
@@ -116,10 +116,11 @@ def main(arguments: list[str]) -> None:
         refuse_links(out)  # the workdir may not be trusted
     use_devices(given.run)
     about = export(load(given.run, best=given.best), out)
-    print(
+    line = (
         f"Step {about['step']} is in {out}; folding changed logits by at most "
         f"{about['largest_difference']:.1e} of the largest."
     )
+    print(output.wrap(line))
 
 
 if __name__ == "__main__":

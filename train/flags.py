@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs.ranges import RANGES
-from train import UserError, config_checks, config_files, output
+from train import UserError, config_checks, config_files, descriptions, output
 from train.config_files import CONFIGS
 from train.workdir import check_name
 
@@ -56,8 +56,12 @@ def parse(
             sys_argv=argv,
         )
         define()
+        flags.DEFINE_bool("list", False, "Lists the configs of configs/.")
         if any(re.fullmatch(r"--?h(elp\w*)?", word) for word in argv):
             _help(doc, fields)
+        if {"--list", "-list"} & {*argv}:
+            print(descriptions.configs(fields))
+            sys.exit(0)
         file = _config_file(argv)
         if file is not None:
             config_files.check(file, fields)
@@ -121,11 +125,12 @@ def _help(doc: str | None, fields: ModuleType) -> NoReturn:
     body = pathlib.Path(fields.__file__ or "").read_text()
     body = body.partition("config = ConfigDict()\n")[2]
     body = body.partition("    return config")[0].strip("\n")
-    kept = (line for line in body.splitlines() if "ConfigDict()" not in line)
-    print("\nConfig fields and their defaults:\n")
-    print(
-        re.sub(r"^(\s*)config\.", r"\1--config.", "\n".join(kept), flags=re.M)
+    body = re.sub(r"^.*ConfigDict\(\)\n", "", body, flags=re.M)
+    body = re.sub(
+        r"^ *config\.", "--config.", textwrap.dedent(body), flags=re.M
     )
+    print("\nConfig fields and their defaults:\n")
+    print(textwrap.indent(body, "  "))
     # No line breaks within an interval.
     space = "\N{NO-BREAK SPACE}"
     numbers = ", ".join(
@@ -135,9 +140,10 @@ def _help(doc: str | None, fields: ModuleType) -> NoReturn:
     )
     numbers = textwrap.fill(numbers, 76).replace(space, " ")
     print(f"\nRanges:\n\n{textwrap.indent(numbers, '  ')}")
-    print(
-        f"\nIn configs/: {config_files.names_for(fields)}. Each begins with its command."
-    )
+    names = f"In configs/: {config_files.names_for(fields)}; --list says more."
+    print(f"\n{output.wrap(names)}")
+    print("\nOther programs; --help lists their arguments:\n")
+    print(textwrap.indent(descriptions.programs(besides=sys.argv[0]), "  "))
     sys.exit(0)
 
 

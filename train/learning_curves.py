@@ -1,4 +1,4 @@
-"""Plots the learning curves of groups of runs."""
+"""Plots the learning curves of a run, and of groups of runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,60 @@ from train.run_groups import Group
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
+
+
+def draw_run(
+    records: list[dict[str, float]], path: pathlib.Path, title: str = ""
+) -> None:
+    """Plots loss and accuracy of a run over epochs to a PNG.
+
+    Args:
+      records: records of all epochs.
+      path: the PNG.
+      title: such as "ResNet-20 on cifar10".
+
+    Raises:
+      OSError: path cannot be written.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure.suptitle(title)
+    for axis, key, unit, form, label in zip(
+        axes,
+        ("loss", "accuracy"),
+        (1, 100),
+        ("{:.4f}", "{:.2f}%"),
+        ("loss (nats)", "accuracy (%)"),
+    ):
+        _run_curves(axis, records, key, unit, form)
+        axis.set(xlabel="epoch", ylabel=label)
+    try:
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png", dpi=150)
+    finally:
+        plt.close(figure)
+
+
+def _run_curves(
+    axis: plt.Axes,
+    records: list[dict[str, float]],
+    key: str,
+    unit: float,
+    form: str,
+) -> None:
+    """Plots a metric in training and on the test split, with its last value."""
+    epochs = [record["epoch"] for record in records]
+    marker = "." if len(epochs) < 30 else ""
+    for split, color in (("train", "C0"), ("test", "C1")):
+        values = [unit * record[f"{split}_{key}"] for record in records]
+        label = f"{split}, last {form.format(values[-1])}"
+        axis.plot(epochs, values, color=color, marker=marker, label=label)
+        axis.plot(epochs[-1], values[-1], "o", color=color)
+    axis.set_xlim(0, 1.05 * epochs[-1])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.grid(alpha=0.3)
+    corner = "upper right" if key == "loss" else "lower right"
+    axis.legend(loc=corner if len(epochs) > 2 else "best")
 
 
 def draw(groups: list[Group], path: pathlib.Path) -> None:
@@ -31,6 +85,8 @@ def draw(groups: list[Group], path: pathlib.Path) -> None:
         _curve(loss, group, "train_loss", 1, color, ":")
         _curve(loss, group, "test_loss", 1, color, "-", group.label)
         _curve(accuracy, group, "test_accuracy", 100, color, "-", group.label)
+    for axis in (loss, accuracy):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     loss.set(xlabel="epoch", ylabel="loss (nats); dotted: in training")
     loss.set_yscale("log")
     accuracy.set(xlabel="epoch", ylabel="test accuracy (%)")

@@ -14,6 +14,7 @@ from train import (
     clock,
     load,
     lock,
+    networks,
     processes,
 )
 from train.checkpoint import Checkpoints, Progress
@@ -36,7 +37,10 @@ from train.workdir import (
 
 
 def train(
-    config: ConfigDict, workdir: pathlib.Path, session: Session | None = None
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    session: Session | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Trains a model and returns the contents of summary.json.
 
@@ -44,9 +48,10 @@ def train(
 
     Args:
       config: config of the run.
-      workdir: where results are written to.
+      workdir: directory of the run.
       session: result of `make_session` for a config that differs only in the
         seed; None makes one.
+      **options: further arguments of `Report`.
 
     Raises:
       UserError: the config is invalid, with what to change.
@@ -61,7 +66,9 @@ def train(
                 open_workdir(workdir, config)
                 load.record(workdir, session.experiment)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
-            return _train(config, workdir, session, checkpoints, started)
+            return _train(
+                config, workdir, session, checkpoints, started, options
+            )
 
 
 def _train(
@@ -70,6 +77,7 @@ def _train(
     session: Session,
     checkpoints: Checkpoints,
     started: float,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """Trains in a workdir that is locked."""
     experiment, _, programs = session
@@ -80,8 +88,12 @@ def _train(
         found = checkpoints.restore(programs.abstract_state)
     if found:
         state, progress = found
+    done = min(
+        progress.epoch * steps.per_epoch + progress.batch, steps.total
+    )
+    if found:
         summary = processes.broadcast_from_main(lambda: read_summary(workdir))
-        if _steps_done(progress, session) >= steps.total and summary:
+        if done == steps.total and summary:
             return summary
     timer = Timer()
     kind = Report if main else NullReport
@@ -93,7 +105,10 @@ def _train(
             tested=tested,
             done=progress.epoch,
             images=steps.total * size,
-            images_done=_steps_done(progress, session) * size,
+            images_done=done * size,
+            step=done,
+            title=f"{networks.title(config)} on {config.dataset}",
+            **options,
         ) as report,
         Interrupt(jax.process_count()) as interrupt,
         Trace(workdir / "profile" if profile else None, report.say) as trace,
@@ -154,7 +169,3 @@ def _train(
 
     return processes.broadcast_from_main(summary)
 
-
-def _steps_done(progress: Progress, session: Session) -> int:
-    steps = session.experiment.steps
-    return min(progress.epoch * steps.per_epoch + progress.batch, steps.total)

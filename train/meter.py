@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -19,10 +20,22 @@ class Meter:
 
     Args:
       start: sums over earlier batches.
+      step: number of steps before.
+      fetched: called with the step and sums of each dispatch, in order, once
+        they are on the host; causes no transfer or wait of its own.
     """
 
-    def __init__(self, start: tuple[float, ...] = (0.0,) * len(Sums._fields)):
-        self._in_flight: collections.deque[Sums] = collections.deque()
+    def __init__(
+        self,
+        start: tuple[float, ...] = (0.0,) * len(Sums._fields),
+        *,
+        step: int = 0,
+        fetched: Callable[[int, Sums], object] = lambda step, sums: None,
+    ):
+        self._in_flight: collections.deque[tuple[int, Sums]] = (
+            collections.deque()
+        )
+        self._step, self._fetched = step, fetched
         self._total = np.array(start, np.float64)
 
     @property
@@ -30,13 +43,18 @@ class Meter:
         """Completed batches whose loss or gradient is not finite."""
         return int(Sums(*self._total).nonfinite)
 
-    def add(self, sums: Sums) -> None:
-        self._in_flight.append(sums)
+    def add(self, sums: Sums, steps: int = 1) -> None:
+        """Adds the sums over the next steps."""
+        self._in_flight.append((steps, sums))
         if len(self._in_flight) > MAX_IN_FLIGHT:
             self._collect_oldest()
 
     def _collect_oldest(self) -> None:
-        self._total += np.array(jax.device_get(self._in_flight.popleft()))
+        steps, sums = self._in_flight.popleft()
+        values = jax.device_get(sums)
+        self._total += np.array(values)
+        self._step += steps
+        self._fetched(self._step, values)
 
     def sums(self) -> tuple[float, ...]:
         """Waits for all steps; returns the sums as Python floats."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import threading
+
+WIDTH = 80  # columns of a printed line
 
 
 def guard() -> None:
@@ -35,10 +38,28 @@ def _main_thread_only(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def say(line: str) -> None:
-    """Prints and flushes a line; output errors are reported once."""
+def wrap(text: str) -> str:
+    """Wraps the lines of a text at WIDTH columns; paths are not broken."""
+
+    def wrapped(line: str) -> str:
+        if len(line) <= WIDTH:
+            return line
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        return textwrap.fill(
+            line,
+            WIDTH,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+    return "\n".join(map(wrapped, text.split("\n")))
+
+
+def say(text: str) -> None:
+    """Prints and flushes wrapped lines; output errors are reported once."""
     try:
-        print(line, flush=True)
+        print(wrap(text), flush=True)
     except OSError as error:
         lost(error)
 

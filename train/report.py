@@ -1,28 +1,25 @@
-"""Reports progress: console, metrics.jsonl, TensorBoard and a plot."""
+"""Reports progress: console, metrics.jsonl, plot, TensorBoard and W&B."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import pathlib
-import secrets
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
-import matplotlib
 import tqdm
-from tensorboardX import summary as tensorboard
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
 
 from train import UserError, clock, output
-from train.files import as_user_error, atomic_write, write_text
+from train.events import Events
+from train.files import as_user_error, write_text
+from train.learning_curves import draw_run
+from train.state import Sums
+from train.wandb_run import WandbRun
 from train.workdir import missing_epochs, read_records
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+STEPS = 10  # at least, between two losses of steps in TensorBoard
 
 
 class NullReport:
@@ -47,6 +44,9 @@ class NullReport:
     def advance(self, images: int) -> None:
         pass
 
+    def step(self, step: int, sums: Sums) -> None:
+        pass
+
     def add(self, record: dict[str, float]) -> None:
         self.records.append(record)
 
@@ -61,6 +61,10 @@ class Report:
         dropped.
       images: number of images of the run, each as often as it is processed.
       images_done: number of images that have been processed.
+      step: number of completed steps; later TensorBoard events are dropped.
+      title: of the plot.
+      wandb: project of Weights & Biases to log to as well, or None.
+      label: begins each line and the progress bar, such as "seed 3/5".
 
     Raises:
       UserError: the existing records are damaged, lack the result of a
@@ -75,6 +79,10 @@ class Report:
         done: int,
         images: int,
         images_done: int,
+        step: int = 0,
+        title: str = "",
+        wandb: str | None = None,
+        label: str = "",
     ):
         self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
@@ -92,10 +100,19 @@ class Report:
         if len(self.records) < len(found) or not self._path.exists():
             with as_user_error(workdir):
                 self._write_records()
-        self._events: EventsWriter | None = None  # created with the first epoch
-        self._epochs = epochs
+        self._events = Events(workdir, after=step)
+        self._epochs, self._title = epochs, title
+        self._logged = step  # newest step whose loss is in TensorBoard
+        self._label = label and f"{label} "
+        self._wandb: WandbRun | None = None
+        if wandb is not None:
+            group = workdir.absolute().parent.name if label else ""
+            self._wandb = WandbRun(
+                wandb, workdir, records=self.records, group=group
+            )
         self._live = output.is_terminal()
         self._bar = tqdm.tqdm(
+            desc=label or None,
             total=images,
             initial=images_done,
             unit=" images",
@@ -114,9 +131,10 @@ class Report:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._to_terminal(self._bar.close)
         clock.below_bar(False)
+        if self._wandb is not None:
+            self._wandb.finish(failed=kind is not None)
         try:
-            if self._events is not None:
-                self._events.close()
+            self._events.close()
         except OSError as error:
             # Each epoch has been flushed already. If there was an earlier
             # error, report that one.
@@ -127,8 +145,10 @@ class Report:
 
     def say(self, line: str) -> None:
         """Prints a line, above the progress bar if there is one."""
+        line = self._label + line
         if self._live:
-            self._to_terminal(self._bar.write, line, file=sys.stdout)
+            wrapped = output.wrap(line)
+            self._to_terminal(self._bar.write, wrapped, file=sys.stdout)
         else:
             output.say(line)
 
@@ -149,7 +169,9 @@ class Report:
             self._bar.unpause()
 
     def _describe(self, text: str) -> None:
-        self._to_terminal(self._bar.set_description_str, text)
+        self._to_terminal(
+            self._bar.set_description, f"{self._label}{text}".strip()
+        )
 
     def advance(self, images: int) -> None:
         """Moves the progress bar."""
@@ -161,66 +183,37 @@ class Report:
         except OSError as error:  # the terminal is gone
             output.lost(error)
 
+    def step(self, step: int, sums: Sums) -> None:
+        """Records the loss of a step in TensorBoard, every STEPS steps."""
+        if step // STEPS == self._logged // STEPS or not sums.count:
+            return
+        self._logged = step
+        with as_user_error(self._workdir):
+            self._events.write(
+                step, {"train/step_loss": float(sums.loss / sums.count)}
+            )
+
     def add(self, record: dict[str, float]) -> None:
         """Records the metrics of an epoch."""
         self.records.append(record)
         self._write_records()
-        step = int(record["step"])
-        self._write_events(record, step)
-        draw(self.records, self._workdir / "curves.png")
+        scalars = {
+            k: v for k, v in record.items() if k not in ("epoch", "step")
+        }
+        self._events.write(int(record["step"]), scalars)
+        self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log(record)
+        draw_run(self.records, self._workdir / "curves.png", self._title)
         self.say(
             f"epoch {record['epoch']}/{self._epochs}"
-            f"  train loss {record['train_loss']:.4f}"
-            f" accuracy {record['train_accuracy']:.2%}"
-            f"  test loss {record['test_loss']:.4f}"
-            f" accuracy {record['test_accuracy']:.2%}"
+            f"  train {record['train_loss']:.4f}"
+            f" {record['train_accuracy']:.2%}"
+            f"  test {record['test_loss']:.4f}"
+            f" {record['test_accuracy']:.2%}"
             f"  {record['images_per_second']:,.0f} images/s"
         )
 
     def _write_records(self) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         write_text(self._path, lines)
-
-    def _write_events(self, record: dict[str, float], step: int) -> None:
-        """Appends to the TensorBoard file in this thread.
-
-        tensorboardX's SummaryWriter writes in its own thread, where a full disk
-        raises an exception that its caller never sees.
-        """
-        if self._events is None:
-            # An unpredictable name, so that it cannot be a symbolic link.
-            self._events = EventsWriter(
-                str(self._workdir.absolute() / "events"),
-                filename_suffix=f".{secrets.token_hex(4)}",
-            )
-        for key, value in record.items():
-            if key not in ("epoch", "step"):
-                self._events.write_event(
-                    Event(
-                        wall_time=time.time(),
-                        step=step,
-                        summary=tensorboard.scalar(key, value),
-                    )
-                )
-        self._events.flush()
-
-
-def draw(records: list[dict[str, float]], path: pathlib.Path) -> None:
-    """Plots loss and accuracy over epochs to a PNG."""
-    epochs = [record["epoch"] for record in records]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 3.5), layout="constrained"
-    )
-    for split in ("train", "test"):
-        loss = [record[f"{split}_loss"] for record in records]
-        accuracy = [100 * record[f"{split}_accuracy"] for record in records]
-        left.plot(epochs, loss, marker=".", label=split)
-        right.plot(epochs, accuracy, marker=".", label=split)
-    left.set(xlabel="epoch", ylabel="loss (nats)")
-    right.set(xlabel="epoch", ylabel="accuracy (%)")
-    left.legend()
-    try:
-        with atomic_write(path) as file:
-            figure.savefig(file, format="png", dpi=150)
-    finally:
-        plt.close(figure)

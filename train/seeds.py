@@ -18,11 +18,18 @@ from train.workdir import open_workdir, read_summary
 RESULTS = ("test_accuracy", "test_accuracy_augmented", "training_seconds")
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: pathlib.Path, **options: Any
+) -> dict[str, Any]:
     """Trains with config.seeds seeds, each in its own subdirectory.
 
     Finished seeds are not trained again, so seeds can be added to a workdir.
     Programs are compiled once.
+
+    Args:
+      config: config of the runs.
+      workdir: directory of the runs.
+      **options: further arguments of `Report`.
 
     Returns:
       The contents of summary.json: for each of RESULTS that all seeds have, its
@@ -34,10 +41,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       Stopped: a signal was received; the state is saved.
     """
     with lock.locked(workdir):
-        return _train(config, workdir)
+        return _train(config, workdir, options)
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def _train(
+    config: ConfigDict, workdir: pathlib.Path, options: dict[str, Any]
+) -> dict[str, Any]:
     """Trains in a workdir that is locked."""
     with processes.sync_errors():
         if processes.is_main() and exists(workdir / "config.json"):
@@ -48,14 +57,15 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     seeds = range(config.seed, config.seed + config.seeds)
     summaries = []
     session: Session | None = None
-    for seed in seeds:
+    for i, seed in enumerate(seeds, 1):
         one = copy.deepcopy(config)
         one.seed, one.seeds = seed, 1
         folder = workdir / f"seed-{seed}"
         found = _finished(one, folder)
         if not found:
             session = session or make_session(config)
-            found = loop.train(one, folder, session)
+            label = f"seed {i}/{len(seeds)}"
+            found = loop.train(one, folder, session, label=label, **options)
         summaries.append(found)
     summary = {"seeds": list(seeds), **_spread(summaries)}
     for name in ("epochs", "steps", "devices", "device_kind", "versions"):

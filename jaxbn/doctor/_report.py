@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import textwrap
 from collections.abc import Collection, Iterable
 from typing import Any, TextIO
 
@@ -40,10 +41,11 @@ class Report:
 
     def __str__(self) -> str:
         lines = format_table(self.layers)
-        lines += ["", *LEGEND, "", self._about_the_output()]
+        lines += ["", *LEGEND, "", *_wrapped(self._about_the_output())]
         if not self.warnings:
             lines.append("No problem found.")
-        lines += [f"- {warning}" for warning in self.warnings]
+        for warning in self.warnings:
+            lines += _wrapped(f"- {warning}", indent="  ")
         return "\n".join(lines)
 
     def _about_the_output(self) -> str:
@@ -153,6 +155,17 @@ def examine(
     if not quiet:
         print(report, file=file or sys.stdout)
     return report
+
+
+def _wrapped(text: str, *, indent: str = "") -> list[str]:
+    """Wraps at 80 columns; code, which has no spaces, is not broken."""
+    return textwrap.wrap(
+        text,
+        80,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _ratio(square: float, size: float) -> float:
