@@ -3,7 +3,8 @@
     python -m train --config configs/cifar10_94.py --workdir runs/fast94
     python -m train --config configs/cifar10_94.py:muon --workdir runs/muon
 
-The argument is the optimizer; default sgd. The recipes are those of
+The argument is the optimizer; default sgd. On a host with several GPUs all are
+used; CUDA_VISIBLE_DEVICES=0 takes one. The recipes are those of
 github.com/KellerJordan/cifar10-airbench (Jordan, 2024, 94% on CIFAR-10 in 3.29
 Seconds on a Single GPU), which reports, in PyTorch on one A100 and with
 test-time augmentation:

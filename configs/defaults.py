@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
     # Final value; it grows with the cube of the step.
     config.lookahead_decay = 0.95**5
     config.label_smoothing = 0.0
-    # Decay of an exponential moving average of the weights, evaluated at the end
+    # Decay of an exponential moving average of the weights, tested at the end
     # with statistics recomputed over precise_batches; 0 disables it.
     config.average_decay = 0.0
     config.precise_batches = 200
@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 0  # steps; 0: only after each epoch
     config.profile = False  # writes a trace of ten steps to the workdir
     # Steps per program. More than 1 helps if a step is shorter than its launch:
-    # for small networks on accelerators, never on CPUs. With data_on_device, 0 is
-    # a whole epoch on accelerators, and 1 on CPUs.
+    # for small networks on accelerators, never on CPUs. With data_on_device, 0
+    # is a whole epoch on accelerators, and 1 on CPUs.
     config.steps_per_dispatch = 1
     return config

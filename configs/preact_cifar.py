@@ -10,7 +10,8 @@ The argument is a depth and a data set in any order; default 110,cifar10.
 | 110 | 93.63% | | 1.7M |
 | 164, of bottlenecks | 94.54% | 75.67% | 1.7M |
 
-Test accuracy, median of five runs. Neither accuracy nor time has been measured here.
+Test accuracy, median of five runs. Neither accuracy nor time has been measured
+here.
 """
 
 from ml_collections import ConfigDict

@@ -14,7 +14,9 @@ RECORD = {
 
 
 def open_report(path, **options):
-    given = {"epochs": 200, "images_per_epoch": 10, "done": 0, **options}
+    tested = range(1, 201)
+    given = {"tested": tested, "done": 0, "images": 2000, "images_done": 0}
+    given |= options
     return report.Report(path, **given)
 
 

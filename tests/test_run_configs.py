@@ -46,7 +46,7 @@ def test_one_table_has_every_number_and_nothing_else():
 
 
 def test_every_number_is_kept_in_its_range():
-    config_checks.check(defaults.get_config(), defaults)
+    config_checks.check(defaults.get_config())
     for name, value, kind in numbers():
         low, high = map(float, RANGES[name][1:-1].split(","))
         wrong = [
@@ -62,7 +62,7 @@ def test_every_number_is_kept_in_its_range():
             one = (each,) if isinstance(value, tuple) else each
             config = changed(defaults.get_config(), name, one)
             with pytest.raises(UserError, match=f"{name} must be"):
-                config_checks.check(config, defaults)
+                config_checks.check(config)
         assert config_checks.in_range(name, high) == (RANGES[name][-1] == "]")
         assert config_checks.in_range(name, low) == (RANGES[name][0] == "[")
 
@@ -87,14 +87,14 @@ def test_every_number_is_kept_in_its_range():
 def test_other_fields(name, value, message):
     config = changed(digits.get_config(), name, value)
     with pytest.raises(UserError, match=re.escape(message)):
-        config_checks.check(config, defaults)
+        config_checks.check(config)
 
 
 def test_a_field_that_is_gone():
     config = digits.get_config()
     del config.norm_options.ddof
     with pytest.raises(UserError, match="The config has no norm_options.ddof"):
-        config_checks.check(config, defaults)
+        config_checks.check(config)
 
 
 FILES = {
@@ -142,7 +142,7 @@ def test_config_files_say_where(text, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(UserError, match=FILES[text]) as caught:
-        config_files.check(str(path), defaults)
+        config_files.check(str(path))
     assert "\n" not in str(caught.value)
 
 
@@ -166,18 +166,18 @@ def test_config_files_that_raise_what_is_no_exception(name, tmp_path):
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         with pytest.raises(UserError, match=rf"\.py, line 2: {name}\.$"):
-            config_files.check(str(path), defaults)
+            config_files.check(str(path))
     finally:
         signal.signal(signal.SIGINT, before)
     if name == "KeyboardInterrupt":  # may be that of a program that it ends
         with pytest.raises(KeyboardInterrupt):
-            config_files.check(str(path), defaults)
+            config_files.check(str(path))
 
 
 def test_config_files_that_are_none(tmp_path):
     def refused(message, given):
         with pytest.raises(UserError, match=re.escape(message)):
-            config_files.check(given, defaults)
+            config_files.check(given)
 
     refused(
         "There is no file nowhere.py; configs/ holds cifar10_94.py",
@@ -212,7 +212,6 @@ def parse(monkeypatch):
             config = command_line.parse(
                 argv,
                 doc="",
-                fields=defaults,
                 default="digits.py",
                 define=lambda: flags.DEFINE_string("workdir", None, ""),
             )

@@ -155,7 +155,7 @@ def test_a_trace_of_some_steps(finished):
 def test_seeds_are_runs_of_their_own(tmp_path, monkeypatch):
     ran = []
 
-    def train(config, workdir, session):
+    def train(config, workdir, session, *, label):
         ran.append((config.seed, config.seeds))
         summary = {
             "test_accuracy": {3: 0.5, 4: 0.75, 5: 0.7}[config.seed],

@@ -30,7 +30,6 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from configs import defaults
 from train import Stopped, UserError, exits, output, watchdog
 from train import flags as command_line
 
@@ -81,7 +80,6 @@ def _define() -> None:
 _parse = functools.partial(
     command_line.parse,
     doc=__doc__,
-    fields=defaults,
     default="digits.py",
     define=_define,
 )

@@ -141,7 +141,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def preempted(self) -> bool:
-        """Whether a preemption notice was received, consistent across processes.
+        """Whether a preemption notice was received; the same in all processes.
 
         Every process must call this equally often: they agree on one call.
         """

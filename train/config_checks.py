@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import pathlib
-from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import defaults
 from configs.ranges import RANGES
 from train import UserError
 
@@ -16,14 +15,9 @@ from train import UserError
 _OPEN = "norm_options"
 
 
-def check(config: ConfigDict, fields: ModuleType) -> None:
-    """Raises UserError if a field is unknown, missing or invalid by itself.
-
-    Args:
-      config: config of a run.
-      fields: the module of configs/ that defines all fields.
-    """
-    _check(config, fields.get_config(), "", pathlib.Path(fields.__file__ or ""))
+def check(config: ConfigDict) -> None:
+    """Raises UserError if a field is unknown, missing or invalid by itself."""
+    _check(config, defaults.get_config(), "")
 
 
 def in_range(name: str, value: float) -> bool:
@@ -35,13 +29,11 @@ def in_range(name: str, value: float) -> bool:
     return above and below  # False for NaN
 
 
-def _check(
-    config: ConfigDict, known: ConfigDict, prefix: str, file: pathlib.Path
-) -> None:
+def _check(config: ConfigDict, known: ConfigDict, prefix: str) -> None:
     for name in config:
         if name not in known and prefix != f"{_OPEN}.":
             near = difflib.get_close_matches(str(name), list(known), 1)
-            hint = f"configs/{file.name} has all fields."
+            hint = "configs/defaults.py has all fields."
             if near:
                 hint = f"did you mean config.{prefix}{near[0]}?"
             raise UserError(f"There is no config.{prefix}{name}; {hint}")
@@ -49,13 +41,13 @@ def _check(
         full = prefix + name
         if name not in config:
             raise UserError(
-                f"The config has no {full}; configs/{file.name} has all fields."
+                f"The config has no {full}; configs/defaults.py has all fields."
             )
         value, default = config[name], known[name]
         if isinstance(default, ConfigDict):
             if not isinstance(value, ConfigDict):
                 raise UserError(f"{full} must be a ConfigDict; got {value!r}.")
-            _check(value, default, f"{full}.", file)
+            _check(value, default, f"{full}.")
         elif isinstance(default, tuple):
             _tuple(full, value, type(default[0]))
         elif value is not None or default is not None:

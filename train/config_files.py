@@ -6,35 +6,32 @@ import importlib.machinery
 import importlib.util
 import inspect
 import pathlib
-import re
 import signal
 import traceback
-from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import RequiredValueError
 
+from configs import defaults
 from train import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
 
-def check(given: str, fields: ModuleType) -> None:
-    """Raises UserError unless a config file returns a config of the program.
+def check(given: str) -> None:
+    """Raises UserError unless a config file returns a config.
 
     Args:
       given: FILE, or FILE:ARGUMENT for get_config(ARGUMENT).
-      fields: the module of configs/ that defines all fields.
     """
+    known = ", ".join(names())
     file, colon, argument = given.partition(":")
     if not pathlib.Path(file).exists():
-        raise UserError(
-            f"There is no file {file}; configs/ holds {names_for(fields)}."
-        )
+        raise UserError(f"There is no file {file}; configs/ holds {known}.")
     if not pathlib.Path(file).is_file():
         raise UserError(
-            f"--config={file} is not a file; configs/ holds {names_for(fields)}."
+            f"--config={file} is not a file; configs/ holds {known}."
         )
     try:
         config = _config(file, (argument,) if colon else ())
@@ -59,11 +56,11 @@ def check(given: str, fields: ModuleType) -> None:
             f"{file}: a required_placeholder field has no value; set it in the "
             "file."
         ) from error
-    missing = sorted({*fields.get_config()} - {*config})
+    missing = sorted({*defaults.get_config()} - {*config})
     if missing:
         raise UserError(
             f"The config has no {missing[0]}: it is for another program. Use "
-            f"one of {names_for(fields)} in configs/."
+            f"one of {known} in configs/."
         )
 
 
@@ -72,20 +69,13 @@ def _ctrl_c_raises() -> bool:
     return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def names_for(fields: ModuleType) -> str:
-    """Lists the files of configs/ that build on these fields."""
-    name = fields.__name__.rpartition(".")[2]
-    paths = sorted(CONFIGS.glob("*.py"))
-    return ", ".join(p.name for p in paths if _builds_on(p, name))
-
-
-def _builds_on(path: pathlib.Path, name: str) -> bool:
-    found = re.search(r"^from configs import (.*)", path.read_text(), re.M)
-    used = found[1].split(", ") if found else ()
-    return any(
-        each == name or _builds_on(CONFIGS / f"{each}.py", name)
-        for each in used
-    )
+def names() -> list[str]:
+    """Returns the names of the config files."""
+    return [
+        path.name
+        for path in sorted(CONFIGS.glob("*.py"))
+        if path.stem != "defaults" and "def get_config" in path.read_text()
+    ]
 
 
 def _config(file: str, arguments: tuple[str, ...]) -> Any:

@@ -6,7 +6,6 @@ import ast
 import pathlib
 import re
 import textwrap
-from types import ModuleType
 
 from train import config_files, output
 
@@ -30,14 +29,14 @@ def programs(*, besides: str) -> str:
     return "\n".join(lines)
 
 
-def configs(fields: ModuleType) -> str:
-    """Lists the configs that build on these fields, with expected results.
+def configs() -> str:
+    """Lists the configs with expected results.
 
     Each is described by the first line of its docstring, and by the tables and
     sentences in it that give an accuracy in percent or a time in hours.
     """
     described = []
-    for name in config_files.names_for(fields).split(", "):
+    for name in config_files.names():
         first, *paragraphs = _docstring(config_files.CONFIGS / name).split(
             "\n\n"
         )

@@ -184,14 +184,14 @@ class EpochRunner:
             )
 
     def _check(self, meter: Meter, state: TrainState, epoch: int) -> None:
-        """Raises if a completed step was not finite and the config says stop."""
+        """Raises if a completed step was not finite, and it is to stop."""
         config = self._config
         if not meter.nonfinite or config.on_nonfinite != "stop":
             return
         newest = self._checkpoints.newest
+        where = describe_nonfinite(config, self._experiment, state, epoch)
         raise UserError(
-            f"{describe_nonfinite(config, self._experiment, state, epoch)} The last good "
-            "checkpoint is "
+            f"{where} The last good checkpoint is "
             f"{'of step ' + str(newest) if newest is not None else 'none yet'}."
             f" Lower learning_rate, now {config.learning_rate}, raise "
             "warmup_epochs, or set on_nonfinite=skip."

@@ -9,13 +9,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import NoReturn
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from configs import defaults
 from configs.ranges import RANGES
 from train import UserError, config_checks, config_files, descriptions, output
 from train.config_files import CONFIGS
@@ -26,7 +26,6 @@ def parse(
     argv: Sequence[str],
     *,
     doc: str | None,
-    fields: ModuleType,
     default: str,
     define: Callable[[], None],
 ) -> ConfigDict:
@@ -35,7 +34,6 @@ def parse(
     Args:
       argv: the command line.
       doc: the beginning of --help.
-      fields: the module of configs/ that defines all fields.
       default: the file of configs/ used without --config.
       define: defines the other flags, among them --workdir.
 
@@ -58,13 +56,13 @@ def parse(
         define()
         flags.DEFINE_bool("list", False, "Lists the configs of configs/.")
         if any(re.fullmatch(r"--?h(elp\w*)?", word) for word in argv):
-            _help(doc, fields)
+            _help(doc)
         if {"--list", "-list"} & {*argv}:
-            print(descriptions.configs(fields))
+            print(descriptions.configs())
             sys.exit(0)
         file = _config_file(argv)
         if file is not None:
-            config_files.check(file, fields)
+            config_files.check(file)
         rest = flags.FLAGS(argv)
         config = flags.FLAGS.config.lock()
     except BrokenPipeError:  # the reader of --help has closed the pipe
@@ -77,12 +75,12 @@ def parse(
         TypeError,
         ValueError,
     ) as error:
-        raise UserError(_one_line(error, fields)) from error
+        raise UserError(_one_line(error)) from error
     if len(rest) > 1:
         raise UserError(
             f"Unexpected argument {rest[1]!r}; flags begin with --."
         )
-    config_checks.check(config, fields)
+    config_checks.check(config)
     if flags.FLAGS.workdir is not None:
         if not flags.FLAGS.workdir:
             raise UserError(
@@ -112,7 +110,7 @@ def workdir() -> pathlib.Path:
     return pathlib.Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _help(doc: str | None, fields: ModuleType) -> NoReturn:
+def _help(doc: str | None) -> NoReturn:
     """Prints the flags, and the config fields with their comments."""
     own = flags.FLAGS.get_key_flags_for_module(__name__)
     own += flags.FLAGS.get_key_flags_for_module(sys.argv[0])
@@ -122,7 +120,7 @@ def _help(doc: str | None, fields: ModuleType) -> NoReturn:
             f"--{flag.name}: {flag.help}", 78, subsequent_indent="    "
         )
         print(textwrap.indent(text, "  "))
-    body = pathlib.Path(fields.__file__ or "").read_text()
+    body = (CONFIGS / "defaults.py").read_text()
     body = body.partition("config = ConfigDict()\n")[2]
     body = body.partition("    return config")[0].strip("\n")
     body = re.sub(r"^.*ConfigDict\(\)\n", "", body, flags=re.M)
@@ -135,12 +133,12 @@ def _help(doc: str | None, fields: ModuleType) -> NoReturn:
     space = "\N{NO-BREAK SPACE}"
     numbers = ", ".join(
         f"{name} {RANGES[name]}".replace(" ", space)
-        for name in _names(fields.get_config())
+        for name in _names(defaults.get_config())
         if name in RANGES
     )
     numbers = textwrap.fill(numbers, 76).replace(space, " ")
     print(f"\nRanges:\n\n{textwrap.indent(numbers, '  ')}")
-    names = f"In configs/: {config_files.names_for(fields)}; --list says more."
+    names = f"In configs/: {', '.join(config_files.names())}; --list says more."
     print(f"\n{output.wrap(names)}")
     print("\nOther programs; --help lists their arguments:\n")
     print(textwrap.indent(descriptions.programs(besides=sys.argv[0]), "  "))
@@ -167,11 +165,11 @@ def _without_overridden(argv: Sequence[str]) -> list[str]:
     return [word for words in kept.values() for word in words]
 
 
-def _one_line(error: Exception, fields: ModuleType) -> str:
+def _one_line(error: Exception) -> str:
     """Rewords errors of ml_collections and absl."""
     message = str(error)
     if isinstance(error, flags.UnrecognizedFlagError):
-        for name in _names(fields.get_config()):
+        for name in _names(defaults.get_config()):
             if error.flagname.replace("-", "_") == name.rpartition(".")[2]:
                 _, equals, value = str(error.flagvalue).partition("=")
                 return (
@@ -183,8 +181,7 @@ def _one_line(error: Exception, fields: ModuleType) -> str:
         return f"There is no config.{near[2]}; did you mean config.{near[1]}?"
     if isinstance(error, AttributeError | KeyError):
         name = message.strip("'\"")
-        file = pathlib.Path(fields.__file__ or "").name
-        return f"There is no config.{name}; configs/{file} has all fields."
+        return f"There is no config.{name}; configs/defaults.py has all fields."
     # A config file that loaded before.
     if re.search("Traceback|earlier failure to load", message):
         message = (

@@ -122,7 +122,8 @@ def load(run: str | pathlib.Path, *, best: bool = False) -> Trained:
 
     Example:
       trained = load("runs/r20")
-      classes = trained.logits(images).argmax(-1)  # images: uint8 (N, 32, 32, 3)
+      # uint8 images, (N, 32, 32, 3)
+      classes = trained.logits(images).argmax(-1)
     """
     run = pathlib.Path(run)
     config, preprocess = read_config(run), read_preprocessing(run)

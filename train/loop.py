@@ -88,9 +88,7 @@ def _train(
         found = checkpoints.restore(programs.abstract_state)
     if found:
         state, progress = found
-    done = min(
-        progress.epoch * steps.per_epoch + progress.batch, steps.total
-    )
+    done = min(progress.epoch * steps.per_epoch + progress.batch, steps.total)
     if found:
         summary = processes.broadcast_from_main(lambda: read_summary(workdir))
         if done == steps.total and summary:
@@ -168,4 +166,3 @@ def _train(
         return found
 
     return processes.broadcast_from_main(summary)
-

@@ -39,7 +39,8 @@ def _max_pool_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     position = jnp.arange(4, dtype=jnp.uint8).reshape(2, 1, 2, 1)
     taken = first[:, :, None, :, None] == position
     # In the transpose, the barrier follows the zero padding of an odd last row:
-    # XLA would fuse the padding into the convolution and write the gradient twice.
+    # XLA would fuse the padding into the convolution, and write the gradient
+    # twice.
     dx = jax.lax.optimization_barrier(dx)
     # A sum with one nonzero term; its transpose is a broadcast and a select.
     return y, jnp.where(taken, _windows(dx), 0).sum((2, 4))

@@ -104,7 +104,7 @@ class PreActResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
+        """Returns float32 logits (B, num_classes) of images (B, H, W, C)."""
         return _apply_layers(
             self,
             x,
@@ -151,7 +151,7 @@ class WideResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
+        """Returns float32 logits (B, num_classes) of images (B, H, W, C)."""
         return _apply_layers(
             self,
             x,

@@ -68,7 +68,8 @@ def load(name: str) -> Trained:
 
     Example:
       trained = load("cifar10_resnet20")
-      classes = trained.logits(images).argmax(-1)  # images: uint8 (N, 32, 32, 3)
+      # uint8 images, (N, 32, 32, 3)
+      classes = trained.logits(images).argmax(-1)
     """
     if name not in names():
         raise UserError(
@@ -108,8 +109,10 @@ def save(run: pathlib.Path, folder: pathlib.Path) -> None:
     weights = {path: leaf.astype(np.float16) for path, leaf in flat.items()}
     with as_user_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", FILE):
-            write_json(folder / name, read_json(run / name))
+        # The data directory is of the machine.
+        config = {**read_json(run / "config.json"), "data_dir": None}
+        write_json(folder / "config.json", config)
+        write_json(folder / FILE, read_json(run / FILE))
         write_json(folder / "summary.json", summary)
         with atomic_write(folder / WEIGHTS) as file:
             file.write(to_bytes(weights))

@@ -54,7 +54,7 @@ class Programs:
         return self._get(("init",), lower)(self._first, np.int32(seed))
 
     def train(self, size: int, phase: int) -> Callable[..., Any]:
-        """Returns (state, feed, seed, epoch) -> (state, Sums) over size batches.
+        """Returns (state, feed, seed, epoch) -> (state, Sums) of size batches.
 
         The state is donated.
         """
@@ -80,7 +80,7 @@ class Programs:
         return self._get(("test", size), lower)
 
     def compile(self, epoch: int = 0, batch: int = 0) -> bool:
-        """Compiles what a run needs from a position on; False if it is there."""
+        """Compiles what a run needs from a position on; False if there."""
         before = len(self._compiled)
         if not epoch and not batch:
             self.init(0)

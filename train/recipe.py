@@ -13,7 +13,6 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from configs import defaults
 from train import UserError, config_checks, data, networks, processes
 from train.augment import (
     FLIPS,
@@ -32,7 +31,7 @@ from train.workdir import num_epochs
 
 def check(config: ConfigDict) -> None:
     """Raises UserError if the config is invalid."""
-    config_checks.check(config, defaults)
+    config_checks.check(config)
     one_of("optimizer", config.optimizer, OPTIMIZERS)
     one_of("schedule", config.schedule, SCHEDULES)
     one_of("warmup_shape", config.warmup_shape, ("linear", "constant"))

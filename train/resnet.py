@@ -165,5 +165,5 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Returns logits (B, num_classes) in float32 for images (B, H, W, C)."""
+        """Returns float32 logits (B, num_classes) of images (B, H, W, C)."""
         return residual_network(self, x, train=train, block=Block, stages=3)

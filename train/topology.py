@@ -70,7 +70,7 @@ class Topology(NamedTuple):
         )
 
     def rows(self, batch_size: int) -> np.ndarray:
-        """Returns the indices within a batch that this process reads, sorted."""
+        """Returns the sorted indices in a batch that this process reads."""
         parts = self.batch.addressable_devices_indices_map((batch_size,))
         every = [np.arange(batch_size)[index] for index in parts.values()]
         return np.unique(np.concatenate(every))
