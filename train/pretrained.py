@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_bytes
@@ -42,7 +43,7 @@ from train.load import (
     read_preprocessing,
 )
 from train.load import load as load_run
-from train.trained_run import read_config, use_devices
+from train.trained_run import read_config
 from train.workdir import read_summary
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "weights"
@@ -134,7 +135,7 @@ def main(arguments: list[str]) -> None:
         return
     if not re.fullmatch(r"\w+", given.name or ""):
         parser.error(f"NAME must consist of letters and _; got {given.name!r}")
-    use_devices(given.run)
+    logging.set_verbosity(logging.ERROR)  # of orbax
     folder = FOLDER / given.name
     if exists(folder / WEIGHTS):
         raise UserError(f"{folder} exists; remove it, or use another name.")
