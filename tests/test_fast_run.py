@@ -17,7 +17,7 @@ from tests.helpers.fast_runs import (
     norm_of,
     small,
 )
-from train import UserError, data
+from train import UserError, data, output
 from train.fast import optimizer, programs, step
 from train.fast.recipe import build_experiment, make_recipe
 from train.fast.run import table, train
@@ -78,12 +78,12 @@ def test_learns_and_reports(tmp_path, capsys):
     assert not summary["on_accelerator"]
     out = capsys.readouterr().out
     assert out.count("times and images/s are not") == 2
-    assert out.count("\nseed ") == 2 and table(summary) in out
+    assert out.count("\nseed ") == 2 and output.wrap(table(summary)) in out
     assert "test accuracy, test-time augmentation" in out
     with pytest.raises(UserError, match="holds another run"):
         train(small(dataset="digits", epochs=1.0), tmp_path / "run")
     assert train(config, tmp_path / "run") == summary
-    assert table(summary) in capsys.readouterr().out
+    assert output.wrap(table(summary)) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
