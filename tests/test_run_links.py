@@ -113,7 +113,7 @@ def test_a_crash_before_the_first_checkpoint_is_gone_on_from(tmp_path):
 
 @pytest.fixture
 def never(monkeypatch):
-    def train(*_):
+    def train(*_, **__):
         raise AssertionError("it was trained")
 
     monkeypatch.setattr(loop, "train", train)

@@ -155,8 +155,8 @@ def test_a_trace_of_some_steps(finished):
 def test_seeds_are_runs_of_their_own(tmp_path, monkeypatch):
     ran = []
 
-    def train(config, workdir, session, *, label):
-        ran.append((config.seed, config.seeds))
+    def train(config, workdir, session, *, label, wandb=None):
+        ran.append((config.seed, config.seeds, label, wandb))
         summary = {
             "test_accuracy": {3: 0.5, 4: 0.75, 5: 0.7}[config.seed],
             "epochs": 3,
@@ -167,14 +167,16 @@ def test_seeds_are_runs_of_their_own(tmp_path, monkeypatch):
         return summary
 
     monkeypatch.setattr(loop, "train", train)
-    got = seeds.train(small_config(seed=3, seeds=2), tmp_path)
-    assert ran == [(3, 1), (4, 1)]
+    got = seeds.train(small_config(seed=3, seeds=2), tmp_path, wandb="norms")
+    assert ran == [(3, 1, "seed 1/2", "norms"), (4, 1, "seed 2/2", "norms")]
     assert got["test_accuracy_of_seeds"] == [0.5, 0.75]
     assert got["test_accuracy"] == 0.625
     np.testing.assert_allclose(got["test_accuracy_deviation"], 0.125 * 2**0.5)
     assert json.loads((tmp_path / "summary.json").read_text()) == got
     seeds.train(small_config(seed=3, seeds=3), tmp_path)
-    assert ran[2:] == [(5, 1)], "what is finished is not run again"
+    assert ran[2:] == [(5, 1, "seed 3/3", None)], (
+        "what is finished is not run again"
+    )
     with pytest.raises(UserError, match="with momentum=0.9 instead of 0.5"):
         seeds.train(small_config(seed=3, seeds=3, momentum=0.5), tmp_path)
 

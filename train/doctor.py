@@ -56,13 +56,17 @@ def examine(
     Raises:
       UserError: run has no checkpoint, or cannot be written to.
     """
-    saved = load(run, data_dir=data_dir)
-    report = doctor.examine(
-        saved.experiment.recipe.model,
-        saved.state.variables,
-        itertools.islice(_images(saved), batches),
-        devices=saved.experiment.topology.mesh.size,
-    )
+    with clock.show(f"loading {run}"):
+        saved = load(run, data_dir=data_dir)
+    with clock.show(f"examining {batches} batches"):
+        report = doctor.examine(
+            saved.experiment.recipe.model,
+            saved.state.variables,
+            itertools.islice(_images(saved), batches),
+            devices=saved.experiment.topology.mesh.size,
+            quiet=True,
+        )
+    print(report)
     with as_user_error(run):
         draw(report, run / "doctor.png")
     return report

@@ -61,21 +61,23 @@ def evaluate(
     split = split or config.test_split
     examples = _examples(saved, split)
     count = make_counter(saved.experiment, examples)
-    found = {
-        "step": int(state.step),
-        "epoch": saved.progress.epoch,
-        "split": split,
-        **metrics(count(state.variables)),
-    }
+    with clock.show("evaluating"):
+        found = {
+            "step": int(state.step),
+            "epoch": saved.progress.epoch,
+            "split": split,
+            **metrics(count(state.variables)),
+        }
     if precise:
         read = min(precise, saved.experiment.steps.per_epoch)
-        stats = precise_statistics(
-            config,
-            saved.experiment,
-            state.variables,
-            batches=read,
-        )
-        again = metrics(count({**state.variables, "batch_stats": stats}))
+        with clock.show(f"recomputing statistics over {read} batches"):
+            stats = precise_statistics(
+                config,
+                saved.experiment,
+                state.variables,
+                batches=read,
+            )
+            again = metrics(count({**state.variables, "batch_stats": stats}))
         found["precise"] = {"batches": read, **again}
     print(output.wrap(format_result(found, config.dataset)))
     with as_user_error(run):
@@ -161,12 +163,9 @@ def main(arguments: list[str]) -> None:
     if given.precise < 0:
         parser.error(f"--precise must be at least 1; got {given.precise}")
     use_devices(given.run)
-    evaluate(
-        given.run,
-        load(given.run, best=given.best, data_dir=given.data_dir),
-        split=given.split,
-        precise=given.precise,
-    )
+    with clock.show(f"loading {given.run}"):
+        saved = load(given.run, best=given.best, data_dir=given.data_dir)
+    evaluate(given.run, saved, split=given.split, precise=given.precise)
     print(f"Wrote {given.run / 'evaluation.json'}.")
 
 
