@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxbn._batch_stats import update_layers
 from jaxbn._compat import types_say_varying, varying_axes
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats, is_finite, update_running
@@ -175,7 +175,8 @@ def update_batch_stats(
       the whole batch would store. batch_stats itself stays.
 
     Raises:
-      ValueError: moments is empty, or has something that batch_stats has not.
+      ValueError: moments is empty, or its structure or shapes do not match
+        those of batch_stats.
     """
     if not jax.tree.leaves(moments):
         raise ValueError(
@@ -183,55 +184,21 @@ def update_batch_stats(
             "mutable names the collection 'batch_moments'. nn.vmap and nn.scan "
             "pass on what their variable_axes name: add 'batch_moments' to it."
         )
-    update = functools.partial(
-        update_running,
-        decay=decay,
-        ddof=ddof,
-        debias=debias,
-        skip_nonfinite=skip_nonfinite,
-    )
-    return _update_tree(batch_stats, moments, update)
 
-
-def _update_tree(
-    batch_stats: Any, moments: Any, update: Callable[..., RunningStats]
-) -> Any:
-    if isinstance(moments, Mapping) and set(moments) == {"moments"}:
-        moments = moments["moments"]
-    if isinstance(moments, Moments):
-        return _update_layer(batch_stats, moments, update)
-    fits = isinstance(moments, Mapping) and isinstance(batch_stats, Mapping)
-    if not fits or not set(moments) <= set(batch_stats):
-        raise ValueError(
-            f"moments has {_words(moments)} where batch_stats has "
-            f"{_words(batch_stats)}."
+    def update(layer: Mapping[str, Any], batch: Moments) -> dict[str, Any]:
+        old = RunningStats(layer["mean"], layer["var"], layer.get("steps"))
+        new = update_running(
+            old,
+            batch,
+            decay=decay,
+            ddof=ddof,
+            debias=debias,
+            skip_nonfinite=skip_nonfinite,
         )
-    changed = {
-        name: _update_tree(batch_stats[name], moments[name], update)
-        for name in moments
-    }
-    return type(batch_stats)({**batch_stats, **changed})
+        changed = as_stored(new, old)._asdict()
+        if "skipped" in layer:
+            skips = jnp.where(is_finite(batch), 0, 1)
+            changed["skipped"] = layer["skipped"] + skips
+        return {name: changed[name] for name in changed if name in layer}
 
-
-def _update_layer(
-    stats: Any, batch: Moments, update: Callable[..., RunningStats]
-) -> Any:
-    if isinstance(stats, RunningStats):
-        return as_stored(update(stats, batch), stats)
-    if not isinstance(stats, Mapping) or not {"mean", "var"} <= set(stats):
-        raise ValueError(
-            f"moments has Moments where batch_stats has {_words(stats)}."
-        )
-    old = RunningStats(stats["mean"], stats["var"], stats.get("steps"))
-    new = as_stored(update(old, batch), old)._asdict()
-    if "skipped" in stats:
-        skips = jnp.where(is_finite(batch), 0, 1)
-        new["skipped"] = stats["skipped"] + skips
-    changed = {name: new[name] for name in new if name in stats}
-    mapping: Any = type(stats)
-    return mapping({**stats, **changed})
-
-
-def _words(tree: Any) -> str:
-    kind = f"{type(tree).__module__}.{type(tree).__name__}"
-    return str(sorted(tree)) if isinstance(tree, Mapping) else kind
+    return update_layers(update, batch_stats, moments, name="moments")
