@@ -234,3 +234,8 @@ def for_torch(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind not in "biufc":
         array = array.astype(np.float32)
     return np.array(array, order="C")
+
+
+def scaled(a: np.ndarray, factor: float) -> np.ndarray:
+    """Returns factor * a, rounded once."""
+    return (a.astype(np.float64) * factor).astype(a.dtype)

@@ -161,3 +161,15 @@ def values_of(
         else:
             found[path] = per_path[key]
     return found
+
+
+def flatten(variables: Any, path: tuple[str, ...] = ()) -> dict[Name, Any]:
+    """(collection, path) -> leaf, of params and batch_stats."""
+    found: dict[Name, Any] = {}
+    for key, value in variables.items():
+        at = (*path, str(key))
+        if isinstance(value, Mapping):
+            found |= flatten(value, at)
+        elif at[0] in ("params", "batch_stats"):
+            found[at[0], "/".join(at[1:])] = value
+    return found

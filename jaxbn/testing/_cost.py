@@ -12,55 +12,7 @@ from jaxbn.testing._collectives import (
     parse,
     split_conditional,
 )
-
-#: Published peaks: bytes/s that a device sends on all its links together, half
-#: of what is stated for both directions.
-LINKS = {
-    "nvlink3": 300e9,  # NVIDIA, NVLink: A100, 12 links, 600 GB/s in total
-    "nvlink4": 450e9,  # NVIDIA, Hopper Architecture: 900 GB/s bi-directional
-    "tpu_v5e": 200e9,  # Google Cloud, TPU v5e: bidirectional ICI 400 GBps
-    "tpu_v5p": 600e9,  # Google Cloud, TPU v5p: bidirectional ICI 1200 GBps
-}
-
-# Bytes a device sends in a ring of n, for each byte of its result.
-_SENT: dict[str, Callable[[int], float]] = {
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: n - 1,  # the result is one of n parts
-    "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1,
-    "collective-broadcast": lambda n: 1,
-}
-# How the result grows with the devices where what goes in does not.
-_GROWS = {"all-gather": 1, "reduce-scatter": -1}
-
-
-class Cost(NamedTuple):
-    """Collectives of one part of a program.
-
-    Attributes:
-      count: of collectives.
-      sent: bytes that each device sends.
-      seconds: that they take by the model of `sync_cost`.
-    """
-
-    count: int  # type: ignore[assignment]
-    sent: float
-    seconds: float
-
-    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
-        return Cost(
-            self.count + other.count,
-            self.sent + other.sent,
-            self.seconds + other.seconds,
-        )
-
-    def __sub__(self, other: Cost) -> Cost:
-        return Cost(
-            self.count - other.count,
-            self.sent - other.sent,
-            self.seconds - other.seconds,
-        )
+from jaxbn.testing._cost_model import Cost, Figure, Operation, cost_of
 
 
 class SyncCost(NamedTuple):
@@ -112,9 +64,6 @@ class SyncCost(NamedTuple):
                 f"for {1e3 * self.compute:.3f} ms"
             )
         return "\n".join(lines)
-
-
-Figure = float | Callable[[int], float]
 
 
 def sync_cost(
@@ -184,8 +133,8 @@ def sync_cost(
             "do: jax.config.update('jax_num_cpu_devices', 8)."
         )
 
-    def cost(operation: _Operation) -> Cost:
-        return _cost(operation, compiled_for, devices, latency, bandwidth)
+    def cost(operation: Operation) -> Cost:
+        return cost_of(operation, compiled_for, devices, latency, bandwidth)
 
     halves = [Cost(0, 0.0, 0.0)] * 2
     for operation in operations:
@@ -235,16 +184,9 @@ def group_costs(
     return {k: sync_cost(make(k), *args, **options) for k in sizes}
 
 
-class _Operation(NamedTuple):
-    kind: str
-    bytes: int
-    members: int  # devices that take part together
-    backward: bool
-
-
 def _read(
     fn: Callable[..., Any], args: tuple[Any, ...]
-) -> tuple[int, list[_Operation]]:
+) -> tuple[int, list[Operation]]:
     """Returns the number of devices and the collectives in compiled order."""
     hlo = re.sub(r"/\*.*?\*/", "", compiled_text(fn, *args))
     counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo)
@@ -259,7 +201,7 @@ def _read(
             turned = turned or (in_entry and transposed)
             backward = transposed or (in_entry and turned)
             members = _members(line, devices)
-            found.append(_Operation(kind, size, members, backward))
+            found.append(Operation(kind, size, members, backward))
     return devices, found
 
 
@@ -278,36 +220,3 @@ def _members(line: str, devices: int) -> int:
     if re.search(r"replica_groups=(?!\{\})", line):
         raise ValueError(f"Groups in an unknown form: {line.strip()[:300]}")
     return devices
-
-
-def _cost(
-    operation: _Operation,
-    compiled_for: int,
-    devices: int,
-    latency: Figure,
-    bandwidth: Figure,
-) -> Cost:
-    kind, members = operation.kind, operation.members
-    size: float = operation.bytes
-    if kind not in _SENT:
-        raise ValueError(f"There is no formula for {kind!r}, which fn has.")
-    if members == compiled_for:
-        size *= (devices / compiled_for) ** _GROWS.get(kind, 0)
-        members = devices
-    if members > devices:
-        raise ValueError(
-            f"A collective joins {members} devices, and devices={devices}."
-        )
-    if members == 1:
-        return Cost(0, 0.0, 0.0)
-    wait, rate = (
-        figure(members) if callable(figure) else figure
-        for figure in (latency, bandwidth)
-    )
-    if not wait >= 0 or not rate > 0:
-        raise ValueError(
-            f"latency must be seconds and bandwidth positive bytes a second; "
-            f"got {wait} and {rate} for {members} devices."
-        )
-    sent = _SENT[kind](members) * size
-    return Cost(1, sent, wait + sent / rate)

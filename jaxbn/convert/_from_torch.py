@@ -1,4 +1,4 @@
-"""State dicts of PyTorch as variables of flax, and back, without torch."""
+"""Variables of flax from a state dict of PyTorch, without torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from jaxbn.convert._torch_fit import Skipped, fit
 from jaxbn.convert._torch_kinds import (
     Name,
     Problems,
-    for_torch,
-    kind_in_flax,
     kind_in_torch,
     module_to_flax,
-    module_to_torch,
+    scaled,
     to_array,
 )
 from jaxbn.convert._torch_names import (
     Rename,
     Values,
+    flatten,
     join,
     kinds_of,
     new_paths,
@@ -28,7 +27,6 @@ from jaxbn.convert._torch_names import (
     without_entries,
 )
 
-_COUNTER = "num_batches_tracked"
 _STEPS = "batch_stats", "steps"
 _VAR = "batch_stats", "var"
 
@@ -116,7 +114,7 @@ def from_torch(
       ValueError: something does not fit; all of it is listed.
     """
     problems = Problems(strict)
-    skipped, wanted = Skipped(skip), None if like is None else _flat(like)
+    skipped, wanted = Skipped(skip), None if like is None else flatten(like)
     skipped.check([*state_dict, *(name for _, name in wanted or ())], problems)
     modules: dict[str, dict[str, np.ndarray]] = {}
     for name, value in state_dict.items():
@@ -140,7 +138,7 @@ def from_torch(
         )
         made = module_to_flax(kind, modules[path], size, problems, where)
         if path in n and _VAR in made:
-            made[_VAR] = _scaled(made[_VAR], (n[path] - 1) / n[path])
+            made[_VAR] = scaled(made[_VAR], (n[path] - 1) / n[path])
         for (collection, name), a in made.items():
             key = collection, join("/", renamed[path], name)
             if (collection, name) == _STEPS and key not in (wanted or ()):
@@ -161,123 +159,3 @@ def from_torch(
             node = node.setdefault(parent, {})
         node[name] = a
     return tree if strict else (tree, left_out)
-
-
-@overload
-def to_torch(
-    variables: Mapping[str, Any],
-    *,
-    kinds: Mapping[str, str] | None = None,
-    rename: Rename = None,
-    values_per_batch: Values = None,
-    like: Mapping[str, Any] | None = None,
-    skip: Iterable[str] = (),
-    strict: Literal[True] = True,
-) -> dict[str, np.ndarray]: ...
-
-
-@overload
-def to_torch(
-    variables: Mapping[str, Any],
-    *,
-    kinds: Mapping[str, str] | None = None,
-    rename: Rename = None,
-    values_per_batch: Values = None,
-    like: Mapping[str, Any] | None = None,
-    skip: Iterable[str] = (),
-    strict: Literal[False],
-) -> tuple[dict[str, np.ndarray], list[str]]: ...
-
-
-def to_torch(
-    variables: Mapping[str, Any],
-    *,
-    kinds: Mapping[str, str] | None = None,
-    rename: Rename = None,
-    values_per_batch: Values = None,
-    like: Mapping[str, Any] | None = None,
-    skip: Iterable[str] = (),
-    strict: bool = True,
-) -> Any:
-    """Returns a state dict for PyTorch from the variables of a flax model.
-
-    The inverse of `from_torch`. A module with mean and var in batch_stats is a
-    batch norm, other scales are "norm", "embedding" is told by its name, and a
-    kernel of 2 axes is "linear", of 3 to 5 "conv". num_batches_tracked is what
-    `steps` says, else 0; only momentum=None reads it. It is left out where
-    like lacks it.
-
-    Args:
-      variables: {"params": ..., "batch_stats": ...}, nested mappings.
-      kinds: path of a module, such as "encoder/0" -> kind.
-      rename: path of a module in flax -> path in PyTorch, such as "a.b"; see
-        `from_torch`. What is not renamed turns "/" into ".".
-      values_per_batch: see `from_torch`; puts the factor n / (n - 1) in.
-      like: state dict of the PyTorch model, whose names, shapes and dtypes the
-        result must have.
-      skip: see `from_torch`.
-      strict: see `from_torch`.
-
-    Returns:
-      dict of new numpy arrays, which torch.from_numpy takes; bfloat16 as
-      float32. With strict=False a pair of that and a list; see `from_torch`.
-
-    Raises:
-      ValueError: something does not fit; all of it is listed.
-    """
-    problems = Problems(strict)
-    skipped, given = Skipped(skip), _flat(variables)
-    skipped.check([*(name for _, name in given), *(like or ())], problems)
-    modules: dict[str, dict[Name, np.ndarray]] = {}
-    for (collection, name), value in given.items():
-        path, _, leaf = name.rpartition("/")
-        leaves = modules.setdefault(path, {})
-        if name not in skipped:
-            array = to_array(f"{collection}/{name}", value)
-            leaves[collection, leaf] = array
-    problems.wrong += [
-        f"collection {name!r} is neither params nor batch_stats"
-        for name in variables
-        if name not in ("params", "batch_stats")
-    ]
-    no_arrays = without_entries(kinds, modules)
-    renamed = new_paths([*modules, *no_arrays], rename, ("/", "."), problems)
-    skipped.drop(modules, renamed)
-    modules.update(no_arrays)
-    kinds = kinds_of(kinds, modules, kind_in_flax, problems)
-    n = values_of(values_per_batch, modules, _VAR, "/", problems)
-
-    flat: dict[str, np.ndarray] = {}
-    for path, kind in kinds.items():
-        where = path or "the top level"
-        made = module_to_torch(kind, modules[path], problems, where)
-        if path in n and "running_var" in made:
-            factor = n[path] / (n[path] - 1)
-            made["running_var"] = _scaled(made["running_var"], factor)
-        for name, a in made.items():
-            key = join(".", renamed[path], name)
-            if name == _COUNTER and like is not None and key not in like:
-                continue
-            if key in flat:
-                problems.wrong.append(f"{key} comes from several modules")
-            flat[key] = np.array(a)
-    flat = fit(like, flat, skipped, problems)
-    left_out = problems.report()
-    state = {name: for_torch(a) for name, a in flat.items()}
-    return state if strict else (state, left_out)
-
-
-def _flat(variables: Any, path: tuple[str, ...] = ()) -> dict[Name, Any]:
-    """(collection, path) -> leaf, of params and batch_stats."""
-    found: dict[Name, Any] = {}
-    for key, value in variables.items():
-        at = (*path, str(key))
-        if isinstance(value, Mapping):
-            found |= _flat(value, at)
-        elif at[0] in ("params", "batch_stats"):
-            found[at[0], "/".join(at[1:])] = value
-    return found
-
-
-def _scaled(a: np.ndarray, factor: float) -> np.ndarray:
-    return (a.astype(np.float64) * factor).astype(a.dtype)
