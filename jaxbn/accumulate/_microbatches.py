@@ -33,10 +33,10 @@ def means(
     name = inputs.axis_name
     if name is not None and not any(n.collective for n in program.nodes):
         raise ValueError(
-            f"loss does nothing over axis_name={name!r}, so no layer normalizes "
-            "with the statistics of all microbatches. Give the layers "
-            f"axis_name={name!r}, under shard_map a tuple with the mesh axis, or "
-            "use exact=False."
+            f"loss does nothing over axis_name={name!r}, so no layer "
+            "normalizes with the statistics of all microbatches. Give the "
+            f"layers axis_name={name!r}, under shard_map a tuple with the mesh "
+            "axis, or use exact=False."
         )
     to_mean, aux = jax.tree.unflatten(tree, program.outputs)
     to_mean = jax.tree.map(program.add_mean, to_mean)

@@ -31,8 +31,9 @@ class Node:
     stacked: bool
     level: int
     cheap: bool  # rather run again than keep what it returns
-    # "sum": run takes the sum over all microbatches; "stack": all of them, along
-    # a new first axis; "branches": several values, stacked ones as a Stack.
+    # "sum": run takes the sum over all microbatches; "stack": all of them,
+    # along a new first axis; "branches": several values, stacked ones as a
+    # Stack.
     collective: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""Scale invariance of weights before batch norm, and how far steps turn them."""
+"""Scale invariance of weights before batch norm, and their rotation."""
 
 from __future__ import annotations
 

@@ -44,9 +44,10 @@ class Folded(NamedTuple):
       layers: a Layer for every use of a normalization.
       max_difference: measured on random inputs of the examples' shapes.
 
-    Can be pickled where `flatbuffers` is installed. What is loaded does not need
+    Can be pickled where `flatbuffers` is installed. Unpickling does not need
     the model: apply is a program of `jax.export`, for any number of examples if
-    the model can be traced so, else for the examples' shapes.
+    the model can be traced with a symbolic batch size, else for the shapes of
+    the examples.
     """
 
     apply: Callable[..., Any]

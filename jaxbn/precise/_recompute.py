@@ -115,8 +115,8 @@ def recompute(
                 np.isfinite(part.mean).all() and np.isfinite(part.m2).all()
             ):
                 raise ValueError(
-                    f"Statistics of batch {read} (from 0) are not finite; check "
-                    "it for NaN or inf. Nothing was changed."
+                    f"Statistics of batch {read} (from 0) are not finite; "
+                    "check it for NaN or inf. Nothing was changed."
                 )
             total.add(part)
         read += 1

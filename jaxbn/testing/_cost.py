@@ -114,8 +114,8 @@ def sync_cost(
       SyncCost.
 
     Raises:
-      ValueError: a figure is out of range; fn is compiled for one device, or for
-        groups larger than devices, or has a collective without a formula;
+      ValueError: a figure is out of range; fn is compiled for one device, or
+        for groups larger than devices, or has a collective without a formula;
         unsynchronized sends more than fn.
 
     Source: Thakur, Rabenseifner, Gropp (2005), Optimization of Collective
