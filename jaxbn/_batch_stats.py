@@ -1,4 +1,4 @@
-"""Updates the running statistics of a model from a tree of Moments."""
+"""The running statistics of a model next to a tree of Moments."""
 
 from __future__ import annotations
 
@@ -14,69 +14,71 @@ from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
 
 
-def update_layers(
-    update: Callable[[Mapping[str, Any], Moments], dict[str, Any]],
+def map_layers(
+    fn: Callable[[Mapping[str, Any], Moments], Any],
     batch_stats: Any,
     moments: Any,
     *,
-    name: str,
+    names: tuple[str, str],
     path: str = "",
 ) -> Any:
-    """Returns batch_stats with the entries of layers that moments has updated.
+    """Calls fn for every layer that has Moments.
 
     Args:
-      update: (entries of a layer, Moments) -> its new entries.
+      fn: called with the entries of a layer and its Moments.
       batch_stats: nested mappings, with mean and var for each layer, or
         `RunningStats` in their place.
       moments: a tree of the same structure, or a part of it, with Moments for
         each layer, or {"moments": Moments} as in flax's collection
         batch_moments.
-      name: name of the argument moments, for error messages.
+      names: names of both arguments, for error messages.
       path: keys that led to both trees, for error messages.
 
     Returns:
-      A tree with the structure of batch_stats.
+      Nested dicts like moments, with the result of fn for each layer.
 
     Raises:
       ValueError: the structures or the shapes do not match.
     """
+    mine, theirs = (f"{name}{path}" for name in names)
     if _is_collection(moments) and not _has(batch_stats, "moments"):
         moments = moments["moments"]
+    if isinstance(batch_stats, RunningStats):
+        batch_stats = batch_stats._asdict()
     if isinstance(moments, Moments):
-        is_tuple = isinstance(batch_stats, RunningStats)
-        layer = batch_stats._asdict() if is_tuple else batch_stats
-        if not _has(layer, "mean") or not _has(layer, "var"):
+        if not _has(batch_stats, "mean") or not _has(batch_stats, "var"):
             raise ValueError(
-                f"{name}{path} has Moments where batch_stats{path} has "
-                f"{_keys(batch_stats)}."
+                f"{theirs} has Moments where {mine} has {_keys(batch_stats)}."
             )
-        shape, like = np.shape(moments.mean), np.shape(layer["mean"])
+        shape, like = np.shape(moments.mean), np.shape(batch_stats["mean"])
         if shape != like:
             raise ValueError(
-                f"{name}{path} has Moments of shape {shape} where "
-                f"batch_stats{path} has a mean of shape {like}."
+                f"{theirs} has Moments of shape {shape} where {mine} has a "
+                f"mean of shape {like}."
             )
-        changed = update(layer, moments)
-        if is_tuple:
-            return batch_stats._replace(**changed)
-        return type(layer)({**layer, **changed})
+        return fn(batch_stats, moments)
     fits = isinstance(moments, Mapping) and isinstance(batch_stats, Mapping)
     if not fits or not set(moments) <= set(batch_stats):
         raise ValueError(
-            f"{name}{path} has {_keys(moments)} where batch_stats{path} has "
+            f"{theirs} has {_keys(moments)} where {mine} has "
             f"{_keys(batch_stats)}."
         )
-    changed = {
-        key: update_layers(
-            update,
-            batch_stats[key],
-            moments[key],
-            name=name,
-            path=f"{path}[{key!r}]",
+    return {
+        key: map_layers(
+            fn, batch_stats[key], below, names=names, path=f"{path}[{key!r}]"
         )
-        for key in moments
+        for key, below in moments.items()
     }
-    return type(batch_stats)({**batch_stats, **changed})
+
+
+def replace_entries(batch_stats: Any, new: Any) -> Any:
+    """Returns batch_stats with the entries that the nested dict new has."""
+    if not isinstance(new, dict):
+        return new
+    if isinstance(batch_stats, RunningStats):
+        return batch_stats._replace(**new)
+    new = {k: replace_entries(batch_stats[k], v) for k, v in new.items()}
+    return type(batch_stats)({**batch_stats, **new})
 
 
 def with_statistics(batch_stats: Any, stats: Any, *, ddof: int = 0) -> Any:
@@ -111,7 +113,10 @@ def with_statistics(batch_stats: Any, stats: Any, *, ddof: int = 0) -> Any:
 
         return {"mean": put("mean", new.mean), "var": put("var", var)}
 
-    return update_layers(replace, batch_stats, stats, name="stats")
+    new = map_layers(
+        replace, batch_stats, stats, names=("batch_stats", "stats")
+    )
+    return replace_entries(batch_stats, new)
 
 
 def _is_collection(tree: Any) -> bool:
@@ -128,5 +133,5 @@ def _has(tree: Any, key: str) -> bool:
 
 
 def _keys(tree: Any) -> str:
-    kind = f"{type(tree).__module__}.{type(tree).__name__}"
-    return str(sorted(tree)) if isinstance(tree, Mapping) else kind
+    is_mapping = isinstance(tree, Mapping)
+    return str(sorted(map(str, tree))) if is_mapping else type(tree).__name__

@@ -272,7 +272,7 @@ def test_trees_that_do_not_fit(data):
             {"a": {"b": stats}},
             "stats['a'] has ['b'] where batch_stats['a'] has ['mean', 'var'].",
         ),
-        ({"a": 1}, "stats['a'] has builtins.int where batch_stats['a'] has"),
+        ({"a": 1}, "stats['a'] has int where batch_stats['a'] has"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             precise.with_statistics({"a": layer}, wrong)

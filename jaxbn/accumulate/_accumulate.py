@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._batch_stats import update_layers
+from jaxbn._batch_stats import map_layers, replace_entries
 from jaxbn._compat import types_say_varying, varying_axes
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats, is_finite, update_running
@@ -201,4 +201,7 @@ def update_batch_stats(
             changed["skipped"] = layer["skipped"] + skips
         return {name: changed[name] for name in changed if name in layer}
 
-    return update_layers(update, batch_stats, moments, name="moments")
+    changed = map_layers(
+        update, batch_stats, moments, names=("batch_stats", "moments")
+    )
+    return replace_entries(batch_stats, changed)
