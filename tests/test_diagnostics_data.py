@@ -335,7 +335,8 @@ LAYER = {"mean": np.ones(2), "var": np.ones(2)}
         ),
         (
             stale({"a": LAYER}, {"a": 3}),
-            r"precise\['a'\] has int where running\['a'\] has \['mean', 'var'\]",
+            r"precise\['a'\] has int where running\['a'\] has "
+            r"\['mean', 'var'\]",
         ),
         (
             stale({"a": {"mean": 1}}, {"a": ONE}),

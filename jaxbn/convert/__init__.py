@@ -1,4 +1,4 @@
-"""Whole models between flax's BatchNorm and jaxbn's, and PyTorch's weights."""
+"""Converts models between flax's BatchNorm and jaxbn's, and PyTorch weights."""
 
 from jaxbn.convert._from_torch import from_torch
 from jaxbn.convert._models import runs_as, to_flax, to_jaxbn

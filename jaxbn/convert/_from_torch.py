@@ -69,49 +69,50 @@ def from_torch(
 ) -> Any:
     """Returns the variables of a flax model from a state dict of PyTorch.
 
-    A module with running statistics is a batch norm. Other weights go by their
-    number of axes: 2 is "linear", (out, in) -> (in, out); 3 to 5 is "conv",
-    (out, in, *window) -> (*window, in, out), with groups or without. What
-    that leaves open or gets wrong has to be said in kinds:
+    A module with running statistics is a batch norm. Other weights are
+    classified by their number of axes: 2 is "linear", (out, in) -> (in, out); 3
+    to 5 is "conv", (out, in, *window) -> (*window, in, out), grouped or not.
+    Specify what this leaves open or gets wrong in kinds:
 
-    - "conv_transpose": flax's ConvTranspose; the window is mirrored.
+    - "conv_transpose": flax's ConvTranspose; the window is flipped.
     - "conv_transpose_kernel": the same with transpose_kernel=True.
     - "embedding": (entries, features) on both sides.
-    - "norm": the weight is the scale of a LayerNorm, GroupNorm or the like.
-    - "batch_norm_untracked": a batch norm with track_running_stats=False; the
-      running statistics that flax has start at 0 and 1. With affine=False it
-      has no entry in the state dict, and like says how many channels it has.
+    - "norm": weight is the scale of a LayerNorm, GroupNorm or the like.
+    - "batch_norm_untracked": a batch norm with track_running_stats=False;
+      flax's running statistics are set to mean 0 and variance 1. With
+      affine=False it is not in the state dict, and like determines its number
+      of channels.
     - "same": params of the same names and layouts.
 
-    num_batches_tracked becomes `steps` where like has that; else it is left
-    out.
+    num_batches_tracked becomes `steps` if like has it, and is dropped
+    otherwise.
 
     Args:
       state_dict: name -> numpy array or torch tensor.
       kinds: path of a module, such as "encoder.0" -> kind.
-      rename: path of a module in PyTorch -> path in flax, such as "a/b". Of
-        a mapping the longest key that a path begins with is replaced; a
-        function takes the whole path. What is not renamed turns "." into "/".
-      values_per_batch: n, how many values a channel had in a batch, the batch
-        times height times width; or a mapping from paths, or what they begin
-        with, to n. PyTorch's running variance is unbiased, n / (n - 1) times
-        what flax holds; this takes the factor out. (What is left of the 1 it
-        started from is divided too.) None leaves the number as it is, and
-        inference then is that of PyTorch.
-      like: variables of the flax model, or shapes, which the result must have.
-        The dtypes are those of like too; without it those of state_dict.
+      rename: path of a module in PyTorch -> path in flax, such as "a/b". In a
+        mapping, the longest key that a path starts with is replaced, and "."
+        becomes "/" in the rest; a function maps whole paths.
+      values_per_batch: n, the number of values per channel in a batch, which is
+        batch size times height times width; or a mapping from paths, or what
+        they start with, to n. PyTorch's running variance is unbiased, n / (n -
+        1) times that of flax; this removes the factor (also from what remains
+        of the initial value 1). None keeps the variance, so that inference
+        equals PyTorch's.
+      like: variables of the flax model, or their shapes, that the result must
+        match. Dtypes are those of like, or without it those of state_dict.
       skip: paths of modules or names of entries, on either side, to leave out
-        with all below them, such as the old head in fine-tuning. What like
-        has for them is in the result.
-      strict: False leaves out whatever does not fit, too, and says so.
+        with everything below them, such as the old head in fine-tuning. The
+        result has the values of like instead.
+      strict: False also leaves out whatever does not match, and lists it.
 
     Returns:
       {"params": ..., "batch_stats": ...}, nested dicts of new numpy arrays.
-      With strict=False a pair of that and a list that has a line for
-      everything that does not fit; what is missing is that of like.
+      With strict=False, a pair of that and a list with a line for each
+      mismatch; the values of like replace what is missing.
 
     Raises:
-      ValueError: something does not fit; all of it is listed.
+      ValueError: something does not match; everything that does not is listed.
     """
     problems = Problems(strict)
     skipped, wanted = Skipped(skip), None if like is None else flatten(like)

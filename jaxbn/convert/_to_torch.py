@@ -71,28 +71,28 @@ def to_torch(
     """Returns a state dict for PyTorch from the variables of a flax model.
 
     The inverse of `from_torch`. A module with mean and var in batch_stats is a
-    batch norm, other scales are "norm", "embedding" is told by its name, and a
-    kernel of 2 axes is "linear", of 3 to 5 "conv". num_batches_tracked is what
-    `steps` says, else 0; only momentum=None reads it. It is left out where
-    like lacks it.
+    batch norm, one with another scale "norm", and one with an embedding
+    "embedding"; a kernel of 2 axes is "linear", of 3 to 5 "conv".
+    num_batches_tracked is the value of `steps`, or 0 without it; PyTorch only
+    uses it for momentum=None. It is dropped if like does not have it.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}, nested mappings.
       kinds: path of a module, such as "encoder/0" -> kind.
       rename: path of a module in flax -> path in PyTorch, such as "a.b"; see
-        `from_torch`. What is not renamed turns "/" into ".".
-      values_per_batch: see `from_torch`; puts the factor n / (n - 1) in.
+        `from_torch`. Otherwise "/" becomes ".".
+      values_per_batch: see `from_torch`; multiplies by n / (n - 1).
       like: state dict of the PyTorch model, whose names, shapes and dtypes the
         result must have.
       skip: see `from_torch`.
       strict: see `from_torch`.
 
     Returns:
-      dict of new numpy arrays, which torch.from_numpy takes; bfloat16 as
-      float32. With strict=False a pair of that and a list; see `from_torch`.
+      dict of new numpy arrays, for torch.from_numpy; bfloat16 becomes float32.
+      With strict=False, a pair of that and a list; see `from_torch`.
 
     Raises:
-      ValueError: something does not fit; all of it is listed.
+      ValueError: something does not match; everything that does not is listed.
     """
     problems = Problems(strict)
     skipped, given = Skipped(skip), flatten(variables)

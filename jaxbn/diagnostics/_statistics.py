@@ -70,8 +70,8 @@ def stats_staleness(
     it is dominated by the initial mean 0 and variance 1.
 
     Args:
-      running: batch_stats: nested mappings, with mean and var or RunningStats
-        for each layer.
+      running: batch_stats, nested mappings with mean and var for each layer, or
+        RunningStats in their place.
       precise: a tree of the same structure, or a part of it, with Moments for
         each layer, such as `jaxbn.precise.recompute(...).stats` for flax.linen.
       epsilon: epsilon of the layers, unit of x squared; may be 0.

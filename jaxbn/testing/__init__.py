@@ -1,4 +1,4 @@
-"""Certificates for a user's own model: splits, replicas, traffic, numbers."""
+"""Checks of your own model: batch splits, replicas, collectives, accuracy."""
 
 from jaxbn.testing._collectives import KINDS, Collectives, Traffic, collectives
 from jaxbn.testing._cost import SyncCost, group_costs, sync_cost

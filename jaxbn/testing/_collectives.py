@@ -35,11 +35,11 @@ _ARRAY = re.compile(r"\b(?:pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind: how many, and the bytes of their results.
+    """Collectives of one kind.
 
     Attributes:
-      count: operations in the program, however often they run.
-      bytes: of their results on one device, together.
+      count: number of operations in the program, however often each one runs.
+      bytes: total size of their results on one device.
     """
 
     count: int  # type: ignore[assignment]
@@ -47,13 +47,13 @@ class Traffic(NamedTuple):
 
 
 class Collectives(dict[str, Traffic]):
-    """kind -> Traffic of what occurs; the rest of KINDS reads as (0, 0).
+    """`Traffic` by kind; kinds of KINDS that do not occur read as (0, 0).
 
     Attributes:
       conditional: Collectives in branches of conditionals, which may not run.
 
     Raises:
-      KeyError: it is asked for a kind that does not exist.
+      KeyError: a key is not in KINDS.
     """
 
     conditional: Collectives
@@ -69,13 +69,14 @@ def collectives(
 ) -> Collectives:
     """Counts the collectives in the compiled program of fn, without running it.
 
-    A budget reads `collectives(step, state, batch)["all-reduce"].count == 3`.
-    What counts is the optimized HLO, in which XLA has merged and removed what
-    it could; backends may differ. An operation counts once however often it
-    runs, in the body of a loop too; the -start and -done of one are one.
-    Branches of a conditional are counted in `.conditional`: there batch norm
-    keeps the second reduction of a batch whose mean lies far from the running
-    mean, which a step does not ordinarily take.
+    For example, to assert a budget: `collectives(step, state,
+    batch)["all-reduce"].count == 3`. Counts the operations of the optimized
+    HLO, after XLA has merged and removed some, which may differ between
+    backends. An operation counts once, however often it runs, even in the body
+    of a loop; so does a pair of -start and -done. Branches of conditionals are
+    counted in `.conditional`: there batch norm has the second reduction, for
+    batches whose mean is far from the running mean, which an ordinary step does
+    not run.
 
     Args:
       fn: a function, or the result of `jax.jit`.
@@ -83,13 +84,14 @@ def collectives(
       **kwargs: likewise.
 
     Returns:
-      Collectives, from each kind that occurs to its count and bytes. Bytes are
-      the size of the results on one device, tuples summed: of an all-reduce
-      what a device puts in, of an all-gather the gathered array, of a
-      reduce-scatter the device's part. They are not the bytes on the wire.
+      Collectives, with the count and bytes of each kind that occurs. Bytes are
+      the size of the results on one device, summed over tuples: for an
+      all-reduce the size of its input, for an all-gather that of the gathered
+      array, for a reduce-scatter that of the device's part. They are not the
+      bytes sent.
 
     Raises:
-      KeyError: the result is asked for a kind that does not exist.
+      KeyError: the result is indexed by a kind that does not exist.
 
     Example:
       >>> import jax.numpy as jnp

@@ -16,14 +16,14 @@ from jaxbn.testing._cost_model import Cost, Figure, Operation, cost_of
 
 
 class SyncCost(NamedTuple):
-    """What `sync_cost` returns; str() is a table.
+    """Result of `sync_cost`; str() is a table.
 
     Attributes:
-      devices: how many the figures are for.
-      forward: `Cost` of the batch norms in the forward pass.
-      backward: `Cost` of the batch norms in the backward pass.
-      rest: what is sent without synchronization too: the gradient.
-      compute: seconds of a step without communication; None: not known.
+      devices: number of devices that the costs are for.
+      forward: `Cost` of batch norm in the forward pass.
+      backward: `Cost` of batch norm in the backward pass.
+      rest: `Cost` without synchronization, such as that of the gradient.
+      compute: seconds of a step without communication, or None.
     """
 
     devices: int
@@ -34,12 +34,12 @@ class SyncCost(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Seconds a step that synchronization takes, forward and backward."""
+        """Seconds of synchronization per step, forward and backward."""
         return self.forward.seconds + self.backward.seconds
 
     @property
     def share(self) -> float | None:
-        """Part of the whole step; None where compute is not known."""
+        """Fraction of a step spent on synchronization; None if compute is."""
         if self.compute is None:
             return None
         return self.seconds / (self.compute + self.seconds + self.rest.seconds)
@@ -75,48 +75,52 @@ def sync_cost(
     devices: int | None = None,
     compute: float | None = None,
 ) -> SyncCost:
-    """Computes, without running it, the time fn spends on synchronization.
+    """Estimates the time that fn spends on synchronization, without running it.
 
-    The compiled program gives count and bytes of its collectives, the caller
-    the link. Over n devices, with S the bytes of a result::
+    The number and size of collectives are those of the compiled program;
+    latency and bandwidth of the link are arguments. Over n devices, with S the
+    bytes of a result::
 
         all-reduce       latency(n) + 2 (n - 1) / n * S / bandwidth(n)
         all-gather       latency(n) +   (n - 1) / n * S / bandwidth(n)
         reduce-scatter   latency(n) +   (n - 1) / n * n S / bandwidth(n)
 
-    an all-to-all as an all-gather; a permutation and a broadcast send S. All
-    are added up. Links are taken to be as fast as stated, and nothing to hide
-    behind computation: a model, not a measurement.
+    An all-to-all costs as much as an all-gather; a permutation and a broadcast
+    send S bytes. The sum over all collectives is a model, not a measurement: it
+    assumes that links reach their stated speed, and that communication does not
+    overlap with computation.
 
-    What belongs to batch norm is what fn costs beyond `unsynchronized`:
-    collectives that XLA has merged with those of the gradient cost no latency
-    of their own. Backward is what JAX marks as transposed, or runs after it.
+    The cost of batch norm is the cost of fn minus that of `unsynchronized`:
+    collectives that XLA has merged with those of the gradient add no latency of
+    their own. What JAX marks as transposed, or what runs after it, belongs to
+    the backward pass.
 
-    The program is that of the backend fn is compiled for. Compiled for GPUs a
-    layer has one all-reduce more forward, of C floats: add a latency a layer
-    where CPU devices stand for them.
+    The program is that of the backend which fn is compiled for. On GPUs a layer
+    has one more all-reduce forward, of C floats: if CPU devices stand in for
+    GPUs, add one latency per layer.
 
     Args:
       fn: a function, or the result of `jax.jit`, over several devices.
       *args: arrays or `jax.ShapeDtypeStruct`s.
-      latency: seconds of one whole collective that sends next to nothing, as
-        a timing of it gives them; or a function of n. No vendor publishes it.
-      bandwidth: bytes/s that a device sends, all its links together, such as
-        LINKS["nvlink4"]; or a function of n.
-      unsynchronized: fn whose layers have axis_name=None. None: fn sends
-        nothing but statistics; a gradient's all-reduce then counts as theirs.
-      devices: how many; None takes those that fn is compiled for. With
-        another number a collective over all devices goes over so many, its
-        input the same; one inside a group stays as it is.
+      latency: seconds that a collective of almost no data takes as a whole, or
+        a function of n. Vendors do not publish it; measure it.
+      bandwidth: bytes per second that a device sends on all its links together,
+        such as LINKS["nvlink4"], or a function of n.
+      unsynchronized: fn with axis_name=None in its layers. None assumes that fn
+        only sends statistics; the all-reduce of a gradient then counts as
+        theirs.
+      devices: number of devices; None is the number that fn is compiled for.
+        Otherwise collectives over all devices are scaled to this number, with
+        inputs of the same size; those within groups stay the same.
       compute: seconds of a step without communication, to compare with.
 
     Returns:
       SyncCost.
 
     Raises:
-      ValueError: a figure is out of range; fn is compiled for one device, or
-        for groups larger than devices, or has a collective without a formula;
-        unsynchronized sends more than fn.
+      ValueError: latency, bandwidth or compute is out of range; fn is compiled
+        for one device or for groups larger than devices, or has a collective
+        without a formula; or unsynchronized sends more than fn.
 
     Source: Thakur, Rabenseifner, Gropp (2005), Optimization of Collective
     Communication Operations in MPICH, section 4; Patarasuk and Yuan (2009),
@@ -162,21 +166,22 @@ def group_costs(
     sizes: Iterable[int],
     **options: Any,
 ) -> dict[int, SyncCost]:
-    """`sync_cost` for every size of the groups that share statistics.
+    """Returns `sync_cost` for each size of the groups that share statistics.
 
-    Groups pay where a collective of few devices is cheaper than one of all,
-    so give latency or bandwidth as a function of n. They gather in place of
-    reducing, and keep one all-reduce over all devices for running statistics.
+    Groups pay off if a collective over few devices is cheaper than one over all
+    of them: give latency or bandwidth as a function of n. Groups use an
+    all-gather instead of an all-reduce, and another all-reduce over all devices
+    for the running statistics.
 
     Args:
-      make: group size -> fn whose layers have group_size=that.
-      *args: of fn.
-      sizes: of groups. One as large as the number of devices that fn is
-        compiled for stands for all devices.
-      **options: of `sync_cost`.
+      make: group size -> fn whose layers have that group_size.
+      *args: arguments of fn.
+      sizes: group sizes. The number of devices that fn is compiled for stands
+        for all devices.
+      **options: options of `sync_cost`.
 
     Returns:
-      Group size -> SyncCost, in the order of sizes.
+      dict from group size to SyncCost, in the order of sizes.
 
     Raises:
       ValueError: as in `sync_cost`.

@@ -40,12 +40,12 @@ class Operation(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Collectives of one part of a program.
+    """Cost of the collectives in one part of a program.
 
     Attributes:
-      count: of collectives.
+      count: number of collectives.
       sent: bytes that each device sends.
-      seconds: that they take by the model of `sync_cost`.
+      seconds: time that they take, by the model of `sync_cost`.
     """
 
     count: int  # type: ignore[assignment]
