@@ -93,7 +93,7 @@ def lockstep(
 
 
 def check_unbound(axis_name: Hashable) -> None:
-    """Raises unless axis_name is free for microbatches."""
+    """Raises if axis_name is already bound."""
     try:
         size = jax.lax.axis_size(axis_name)
     except NameError:
@@ -105,7 +105,7 @@ def check_unbound(axis_name: Hashable) -> None:
 
 
 def _spread(name: str, axes: Any, tree: Any) -> list[int | None]:
-    """Returns an axis for every leaf of a tree."""
+    """Returns the axis of each leaf of a tree."""
 
     def is_none(x: Any) -> bool:
         return x is None
@@ -122,7 +122,7 @@ def _spread(name: str, axes: Any, tree: Any) -> list[int | None]:
 def _place(
     array: jax.Array, stacked: bool, axis: int | None, size: int
 ) -> jax.Array:
-    """Moves the rows of a result to where they are wanted."""
+    """Moves the axis of rows of a result to the requested axis."""
     if axis is None:
         return array
     if not stacked:

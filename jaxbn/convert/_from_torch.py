@@ -1,4 +1,4 @@
-"""Variables of flax from a state dict of PyTorch, without torch."""
+"""Converts a state dict of PyTorch to variables of flax, without torch."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def from_torch(
                 problems.wrong.append(
                     f"{'/'.join(key)} comes from several modules"
                 )
-            # A copy: a module that trains on moves its own tensors.
+            # A copy: PyTorch updates its tensors in place.
             flat[key] = np.array(a)
     flat = fit(wanted, flat, skipped, problems)
     left_out = problems.report()

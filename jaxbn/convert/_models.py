@@ -1,4 +1,4 @@
-"""Exchanges the layers of a linen or nnx model."""
+"""Public functions that convert linen and nnx models."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def runs_as(layer: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 def on_one_device(model: _Model, keep: Iterable[type | str] = ()) -> _Model:
-    """Returns `to_jaxbn` of a model, without groups of devices."""
+    """Returns `to_jaxbn` of a model, with groups of devices removed."""
     rule = _rule(jaxbn.linen.BatchNorm, {}, keep, {})
     return _convert(model, dataclasses.replace(rule, one_device=True))
 

@@ -1,4 +1,4 @@
-"""A state dict for PyTorch from variables of flax, without torch."""
+"""Converts variables of flax to a state dict for PyTorch, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of a batch norm of PyTorch as fields of flax's layer, and back."""
+"""Converts options of a PyTorch batch norm to fields of flax's, and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What synchronization costs in time, from a program and a link."""
+"""The time that synchronization takes, from a compiled program and a link."""
 
 from __future__ import annotations
 
@@ -147,8 +147,8 @@ def sync_cost(
     others = [] if unsynchronized is None else _read(unsynchronized, args)[1]
     for other in others:
         rest += cost(other)
-        # Alone it may stand elsewhere: fn says when it runs. One that fn has
-        # merged with others is a gradient's.
+        # It may run elsewhere there: fn determines the pass. Collectives that
+        # fn has merged with others belong to the gradient.
         same = [o.backward for o in operations if o[:3] == other[:3]]
         halves[any(same) or not same] -= cost(other)
     if halves[0].sent + halves[1].sent < 0:
@@ -192,7 +192,7 @@ def group_costs(
 def _read(
     fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> tuple[int, list[Operation]]:
-    """Returns the number of devices and the collectives in compiled order."""
+    """Returns the number of devices, and the collectives in program order."""
     hlo = re.sub(r"/\*.*?\*/", "", compiled_text(fn, *args))
     counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo)
     devices = math.prod(map(int, counts))
@@ -202,7 +202,7 @@ def _read(
         in_entry = in_entry or line.startswith("ENTRY ")
         for kind, (_, size) in parse(line).items():
             transposed = "transpose(" in line
-            # The entry is written in the order it runs in.
+            # The entry computation is printed in the order of execution.
             turned = turned or (in_entry and transposed)
             backward = transposed or (in_entry and turned)
             members = _members(line, devices)

@@ -1,15 +1,15 @@
-"""The time that one collective takes, by its bytes and the link."""
+"""The time that one collective takes, from its bytes and the link."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-# A figure of the link, or a function of the number of devices.
+# Latency or bandwidth, or a function of the number of devices.
 Figure = float | Callable[[int], float]
 
-#: Published peaks: bytes/s that a device sends on all its links together, half
-#: of what is stated for both directions.
+#: Published peak bandwidths: bytes/s that a device sends on all its links
+#: together, half of what is stated for both directions.
 LINKS = {
     "nvlink3": 300e9,  # NVIDIA, NVLink: A100, 12 links, 600 GB/s in total
     "nvlink4": 450e9,  # NVIDIA, Hopper Architecture: 900 GB/s bi-directional
@@ -26,7 +26,8 @@ _SENT: dict[str, Callable[[int], float]] = {
     "collective-permute": lambda n: 1,
     "collective-broadcast": lambda n: 1,
 }
-# How the result grows with the devices where what goes in does not.
+# Exponent of the number of devices in the size of the result, for an input of
+# constant size.
 _GROWS = {"all-gather": 1, "reduce-scatter": -1}
 
 
@@ -74,7 +75,7 @@ def cost_of(
     latency: Figure,
     bandwidth: Figure,
 ) -> Cost:
-    """Returns the cost of a collective on another number of devices."""
+    """Returns the cost of a collective, scaled to a number of devices."""
     kind, members = operation.kind, operation.members
     size: float = operation.bytes
     if kind not in _SENT:

@@ -1,4 +1,4 @@
-"""Whether devices hold the same values."""
+"""Checks that devices hold the same values."""
 
 from __future__ import annotations
 

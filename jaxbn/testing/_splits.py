@@ -1,4 +1,4 @@
-"""Whether a model depends on how its batch is split over devices."""
+"""Checks that a model does not depend on how its batch is split."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def assert_shard_invariant(
         if a.role != "layer" and not np.isfinite(a.copies).all():
             raise ValueError(f"{a} is not finite on one device.")
     if rtol is None:
-        # A third of the digits is more than rounding takes.
+        # A third of the digits: more than the rounding error.
         rtol = math.sqrt(float(jnp.finfo(narrowest(one.program)).eps)) / 3
     recheck = Recheck(one, inputs, rtol)
     for sizes in splits:
@@ -128,7 +128,7 @@ def assert_shard_invariant(
 def _splits(
     batch: Any, devices: Sequence[int] | None, axes: int
 ) -> list[tuple[int, ...]]:
-    """Mesh shapes to try, the fewest devices first."""
+    """Returns the mesh shapes to try, the fewest devices first."""
     shapes = [np.shape(a) for a in jax.tree.leaves(batch)]
     if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
         raise ValueError(f"batch needs one length on axis 0; got {shapes}.")
