@@ -52,8 +52,8 @@ class Layer(LayerOptions):
         if (call.ids is None) != (self.num_ids is None):
             ids = None if call.ids is None else describe(jnp.asarray(call.ids))
             raise ValueError(
-                "sharing.num_ids of the layer and ids of the call must be given "
-                f"together; got num_ids={self.num_ids} and ids={ids}."
+                "sharing.num_ids of the layer and ids of the call must be "
+                f"given together; got num_ids={self.num_ids} and ids={ids}."
             )
         if not self.train_affine:
             scale, bias = jax.lax.stop_gradient((scale, bias))

@@ -73,15 +73,15 @@ class LayerOptions:
             )
         if self.per_id != "statistics" and self.num_ids is None:
             raise ValueError(
-                f"per_id={self.per_id!r} needs sharing.num_ids, the rows of scale "
-                "and bias; got num_ids=None."
+                f"per_id={self.per_id!r} needs sharing.num_ids, the rows of "
+                "scale and bias; got num_ids=None."
             )
         shared = self.shared_by  # raises ValueError if invalid
         timesteps = self.running.num_timesteps
         if timesteps is not None and shared.num_ids is not None:
             raise ValueError(
-                f"num_timesteps={timesteps} and num_ids={self.num_ids} both add "
-                "rows to the running statistics; set only one of them, or "
+                f"num_timesteps={timesteps} and num_ids={self.num_ids} both "
+                "add rows to the running statistics; set only one of them, or "
                 "per_id='affine'."
             )
 
@@ -116,8 +116,8 @@ class LayerOptions:
             return scope
         if scope.axis_index_groups is not None:
             raise ValueError(
-                "axis_index_groups is set twice, on the layer and in sharing; set "
-                "it once."
+                "axis_index_groups is set twice, on the layer and in sharing; "
+                "set it once."
             )
         return dataclasses.replace(
             scope, axis_index_groups=self.axis_index_groups

@@ -128,12 +128,12 @@ def _about_shift(
     """
     sums, _, devices, epsilon = passes
     if varying_axes(shift) & set(devices.names):
-        # The shift differs between devices, such as unpooled running statistics.
+        # Devices have shifts of their own, such as unpooled running statistics.
         shift = jnp.zeros(shift.shape, shift.dtype)
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
     found = all_sum(sums(values, constants, shift), devices)
-    # Both branches below must return the type of the sums, and their inputs must
-    # vary over the same axes: vmap may turn the conditional into a select.
+    # Both branches below must return the type of the sums, and their inputs
+    # must vary over the same axes: vmap may turn the conditional into a select.
     count = found[0]
     if varying := varying_axes(found[1]):
         count, values, constants = jax.tree.map(

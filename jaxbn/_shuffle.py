@@ -178,8 +178,8 @@ def _move_jvp(
     out = list(tangents[1])  # symbolic zeros stay symbolic zeros
     moving = [i for i, t in enumerate(out) if not isinstance(t, SymbolicZero)]
     if moving:
-        # Bits are not differentiable: tangents are sent as numbers in the widest
-        # dtype, which represents the others exactly.
+        # Bits are not differentiable: tangents are sent as numbers in the
+        # widest dtype, which represents the others exactly.
         double = any(jnp.finfo(out[i].dtype).bits == 64 for i in moving)
         mixed = len({jnp.finfo(out[i].dtype).dtype for i in moving}) > 1
         wide = jnp.float64 if double else jnp.float32 if mixed else None

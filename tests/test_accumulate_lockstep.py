@@ -186,11 +186,20 @@ MISTAKES = {
         ),
         "moments has ['b'] where batch_stats has ['a'].",
     ),
+    "moments of another shape": (
+        lambda: accumulate.update_batch_stats(
+            {"a": jaxbn.init_running(2)},
+            {"a": {"moments": jaxbn.moments(jnp.ones((4, 3)))}},
+            decay=0.9,
+        ),
+        "moments['a'] has Moments of shape (3,) where batch_stats['a'] has a "
+        "mean of shape (2,).",
+    ),
     "moments of a container": (
         lambda: accumulate.update_batch_stats(
             {"a": {"b": {}}}, {"a": jaxbn.Moments(1, 0, 0)}, decay=0.9
         ),
-        "moments has Moments where batch_stats has ['b'].",
+        "moments['a'] has Moments where batch_stats['a'] has ['b'].",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""CIFAR, prepared from small archives made here, with and without a connection."""
+"""CIFAR, prepared from small archives made here, online and offline."""
 
 import importlib.util
 import io
@@ -81,7 +81,7 @@ def go_offline(monkeypatch):
 
 @pytest.fixture(scope="module", params=[10, 100], ids=["cifar10", "cifar100"])
 def prepared(request, tmp_path_factory):
-    """(name, data_dir, raw rows, the Dataset) of a data set prepared offline."""
+    """(name, data_dir, raw rows, Dataset) of a data set prepared offline."""
     num_classes = request.param
     name = f"cifar{num_classes}"
     root = tmp_path_factory.mktemp(name)

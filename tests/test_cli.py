@@ -90,13 +90,14 @@ def test_quick_start_from_anywhere(tmp_path):
         ),
         (
             ["--config.norm_options.normalize_over=7"],
-            "norm='jaxbn': normalize_over=7 neither divides the 16 examples per "
-            "device nor is a multiple that divides 4 devices; the nearest "
+            "norm='jaxbn': normalize_over=7 neither divides the 16 examples "
+            "per device nor is a multiple that divides 4 devices; the nearest "
             "valid value is 8.",
         ),
         (
             ["--stall_limit=nan"],
-            "flag --stall_limit=nan: must be finite and not negative, in seconds",
+            "flag --stall_limit=nan: must be finite and not negative, in "
+            "seconds",
         ),
         (["again"], "Unexpected argument 'again'; flags begin with --."),
         (["--workdri=x"], "Unknown command line flag 'workdri'"),

@@ -37,7 +37,8 @@ HloModule jit_step, is_scheduled=true
   %q = f32[100,8]{1,0} parameter(0)
   %i = s32[] parameter(1)
   %zero = s32[] constant(0)
-  ROOT %row = f32[1,8]{1,0} dynamic-slice(%q, %i, %zero), dynamic_slice_sizes={1,8}
+  ROOT %row = f32[1,8]{1,0} dynamic-slice(%q, %i, %zero), \
+dynamic_slice_sizes={1,8}
 }
 
 %updated (q: f32[100,8], r: f32[1,8], i: s32[]) -> f32[100,8] {
@@ -51,7 +52,8 @@ HloModule jit_step, is_scheduled=true
 %body (state: (f32[8])) -> (f32[8]) {
   %state = (f32[8]{0}) parameter(0)
   %x = f32[8]{0} get-tuple-element(%state), index=0
-  %once = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %once = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, \
+backend_config={"estimated_cycles":"100"}
   ROOT %out = (f32[8]{0}) tuple(%once)
 }
 
@@ -70,7 +72,8 @@ HloModule jit_step, is_scheduled=true
 %rare (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
   %all = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add
-  ROOT %rarely = f32[8]{0} fusion(%all), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"7"}
+  ROOT %rarely = f32[8]{0} fusion(%all), kind=kLoop, calls=%fused, \
+backend_config={"estimated_cycles":"7"}
 }
 
 %common (x: f32[8]) -> f32[8] {
@@ -260,7 +263,8 @@ SUMS = """\
 ENTRY %main (x: bf16[64,8], k: bf16[1,8,8]) -> f32[8] {
   %x = bf16[64,8]{1,0} parameter(0)
   %k = bf16[1,8,8]{2,1,0} parameter(1)
-  %conv = (f32[8]{0}, bf16[64,8]{1,0}) fusion(%x, %k), kind=kOutput, calls=%joined
+  %conv = (f32[8]{0}, bf16[64,8]{1,0}) fusion(%x, %k), kind=kOutput, \
+calls=%joined
   %y = bf16[64,8]{1,0} get-tuple-element(%conv), index=1
   ROOT %sums = f32[8]{0} fusion(%y), kind=kLoop, calls=%alone
 }

@@ -146,7 +146,10 @@ class NnxTest(parameterized.TestCase):
 
     def test_what_is_refused(self):
         net = NnxNet(nnx.BatchNorm)
-        message = r"shared: sharing=Scope\(num_ids=2\) would turn mean of shape \(3,\) into \(2"
+        message = (
+            r"shared: sharing=Scope\(num_ids=2\) would turn mean of shape "
+            r"\(3,\) into \(2"
+        )
         with pytest.raises(ValueError, match=message.replace("shared", ".*")):
             convert.to_jaxbn(net, sharing=jaxbn.Scope(num_ids=2))
         with pytest.raises(ValueError, match="use_bias=False would turn bias"):
@@ -256,9 +259,8 @@ class CopiesTest(parameterized.TestCase):
         assert "keep=[NnxCopy, GraphNorm, Own]" in last
         keep = [custom_norms.NnxCopy, "2", Own]
         kept = convert.to_jaxbn(nnx.List(layers), keep=keep)
-        assert [type(layer) is type(old) for layer, old in zip(kept, layers)] == [
-            False, True, True, True, False,
-        ]  # fmt: skip
+        same = [type(new) is type(old) for new, old in zip(kept, layers)]
+        assert same == [False, True, True, True, False]
 
     def test_a_rule_for_a_class(self):
         x, plain = data(), with_layer(custom_norms.GraphNorm(C))

@@ -63,14 +63,26 @@ def test_all_that_does_not_fit_is_listed():
 @pytest.mark.parametrize(
     "variables, like, message",
     [
-        ({"kernel": np.zeros(2)}, None, "collection 'kernel' is neither params"),
         (
-            {"batch_stats": {"n": {"mean": np.zeros((2, 3)), "var": np.ones(3)}}},
+            {"kernel": np.zeros(2)},
+            None,
+            "collection 'kernel' is neither params",
+        ),
+        (
+            {
+                "batch_stats": {
+                    "n": {"mean": np.zeros((2, 3)), "var": np.ones(3)}
+                }
+            },
             None,
             r"n: 'mean' of a batch_norm has 1 axes; got \[2, 3\]",
         ),
         (
-            {"batch_stats": {"n": dict.fromkeys(("mean", "var", "skipped"), np.zeros(3))}},
+            {
+                "batch_stats": {
+                    "n": dict.fromkeys(("mean", "var", "skipped"), np.zeros(3))
+                }
+            },
             None,
             "n: 'skipped' has no counterpart in a batch_norm",
         ),
@@ -80,9 +92,13 @@ def test_all_that_does_not_fit_is_listed():
             r"(?s)shape: n.weight is \[2, 3\].*missing: n.bias",
         ),
         ({"params": {"n": {"w": np.zeros(3)}}}, None, "may be several kinds"),
-        ({"params": {"n": {"scale": nn.Partitioned(np.zeros(3), ())}}}, None, "'params/n/scale' must be an array; got Partitioned"),
+        (
+            {"params": {"n": {"scale": nn.Partitioned(np.zeros(3), ())}}},
+            None,
+            "'params/n/scale' must be an array; got Partitioned",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_pytorch_cannot_hold(variables, like, message):
     with pytest.raises(ValueError, match=message):
         convert.to_torch(variables, like=like)

@@ -269,8 +269,8 @@ def test_a_mask_is_bool(call, dtype):
         (
             {},
             dict(ids=np.zeros(4, int)),
-            "num_ids of the layer and ids of the call must be given together; got "
-            "num_ids=None and ids=int",
+            "num_ids of the layer and ids of the call must be given together; "
+            "got num_ids=None and ids=int",
         ),
         (
             {"sharing": jaxbn.Scope(num_ids=2)},

@@ -260,10 +260,35 @@ def test_what_cannot_be_recomputed(change, message):
 def test_trees_that_do_not_fit(data):
     stats = jaxbn.moments(data)
     layer = {"mean": jnp.zeros(4), "var": jnp.ones(4)}
-    with pytest.raises(ValueError, match=re.escape("shape (3,) do not match")):
-        precise.with_statistics({"a": layer}, {"a": stats})
-    with pytest.raises(ValueError, match="stats has b, but batch_stats has"):
-        precise.with_statistics({"a": layer}, {"b": stats})
+    for wrong, message in (
+        (
+            {"a": stats},
+            "stats['a'] has Moments of shape (3,) where batch_stats['a'] has a "
+            "mean of shape (4,).",
+        ),
+        ({"b": stats}, "stats has ['b'] where batch_stats has ['a']."),
+        (stats, "stats has Moments where batch_stats has ['a']."),
+        (
+            {"a": {"b": stats}},
+            "stats['a'] has ['b'] where batch_stats['a'] has ['mean', 'var'].",
+        ),
+        ({"a": 1}, "stats['a'] has int where batch_stats['a'] has"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            precise.with_statistics({"a": layer}, wrong)
+
+
+def test_layers_may_be_running_stats_or_be_named_moments(data):
+    stats = jaxbn.moments(data)
+    mapping = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    running = jaxbn.init_running(3, count_steps=True)
+    old = {"moments": mapping, "b": running}
+    new = precise.with_statistics(old, {"moments": stats})
+    np.testing.assert_array_equal(new["moments"]["mean"], stats.mean)
+    assert new["b"] is running
+    new = precise.with_statistics(old, {"b": {"moments": stats}})
+    assert new["moments"] is mapping and new["b"].steps is running.steps
+    np.testing.assert_array_equal(new["b"].mean, stats.mean)
 
 
 def test_layers_that_hand_out_nothing_are_named(data):

@@ -255,7 +255,10 @@ class TestPool:
     @pytest.mark.parametrize("over_devices", [False, True])
     def test_what_is_no_batch_norm_is_that_of_the_first(self, over_devices):
         rng = np.random.default_rng(0)
-        draw = lambda *shape: rng.normal(2, 1, (8, *shape)).astype(np.float32)  # noqa: E731
+
+        def draw(*shape):
+            return rng.normal(2, 1, (8, *shape)).astype(np.float32)
+
         tree = {
             "bn": {"mean": draw(3), "var": 1 + draw(3) ** 2},
             "spectral": {"kernel/u": draw(1, 4), "kernel/sigma": draw()},

@@ -146,7 +146,8 @@ def run_in_vmap(scope, **changes):
         (
             dict(normalize_over=3),
             "normalize_over=3 neither divides the 4 examples per device nor "
-            "is a multiple that divides 8 devices; the nearest valid value is 2",
+            "is a multiple that divides 8 devices; the nearest valid value is "
+            "2",
         ),
         (dict(normalize_over=64), "the nearest valid value is 32"),
         (dict(normalize_over=12), "the nearest valid value is 8"),

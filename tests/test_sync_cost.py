@@ -270,8 +270,8 @@ def test_groups_in_every_form_that_xla_writes_them():
 
 
 def test_a_collective_without_a_formula(monkeypatch):
-    from jaxbn.testing import _cost
+    from jaxbn.testing import _cost_model
 
-    monkeypatch.delitem(_cost._SENT, "all-to-all")
+    monkeypatch.delitem(_cost_model._SENT, "all-to-all")
     with pytest.raises(ValueError, match="no formula for 'all-to-all'"):
         sync_cost(over(exchange, PARTS), ROWS, **LINK)

@@ -294,7 +294,8 @@ def test_statistics_per_timestep_with_sequences_that_end(kind):
         (
             dict(running=jaxbn.Running(num_timesteps=2)),
             dict(timestep=jnp.zeros(4, int)),
-            "timestep must be a scalar integer, for the whole batch; got int32[4]",
+            "timestep must be a scalar integer, for the whole batch; got "
+            "int32[4]",
         ),
         (
             dict(
@@ -302,7 +303,8 @@ def test_statistics_per_timestep_with_sequences_that_end(kind):
                 sharing=jaxbn.Scope(num_ids=3),
             ),
             dict(timestep=1),
-            "num_timesteps=2 and num_ids=3 both add rows to the running statistics",
+            "num_timesteps=2 and num_ids=3 both add rows to the running "
+            "statistics",
         ),
     ],
 )

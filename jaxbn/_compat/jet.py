@@ -12,9 +12,9 @@ def register_rules() -> None:
 
     It has no rules for checkpoint_name, optimization_barrier and cond; a rule
     that is already registered stays. It also evaluates `custom_jvp` functions
-    outside its own trace, which fails, for `jax.nn.relu` too: seen in JAX 0.10.2
-    and 0.11.2. Rules have no public way in. Where a name is gone nothing is
-    registered, and jet raises as it does without jaxbn.
+    outside its own trace, which fails, for `jax.nn.relu` too: seen in JAX
+    0.10.2 and 0.11.2. There is no public way to register rules. Where a name is
+    gone nothing is registered, and jet raises as it does without jaxbn.
     """
     try:
         from jax._src.ad_checkpoint import name_p

@@ -1,10 +1,10 @@
-"""Gradient accumulation that gives what the whole batch would give.
+"""Gradient accumulation with the results of the whole batch.
 
-A batch that does not fit into memory is cut into microbatches. Run one after
-the other, each with its own statistics, they train another network: statistics
-are noisier, running statistics move once a microbatch, and the gradient is not
-that of the batch. `value_and_grad` gives value, gradient and running statistics
-of the whole batch; `lockstep` is what it is made of.
+A batch that does not fit into memory is split into microbatches. If each of
+them is normalized with its own statistics, a different network is trained:
+statistics are noisier, running statistics are updated once per microbatch, and
+the gradient is not that of the batch. `value_and_grad` returns the value,
+gradient and running statistics of the whole batch; it is built on `lockstep`.
 """
 
 from jaxbn.accumulate._accumulate import update_batch_stats, value_and_grad

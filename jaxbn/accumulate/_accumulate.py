@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxbn._batch_stats import map_layers, replace_entries
 from jaxbn._compat import types_say_varying, varying_axes
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats, is_finite, update_running
@@ -34,73 +34,75 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
 ) -> Callable[..., Any]:
-    """`jax.value_and_grad` of loss over a batch, in microbatches.
+    """`jax.value_and_grad` of a loss over a batch, in microbatches.
 
-    The last argument of loss is the batch, a tree of arrays with the examples
-    on axis 0; arrays of random keys may be among them. Microbatch i of k holds
-    the examples i, i + k, i + 2k, ..., so that a batch which is sharded over
-    devices stays where it is. All other arguments are the same for every
+    The last argument of loss is the batch: a tree of arrays with the examples
+    on axis 0, which may include arrays of random keys. Microbatch i of k
+    consists of the examples i, i + k, i + 2k, ..., so a batch that is sharded
+    over devices stays in place. All other arguments are the same for every
     microbatch.
 
     exact=True: the microbatches advance together from one normalization to the
-    next and share its statistics. Value, gradient and new running statistics
-    are those of the whole batch, for any number of microbatches; so they are
-    with `normalize_over`, whose groups are runs of neighbours in the batch.
-    Layers need axis_name="micro", under shard_map ("data", "micro").
+    next, and share its statistics. Value, gradient and new running statistics
+    are those of the whole batch, for any number of microbatches. This includes
+    `normalize_over`, whose groups are consecutive examples of the batch. Layers
+    need axis_name="micro", under shard_map ("data", "micro").
 
-    exact=False: every microbatch is normalized with its own statistics, which
-    is cheaper, and another network. Layers need no axis, under shard_map
-    "data"; groups of `normalize_over` are taken from the examples of a
-    microbatch, which are no neighbours. Let loss return the `Moments` of the
-    layers as aux: they come back merged, exactly those of the whole batch, for
-    one update of the running statistics; see `update_batch_stats`.
+    exact=False: each microbatch is normalized with its own statistics, which is
+    cheaper, but trains a different network. Layers need no axis_name, under
+    shard_map "data"; groups of `normalize_over` consist of examples of one
+    microbatch, which are not consecutive. If loss returns the `Moments` of the
+    layers as aux, they are merged, exactly, into those of the whole batch, for
+    a single update of the running statistics; see `update_batch_stats`.
 
-    Value and gradient are means over the microbatches: of a loss that is a
-    mean over examples, the mean over the batch. Where a mask leaves
-    microbatches with unlike counts, the mean of their means is another number.
-    With exact=True write the mean over all of them, which is any microbatch's:
-    jax.lax.psum(losses.sum(), "micro") / jax.lax.psum(count, "micro").
+    Value and gradient are means over the microbatches: if loss is a mean over
+    examples, the mean over the batch. If a mask leaves microbatches with
+    different counts, the mean of their means is not that of the batch. With
+    exact=True, let loss return the mean over all microbatches, which is equal
+    on each: jax.lax.psum(losses.sum(), "micro") / jax.lax.psum(count, "micro").
 
-    Memory, exact: the input of every normalization is kept for the backward
-    pass for all microbatches, and in residual networks every few blocks their
-    sum. All else exists for one microbatch at a time: what layers return,
-    inputs of convolutions, gradients of activations (of one layer for all).
-    Six convolutions of one width with 4 microbatches took 0.49 of the memory
-    of the whole batch, with 16 0.42, and exact=False 0.24 and 0.07. Code in
-    jax.checkpoint is computed again, with its collectives, as it asks for:
-    three convolutions in each took 0.37 and 0.34.
+    Memory with exact=True: the input of each normalization is kept for the
+    backward pass, for all microbatches; in residual networks also the sum of
+    the branches, once every few blocks. Everything else exists for one
+    microbatch at a time: outputs of layers, inputs of convolutions, and
+    gradients of activations (those of one layer for all microbatches). Six
+    convolutions of equal width took 0.49 of the memory of the whole batch with
+    4 microbatches and 0.42 with 16; with exact=False, 0.24 and 0.07. Code in
+    jax.checkpoint is recomputed, including its collectives: with three
+    convolutions in each, memory was 0.37 and 0.34.
 
     Args:
       loss: (params, ..., batch) -> () array, or with has_aux (() array, aux).
         Over axis_name it may use psum, pmean, pmax, pmin, all_gather,
-        psum_scatter and axis_index, but not inside while_loop, nor in a cond
-        that microbatches decide for themselves. A scan of layers with batch
-        norm, such as nn.scan, is written out, to be compiled step by step.
-        A random key is the same for all microbatches: fold
-        jax.lax.axis_index("micro") into it, or give every example its own in
-        the batch. Under shard_map with check_vma=True arrays have to be
-        arguments, not closed over.
-      microbatches: k, a divisor of the number of examples (of a device under
+        psum_scatter and axis_index, but not in a while_loop, nor in a cond
+        whose predicate differs between microbatches. A scan over layers with
+        batch norm, such as nn.scan, is unrolled, which takes longer to compile.
+        A random key is the same for all microbatches: fold in
+        jax.lax.axis_index("micro"), or put a key for each example into the
+        batch. Under shard_map with check_vma=True, pass arrays as arguments
+        instead of closing over them.
+      microbatches: k, a divisor of the number of examples (per device, under
         shard_map).
-      axis_name: what layers and loss call the microbatches if exact.
+      axis_name: name of the axis of microbatches, for layers and loss, with
+        exact=True.
       exact: whether microbatches share statistics.
       argnums: arguments to differentiate, counted from 0.
-      has_aux: whether loss returns aux too.
+      has_aux: whether loss also returns aux.
 
     Returns:
-      Function of the arguments of loss, to be used under jax.jit, that returns
-      (value, gradient), with has_aux ((value, aux), gradient). An array of aux
-      that microbatches share, such as new running statistics, comes back as it
-      is; `Moments` that they do not share are merged; any other array gets a
-      new axis 0 for the microbatches, so that the output of example i + j k is
-      aux[i, j].
+      Function of the arguments of loss, for use under jax.jit, that returns
+      (value, gradient), or with has_aux ((value, aux), gradient). An array of
+      aux that is equal for all microbatches, such as new running statistics, is
+      returned unchanged; `Moments` that differ are merged; any other array gets
+      a new axis 0 for the microbatches, so that the output of example i + j k
+      is aux[i, j].
 
     Raises:
-      ValueError: microbatches does not divide the examples; a leaf of the batch
-        has no examples, or another number of them; argnums names the batch;
-        exact and nothing in loss uses axis_name; axis_name is bound already; a
-        collective that does not run in lockstep, or inside while_loop; an array
-        that is closed over.
+      ValueError: microbatches does not divide the number of examples; a leaf of
+        the batch has no examples, or a different number of them; argnums
+        includes the batch; exact is True, but nothing in loss uses axis_name;
+        axis_name is already bound; a collective cannot run in lockstep, or is
+        in a while_loop; or an array is closed over.
     """
     nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
@@ -157,25 +159,24 @@ def update_batch_stats(
     debias: bool = False,
     skip_nonfinite: bool = False,
 ) -> Any:
-    """`jaxbn.update_running` for all layers of a model.
+    """Applies `jaxbn.update_running` to all layers of a model.
 
     Args:
-      batch_stats: nested mappings, with mean and var (and steps, skipped) of a
-        layer innermost, as flax's are; or `RunningStats` in their place.
-      moments: the same tree, or a part of it, with `Moments` in place of the
-        layers, or {"moments": Moments} as in flax's collection batch_moments.
-        Layers that are not in it keep their statistics.
-      decay: see `jaxbn.update_running`; flax's momentum.
-      ddof: likewise.
-      debias: likewise.
-      skip_nonfinite: likewise.
+      batch_stats: nested mappings, with mean and var (and steps, skipped) for
+        each layer, as in flax, or `RunningStats` in their place.
+      moments: a tree of the same structure, or a part of it, with `Moments` for
+        each layer, or {"moments": Moments} as in flax's collection
+        batch_moments. Other layers keep their statistics.
+      decay, ddof, debias, skip_nonfinite: as in `jaxbn.update_running`; decay
+        is flax's momentum.
 
     Returns:
-      The tree of batch_stats, each array in its dtype: what layers that saw
-      the whole batch would store. batch_stats itself stays.
+      A tree with the structure and dtypes of batch_stats: what layers called on
+      the whole batch would store. batch_stats is not changed.
 
     Raises:
-      ValueError: moments is empty, or has something that batch_stats has not.
+      ValueError: moments is empty, or its structure or shapes do not match
+        those of batch_stats.
     """
     if not jax.tree.leaves(moments):
         raise ValueError(
@@ -183,55 +184,24 @@ def update_batch_stats(
             "mutable names the collection 'batch_moments'. nn.vmap and nn.scan "
             "pass on what their variable_axes name: add 'batch_moments' to it."
         )
-    update = functools.partial(
-        update_running,
-        decay=decay,
-        ddof=ddof,
-        debias=debias,
-        skip_nonfinite=skip_nonfinite,
+
+    def update(layer: Mapping[str, Any], batch: Moments) -> dict[str, Any]:
+        old = RunningStats(layer["mean"], layer["var"], layer.get("steps"))
+        new = update_running(
+            old,
+            batch,
+            decay=decay,
+            ddof=ddof,
+            debias=debias,
+            skip_nonfinite=skip_nonfinite,
+        )
+        changed = as_stored(new, old)._asdict()
+        if "skipped" in layer:
+            skips = jnp.where(is_finite(batch), 0, 1)
+            changed["skipped"] = layer["skipped"] + skips
+        return {name: changed[name] for name in changed if name in layer}
+
+    changed = map_layers(
+        update, batch_stats, moments, names=("batch_stats", "moments")
     )
-    return _update_tree(batch_stats, moments, update)
-
-
-def _update_tree(
-    batch_stats: Any, moments: Any, update: Callable[..., RunningStats]
-) -> Any:
-    if isinstance(moments, Mapping) and set(moments) == {"moments"}:
-        moments = moments["moments"]
-    if isinstance(moments, Moments):
-        return _update_layer(batch_stats, moments, update)
-    fits = isinstance(moments, Mapping) and isinstance(batch_stats, Mapping)
-    if not fits or not set(moments) <= set(batch_stats):
-        raise ValueError(
-            f"moments has {_words(moments)} where batch_stats has "
-            f"{_words(batch_stats)}."
-        )
-    changed = {
-        name: _update_tree(batch_stats[name], moments[name], update)
-        for name in moments
-    }
-    return type(batch_stats)({**batch_stats, **changed})
-
-
-def _update_layer(
-    stats: Any, batch: Moments, update: Callable[..., RunningStats]
-) -> Any:
-    if isinstance(stats, RunningStats):
-        return as_stored(update(stats, batch), stats)
-    if not isinstance(stats, Mapping) or not {"mean", "var"} <= set(stats):
-        raise ValueError(
-            f"moments has Moments where batch_stats has {_words(stats)}."
-        )
-    old = RunningStats(stats["mean"], stats["var"], stats.get("steps"))
-    new = as_stored(update(old, batch), old)._asdict()
-    if "skipped" in stats:
-        skips = jnp.where(is_finite(batch), 0, 1)
-        new["skipped"] = stats["skipped"] + skips
-    changed = {name: new[name] for name in new if name in stats}
-    mapping: Any = type(stats)
-    return mapping({**stats, **changed})
-
-
-def _words(tree: Any) -> str:
-    kind = f"{type(tree).__module__}.{type(tree).__name__}"
-    return str(sorted(tree)) if isinstance(tree, Mapping) else kind
+    return replace_entries(batch_stats, changed)

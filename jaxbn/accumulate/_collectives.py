@@ -1,4 +1,4 @@
-"""Collectives over the microbatches: where lockstep cuts a program."""
+"""Collectives over microbatches, at which lockstep splits a program."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jaxbn.accumulate._nodes import Site
 
 
 def communicates(eqn: Equation, axis_name: Hashable) -> bool:
-    """Whether an equation itself is over the microbatches."""
-    # pvary tells types something, no more.
+    """Returns whether an equation is a collective over the microbatches."""
+    # pvary changes types only.
     return eqn.primitive.name != "pvary" and axis_name in named_axes(eqn)
 
 
 def communicates_inside(site: Site) -> bool:
-    """Whether code that an equation holds is over the microbatches."""
+    """Returns whether a body of an equation has such a collective."""
     return any(
         communicates(inner, site.program.axis_name)
         for code in bodies(site.eqn)
@@ -31,7 +31,7 @@ def communicates_inside(site: Site) -> bool:
 
 
 def refuse(site: Site) -> None:
-    """Raises ValueError with the layer that stands where nothing can be cut."""
+    """Raises ValueError if a collective cannot be split at; names its layer."""
     axis_name = site.program.axis_name
     for inner, names in _with_scopes(site.eqn, ()):
         if inner is not site.eqn and communicates(inner, axis_name):
@@ -47,7 +47,7 @@ def refuse(site: Site) -> None:
 def _with_scopes(
     eqn: Equation, outer: tuple[str, ...]
 ) -> Iterator[tuple[Equation, tuple[str, ...]]]:
-    """Returns an equation and those inside, with the modules they belong to."""
+    """Yields an equation and those in its bodies, with their modules."""
     names = outer + scopes(eqn)
     yield eqn, names
     for code in bodies(eqn):
@@ -56,10 +56,10 @@ def _with_scopes(
 
 
 def add_collective(site: Site) -> list[int]:
-    """Appends an equation over the microbatches; returns its outputs.
+    """Appends a collective over the microbatches; returns its outputs.
 
     Raises:
-      ValueError: a collective that does not run in lockstep.
+      ValueError: the collective does not run in lockstep.
     """
     program, name, rest = site.program, site.name, site.other_axes
     grouped = site.params.get("axis_index_groups") is not None
@@ -131,7 +131,7 @@ def _reduce_scatter(site: Site, stack: jax.Array) -> list[jax.Array]:
 
 
 def _everyone(site: Site, stack: jax.Array) -> jax.Array:
-    """Gathers (microbatches, *shape) over the other axes too, (n, *shape)."""
+    """Gathers (microbatches, *shape) over the other axes: (n, *shape)."""
     program, rest = site.program, site.other_axes
     at = named_axes(site.eqn).index(program.axis_name)
     shape = stack.shape[1:]
@@ -142,7 +142,7 @@ def _everyone(site: Site, stack: jax.Array) -> jax.Array:
 
 
 def _groups(site: Site) -> tuple[jax.Array, jax.Array]:
-    """Returns for every microbatch here its group, and its place in it."""
+    """Returns the group of each local microbatch, and its position in it."""
     own: int | jax.Array = 0
     count = 1
     for name in named_axes(site.eqn):

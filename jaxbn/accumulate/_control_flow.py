@@ -1,10 +1,10 @@
-"""Branches and scans that communicate over the microbatches.
+"""Conditionals and scans with collectives over the microbatches.
 
-All microbatches take the same branch, since the index of it is one they share.
-So a branch, as batch norm's second pass, is a program of its own, which runs
-in lockstep where it is taken. The steps of a scan, as stacked layers have it,
-are written out, to be cut at the collectives. What a step leaves for the same
-step of another scan, such as the backward pass, goes there directly.
+All microbatches take the same branch, since they share its index. So a branch,
+such as batch norm's second pass, is a program of its own, which runs in
+lockstep if it is taken. A scan, such as over stacked layers, is unrolled, to
+split it at its collectives. Residuals of a step are passed to the same step of
+another scan, such as that of the backward pass, without stacking them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def add_branches(site: Site, inline: Inline) -> list[int]:
 
 
 def add_scan(site: Site, inline: Inline) -> list[int]:
-    """Appends all steps of a scan; returns its outputs."""
+    """Appends the unrolled steps of a scan; returns its outputs."""
     code, length = site.params["jaxpr"], site.params["length"]
     first, carried = scan_lengths(site.params)
     last = first + carried

@@ -1,4 +1,4 @@
-"""Convolutions as XLA's fast code for CPUs takes them."""
+"""Convolutions with axes in the order of XLA's fast code for CPUs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jaxbn._compat.jaxprs import Primitive, bind
 def convolve(
     primitive: Primitive, params: dict[str, Any], *inputs: jax.Array
 ) -> list[jax.Array]:
-    """Evaluates a convolution, on CPUs with its axes in one order.
+    """Evaluates a convolution, on CPUs with features last.
 
-    XLA for CPUs reorders the axes of convolutions itself, but not of those in
-    loops: there the derivative with respect to a kernel takes 20 times longer.
+    XLA for CPUs reorders the axes of convolutions itself, but not inside loops:
+    there the derivative with respect to a kernel takes 20 times longer.
     """
     if jax.default_backend() != "cpu":
         return bind(primitive, params, *inputs)

@@ -21,30 +21,30 @@ def lockstep(
     *,
     axis_name: Hashable,
 ) -> Callable[..., Any]:
-    """`jax.vmap` with an axis name, but one row after the other.
+    """`jax.vmap` with an axis name that computes one row after the other.
 
-    Returns what jax.vmap(fn, in_axes, out_axes, axis_name=axis_name) returns.
-    Between two collectives over axis_name the rows take turns, so that what
-    does not cross a collective is in memory for one row only. What is the same
-    for all rows is computed once.
+    Returns the same as jax.vmap(fn, in_axes, out_axes, axis_name=axis_name).
+    Between two collectives over axis_name the rows are computed in turn, so
+    values that are not needed beyond the next collective are in memory for one
+    row only. Values that are equal for all rows are computed once.
 
-    Derivatives belong inside: of a function that calls jax.grad, forward and
-    backward pass are cut at their collectives. Under shard_map axes may be
-    joined, as in ("data", "micro").
+    Take derivatives inside fn: if it calls jax.grad, both passes are split at
+    their collectives. Under shard_map, axes may be combined, as in ("data",
+    "micro").
 
     Args:
-      fn: see `value_and_grad` for what it may do.
-      in_axes: an axis or None for every argument, or trees of them.
-      out_axes: likewise for what fn returns; None for what rows share.
-      axis_name: name of the rows.
+      fn: function to map; see loss in `value_and_grad` for its restrictions.
+      in_axes: an axis or None for each argument, or trees of them.
+      out_axes: likewise for the outputs; None for outputs that rows share.
+      axis_name: name of the axis of rows.
 
     Returns:
       Function of the arguments of fn.
 
     Raises:
-      ValueError: in_axes or out_axes does not fit; the axes have no length or
-        several; out_axes is None for a result that rows do not share; axis_name
-        is bound already; and see `value_and_grad`.
+      ValueError: in_axes or out_axes does not fit; the mapped axes are missing
+        or differ in length; out_axes is None for an output that rows do not
+        share; axis_name is already bound; or as in `value_and_grad`.
     """
 
     def mapped(*args: Any) -> Any:
@@ -93,7 +93,7 @@ def lockstep(
 
 
 def check_unbound(axis_name: Hashable) -> None:
-    """Raises unless axis_name is free for microbatches."""
+    """Raises if axis_name is already bound."""
     try:
         size = jax.lax.axis_size(axis_name)
     except NameError:
@@ -105,7 +105,7 @@ def check_unbound(axis_name: Hashable) -> None:
 
 
 def _spread(name: str, axes: Any, tree: Any) -> list[int | None]:
-    """Returns an axis for every leaf of a tree."""
+    """Returns the axis of each leaf of a tree."""
 
     def is_none(x: Any) -> bool:
         return x is None
@@ -122,7 +122,7 @@ def _spread(name: str, axes: Any, tree: Any) -> list[int | None]:
 def _place(
     array: jax.Array, stacked: bool, axis: int | None, size: int
 ) -> jax.Array:
-    """Moves the rows of a result to where they are wanted."""
+    """Moves the axis of rows of a result to the requested axis."""
     if axis is None:
         return array
     if not stacked:

@@ -1,4 +1,4 @@
-"""A loop over microbatches that holds one of them in memory."""
+"""A loop over microbatches, with one of them in memory at a time."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Values = dict[int, Any]
 
 
 class Stack(NamedTuple):
-    """A value of every microbatch, in one array."""
+    """The values of all microbatches, in one array."""
 
     array: jax.Array
-    axis: int = 0  # of the microbatches
+    axis: int = 0  # axis of the microbatches
 
     def at(self, index: int | jax.Array) -> jax.Array:
         """Returns the value of a microbatch."""
@@ -47,9 +47,9 @@ class Stack(NamedTuple):
 class Inputs(NamedTuple):
     """The arguments of all microbatches.
 
-    values: a Stack of what differs between microbatches, arrays for the rest.
+    values: a Stack where microbatches differ, otherwise an array.
     size: number of microbatches.
-    axis_name: what their collectives call them; None: they have no name.
+    axis_name: name of their axis, or None without collectives over it.
     """
 
     values: Sequence[jax.Array | Stack]
@@ -77,15 +77,15 @@ def loop(
     """Runs a segment, one microbatch after the other.
 
     Args:
-      program: what the segment is of.
-      segment: says what is read, summed and kept.
-      body: takes the number of a microbatch and its values of what is read;
-        returns its values of what is summed and kept.
-      stacks: what is read.
-      token: an integer; known when everything is done that comes before.
+      program: program of the segment.
+      segment: which values are read, summed and kept.
+      body: (index of a microbatch, its values that are read) -> its values
+        that are summed and kept.
+      stacks: the values that are read.
+      token: integer that depends on everything computed before.
 
     Returns:
-      (sums, what was kept, token).
+      (sums, kept values, token).
     """
     size, kinds, places = program.size, program.kinds, segment.places
     zeros = functools.partial(_zeros, axis_name=program.axis_name, token=token)
@@ -94,9 +94,9 @@ def loop(
         i: stacks[places[i]].array if i in places else zeros(kinds[i], (size,))
         for i in segment.keeps
     }
-    # What takes the place of something read is written a microbatch later, so
-    # that all that is read comes after what is written. Else compilers copy the
-    # stack for every microbatch.
+    # A value that overwrites one that is read is written one microbatch later,
+    # so that reads follow writes. Otherwise compilers copy the stack in every
+    # iteration.
     late = {
         i: Stack(kept[i]).at(_zero_after(token, varying_axes(kept[i])))
         for i in places
@@ -134,9 +134,9 @@ def _written(stacks: Values, values: Values, index: int | jax.Array) -> Values:
 def _zeros(
     kind: Any, size: tuple[int, ...], axis_name: Hashable, token: jax.Array
 ) -> jax.Array:
-    """Returns zeros of a type, made after token is known.
+    """Returns zeros of a type, which depend on token.
 
-    Else compilers make room for them when the program starts.
+    Otherwise compilers allocate them at the start of the program.
     """
     over = varying_axes_of_type(kind) - {axis_name}
     shape = (*size, *kind.shape)
@@ -153,14 +153,14 @@ def _zeros(
 
 
 def _is_plain(dtype: Any) -> bool:
-    """Returns whether a dtype holds numbers, not random keys."""
+    """Returns whether a dtype is numeric or bool, not that of random keys."""
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_))
 
 
 def _known_after(totals: Values, kept: Values) -> jax.Array:
-    """Returns an integer that is known once the arrays are."""
-    # All come out of one loop, so any will do. Sums are small, and the same on
-    # all devices.
+    """Returns an integer that depends on the results of a loop."""
+    # All are results of the same loop, so any of them will do. Sums are small,
+    # and equal on all devices.
     for array in (*totals.values(), *kept.values()):
         sharded = any(explicit_spec(jax.typeof(array)) or ())
         if array.size and _is_plain(array.dtype) and not sharded:
@@ -170,11 +170,11 @@ def _known_after(totals: Values, kept: Values) -> jax.Array:
 
 
 def _zero_after(token: jax.Array, over: Set[Hashable]) -> jax.Array:
-    """Returns 0, but compilers think that it hangs on token.
+    """Returns 0, which depends on token as far as compilers know.
 
-    An optimization_barrier says so too, but is gone before operations are put
-    in order. A token that varies over other axes than `over` would make what
-    is made of it do so.
+    An optimization_barrier would do that too, but is removed before operations
+    are scheduled. A token that varies over axes other than `over` is ignored,
+    since its result would also vary over them.
     """
     if not varying_axes(token) <= over:
         token = jnp.zeros((), jnp.int32)

@@ -1,4 +1,4 @@
-"""Value and gradient of every microbatch, and what they are together."""
+"""Value and gradient of each microbatch, and their means."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ def means(
     """Returns (means over the microbatches, aux).
 
     Args:
-      fn: takes the inputs of one microbatch; returns (tree to take the mean of,
-        aux).
-      inputs: of all microbatches; where their axis has a name, fn has to use
+      fn: inputs of one microbatch -> (tree to average, aux).
+      inputs: inputs of all microbatches; if their axis has a name, fn must use
         it.
     """
     program, tree = trace(fn, inputs)
     name = inputs.axis_name
     if name is not None and not any(n.collective for n in program.nodes):
         raise ValueError(
-            f"loss does nothing over axis_name={name!r}, so no layer normalizes "
-            "with the statistics of all microbatches. Give the layers "
-            f"axis_name={name!r}, under shard_map a tuple with the mesh axis, or "
-            "use exact=False."
+            f"loss does nothing over axis_name={name!r}, so no layer "
+            "normalizes with the statistics of all microbatches. Give the "
+            f"layers axis_name={name!r}, under shard_map a tuple with the mesh "
+            "axis, or use exact=False."
         )
     to_mean, aux = jax.tree.unflatten(tree, program.outputs)
     to_mean = jax.tree.map(program.add_mean, to_mean)
@@ -72,11 +71,11 @@ def gradient_of_one(
     has_aux: bool,
     axis: set[Hashable],
 ) -> Callable[..., Any]:
-    """Returns ((value, gradient), aux) of a microbatch as a function.
+    """Returns a function to ((value, gradient), aux) of a microbatch.
 
-    axis: what the value is marked to vary over, where types say such things: a
-    value that all microbatches share counts once in each, as it does where
-    they do not.
+    The value is marked as varying over axis, if types say that: a value that
+    all microbatches share then counts once in each, as it does without such
+    types.
     """
 
     def scalar(*args: Any) -> Any:
@@ -92,7 +91,7 @@ def gradient_of_one(
         (value, aux), grads = jax.value_and_grad(scalar, argnums, has_aux=True)(
             *args
         )
-        # A sum in bfloat16 over microbatches would lose what the last ones add.
+        # A sum over microbatches in bfloat16 would lose the last ones.
         return (value, jax.tree.map(_widen, grads)), aux
 
     return both
@@ -103,12 +102,12 @@ def _widen(x: jax.Array) -> jax.Array:
 
 
 def is_array(x: Any) -> bool:
-    """Whether jax.grad would trace x; Python values reach the loss as such."""
+    """Returns whether jax.grad traces x; Python values reach loss as such."""
     return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
 def split(batch: Any, microbatches: int) -> Any:
-    """Gives every leaf the microbatches as its axis 1, or raises."""
+    """Splits axis 0 of each leaf, with the microbatches on axis 1."""
     if not isinstance(microbatches, int | np.integer):
         raise ValueError(
             f"microbatches must be an integer; got {microbatches}."
@@ -153,7 +152,7 @@ def vary_some(
 
 
 def gradient_like(grad: jax.Array, param: jax.Array) -> jax.Array:
-    """Sums over the mesh axes that param is the same on, as jax.grad does."""
+    """Sums over mesh axes that param does not vary over, as jax.grad does."""
     over = tuple(varying_axes(grad) - varying_axes(param))
     total = jax.lax.psum(grad, over) if over else grad
     return total.astype(param.dtype)

@@ -17,12 +17,12 @@ Run = Callable[..., Sequence[Any]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """One equation; inputs and outputs are numbers of values.
+    """One equation; inputs and outputs are indices of values.
 
     A stacked value differs between microbatches; any other exists once. The
-    level of a value says how many collectives over the microbatches, one after
-    the other, come before it; segment l lies between the collectives of level
-    l - 1 and l. A node can run in the segment of its level and in later ones.
+    level of a value is the number of consecutive collectives over microbatches
+    that it depends on; segment l lies between the collectives of levels l - 1
+    and l. A node can run in the segment of its level or a later one.
     """
 
     run: Run
@@ -30,9 +30,10 @@ class Node:
     outputs: tuple[int, ...]
     stacked: bool
     level: int
-    cheap: bool  # rather run again than keep what it returns
-    # "sum": run takes the sum over all microbatches; "stack": all of them, along
-    # a new first axis; "branches": several values, stacked ones as a Stack.
+    cheap: bool  # recompute its outputs rather than keep them
+    # What run takes: "sum", the sum over all microbatches; "stack", all of them
+    # along a new first axis; "branches", several values, stacked ones as a
+    # Stack.
     collective: str | None = None
 
 
@@ -40,20 +41,20 @@ class Program:
     """Nodes in an order in which they can run.
 
     Attributes:
-      axis_name: the axis of the microbatches.
-      size: their number.
-      nodes: all equations, calls inlined.
-      maker: the node of a value; arguments and constants have none.
-      kinds: the type of a value of one microbatch, by number.
-      stacked: whether it differs between microbatches, by number.
-      levels: see Node, by number.
-      inline: unstacked values so large and cheap that every microbatch makes
-        its own.
-      rows: what values made by `add_stack` are made of, by number.
-      constants: values known while tracing.
-      index: the value that is the number of the microbatch.
-      inputs: values of the arguments.
-      outputs: values of the results.
+      axis_name: name of the axis of microbatches.
+      size: number of microbatches.
+      nodes: all equations, with calls inlined.
+      maker: index of a value -> its node; arguments and constants have none.
+      kinds: type of each value, for one microbatch.
+      stacked: whether each value differs between microbatches.
+      levels: level of each value, see Node.
+      inline: values that are not stacked, but so large and cheap that each
+        microbatch computes them.
+      rows: index of a value of `add_stack` -> indices of its rows.
+      constants: values known while tracing, by index.
+      index: the value that is the index of the microbatch.
+      inputs: indices of the arguments.
+      outputs: indices of the results.
     """
 
     def __init__(self, axis_name: Hashable, size: int) -> None:
@@ -72,14 +73,14 @@ class Program:
         self.outputs: list[int] = []
 
     def value(self, kind: Any, stacked: bool, level: int = 0) -> int:
-        """Returns the number of a new value."""
+        """Returns the index of a new value."""
         self.kinds.append(kind)
         self.stacked.append(stacked)
         self.levels.append(level)
         return len(self.kinds) - 1
 
     def constant(self, array: Any, kind: Any) -> int:
-        """Returns the number of a value that is known."""
+        """Returns the index of a new constant."""
         number = self.value(kind, False)
         self.constants[number] = array
         return number
@@ -99,13 +100,13 @@ class Program:
 
         Args:
           run: values of the inputs -> values of the outputs.
-          inputs: numbers of values.
+          inputs: indices of values.
           kinds: types of the outputs.
           cheap: see Node.
-          floor: the least level it may have.
+          floor: the lowest level it may have.
           collective: see Node.
           stacked: which outputs of a collective differ between microbatches;
-            None: no one.
+            None means none.
         """
         level = max([floor, *(self.levels[i] for i in inputs)])
         if collective:
@@ -134,7 +135,7 @@ class Program:
         return outputs
 
     def add_stack(self, rows: list[int], kind: Any) -> int:
-        """Appends a value whose rows, along a new first axis, are others."""
+        """Appends the stack of other values along a new first axis."""
         (number,) = self.add(_stack, rows, [kind])
         self.rows[number] = rows
         return number
@@ -144,7 +145,7 @@ class Program:
         if not self.stacked[number]:
             return number
         if number in self.rows:
-            # Row by row, so that none waits for the last in all microbatches.
+            # Row by row, so that no row must be kept until the last one.
             means = [self.add_mean(row) for row in self.rows[number]]
             return self.add_stack(means, self.kinds[number])
         (mean,) = self.add(
@@ -163,12 +164,12 @@ class Program:
 
 
 class Site(NamedTuple):
-    """An equation, and where in a program it stands."""
+    """An equation, with its inputs and lowest level in a program."""
 
     program: Program
     eqn: Equation
     inputs: Sequence[int]  # values that it reads
-    floor: int  # the least level its nodes may have
+    floor: int  # the lowest level of its nodes
 
     @property
     def name(self) -> str:
@@ -180,12 +181,12 @@ class Site(NamedTuple):
 
     @property
     def other_axes(self) -> tuple[Hashable, ...]:
-        """The axes it mentions besides that of the microbatches."""
+        """Returns its named axes except that of the microbatches."""
         own = self.program.axis_name
         return tuple(axis for axis in named_axes(self.eqn) if axis != own)
 
     def add(self, run: Run, **options: Any) -> list[int]:
-        """Appends it as one node; see `Program.add`."""
+        """Appends the equation as one node; see `Program.add`."""
         kinds = [var.aval for var in self.eqn.outvars]
         return self.program.add(
             run, self.inputs, kinds, floor=self.floor, **options

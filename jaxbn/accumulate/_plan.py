@@ -1,7 +1,7 @@
-"""What each segment of a program computes, and what it keeps.
+"""Plans what each segment of a program computes and keeps.
 
-What one segment needs of an earlier one is kept for all microbatches, so it is
-chosen with care; all else lives for one microbatch at a time.
+Values that a segment needs from earlier ones are kept for all microbatches;
+all others exist for one microbatch at a time.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from typing import NamedTuple
 
 from jaxbn.accumulate._nodes import Node, Program
 
-# To make a value again may read so many times its size. Else residual networks
-# would go back to their input in every block.
+# Recomputing a value may read up to this many times its size. Without a limit,
+# residual networks would go back to their input in every block.
 _READS = 4
 
 
 class Segment(NamedTuple):
     """The code between two collectives."""
 
-    shared: tuple[Node, ...]  # first and once: what no microbatch changes
+    shared: tuple[Node, ...]  # run once, before the loop
     reads: tuple[int, ...]  # stacked values
     nodes: tuple[Node, ...]  # run for every microbatch
     keeps: tuple[int, ...]  # stacked values that later segments read
-    places: dict[int, int]  # one of keeps -> one of reads, then dead
+    places: dict[int, int]  # one of keeps -> one of reads that it overwrites
     sums: tuple[int, ...]  # values that a collective adds up
     ends: tuple[Node, ...]  # the collectives
 
 
 def plan(program: Program) -> list[Segment]:
-    """Decides, from the last segment to the first, what is kept.
+    """Decides what is kept, from the last segment to the first.
 
-    Of what a segment needs of earlier ones, cheap values are computed again
-    where the values they are made of are kept anyway; all others are kept.
+    Of the values that a segment needs from earlier ones, cheap ones are
+    recomputed if their inputs are kept anyway; all others are kept.
     """
     inputs = {*program.inputs, program.index}
     keep = {i for i in program.outputs if program.stacked[i]} - inputs
@@ -91,7 +91,7 @@ def _needed(program: Program) -> list[Node]:
 def _slice(
     program: Program, level: int, want: Iterable[int]
 ) -> tuple[set[Node], set[int]]:
-    """Returns the nodes that make want, and the stacked values they need."""
+    """Returns the nodes that compute want, and the stacked values they read."""
     nodes, found = _walk(program, want, lambda node: node.level == level)
     earlier = {
         i for i in found if i in program.maker and program.maker[i].cheap
@@ -104,7 +104,7 @@ def _slice(
         )
         missing = leaves - loads - free
         cost = sum(program.bytes(i) for i in missing)
-        # What is there already needs no new array.
+        # Values that exist already need no new array.
         level_of = program.levels.__getitem__
         there = all(level_of(i) < level_of(value) for i in missing)
         size = program.kinds[value].size
@@ -123,7 +123,7 @@ def _walk(
     enters: Callable[[Node], bool],
     stop: Iterable[int] = (),
 ) -> tuple[set[Node], set[int]]:
-    """Goes back through nodes; returns them, and stacked values it ends at."""
+    """Walks back from want; returns nodes, and the stacked values they read."""
     nodes: set[Node] = set()
     ends: set[int] = set()
     stack, seen = list(want), set()
@@ -151,10 +151,10 @@ def _places(
     writes: Iterable[int],
     dying: Iterable[int],
 ) -> dict[int, int]:
-    """Finds arrays of the same type to write into.
+    """Finds arrays of the same type to overwrite.
 
-    Only in place of what the new value is made of: a compiler that sees no
-    order between a read and a write copies the array.
+    Only inputs of the new value: if a read and a write are not ordered, a
+    compiler copies the array.
     """
     places: dict[int, int] = {}
     left = set(dying)

@@ -1,4 +1,4 @@
-"""Evaluates a program, microbatch after microbatch, segment by segment."""
+"""Evaluates a program by segments, one microbatch after the other in each."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def evaluate(
     """Evaluates a program; stacked results get a new first axis.
 
     Args:
-      program: of `trace`.
-      values: of its inputs; a Stack where it differs between microbatches.
+      program: result of `trace`.
+      values: its inputs; a Stack where microbatches differ.
 
     Returns:
       The results.
@@ -35,12 +35,12 @@ def evaluate(
 
 
 class _State:
-    """What is known of a program that runs.
+    """Values of a running program.
 
     Attributes:
-      shared: values that all microbatches share, by number.
-      stacks: values of all microbatches, by number.
-      token: known when everything is done that came before.
+      shared: values that all microbatches share, by index.
+      stacks: values of all microbatches, by index.
+      token: integer that depends on everything computed so far.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class _State:
             self.shared[number] = value
 
     def stack(self, number: int) -> Stack:
-        """Returns a value of all microbatches, shared or not."""
+        """Returns the Stack of a value, which may be shared."""
         size = self._program.size
         if number in self.stacks:
             return self.stacks[number]
@@ -80,7 +80,7 @@ class _State:
                 if node.collective == "sum"
                 else self.stack(i).together()
                 if node.collective == "stack"
-                # Of branches.
+                # For branches.
                 else self.stack(i)
                 if stacked[i]
                 else self.shared[i]
@@ -96,7 +96,7 @@ class _State:
         known.update(zip(node.outputs, node.run(*inputs)))
 
     def _run_microbatches(self, segment: Segment) -> dict[int, jax.Array]:
-        """Returns the sums of a segment; what it keeps is added to stacks."""
+        """Returns the sums of a segment; adds the values it keeps to stacks."""
         if not (segment.nodes or segment.sums or segment.keeps):
             return {}
         program = self._program

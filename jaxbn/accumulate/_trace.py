@@ -1,4 +1,4 @@
-"""From a function of one microbatch to its program."""
+"""Traces a function of one microbatch to a program."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from jaxbn.accumulate._loop import Inputs
 from jaxbn.accumulate._nodes import Program, Site
 from jaxbn.accumulate._run import evaluate
 
-# One pass at most over what they read. What is not named here runs once.
+# Primitives that cost at most one pass over their inputs. Others run once.
 _CHEAP_NAMES = (
     "acos acosh add_any and asin asinh atan atan2 atanh bitcast_convert_type "
     "ceil complex concatenate conj copy_p cos cosh eq erf erf_inv erfc floor "
@@ -47,21 +47,21 @@ _CHEAP_NAMES = (
     "shift_right_arithmetic shift_right_logical sin sinh slice split stack tan "
     "threefry2x32 xor"
 )
-# Another sharding is not for the memory of one device alone.
+# Resharding may communicate, so it is not cheap.
 _CHEAP = (ELEMENTWISE | MOVES | {*_CHEAP_NAMES.split()}) - {
     "sharding_constraint"
 }
 
 
 def trace(fn: Callable[..., Any], inputs: Inputs) -> tuple[Program, Any]:
-    """Traces fn of one microbatch with the name of the axis in scope.
+    """Traces fn for one microbatch, with the name of the axis in scope.
 
     Args:
-      fn: takes the inputs of one microbatch.
-      inputs: of all of them.
+      fn: function of the inputs of one microbatch.
+      inputs: inputs of all microbatches.
 
     Returns:
-      (Program, tree of what fn returns).
+      (Program, structure of the outputs of fn).
     """
     axis_name, size = inputs.axis_name, inputs.size
     make: Callable[..., Any] = functools.partial(
@@ -90,8 +90,8 @@ def _trace_typed(
 ) -> Any:
     """Traces under shard_map with check_vma=True.
 
-    There a collective wants its axis in the mesh. The mesh with this axis is
-    never run on; every equation is evaluated on the real one, without it.
+    There the axis of a collective must be in the mesh. Nothing runs on the mesh
+    with this axis; equations are evaluated on the real mesh, without it.
     """
     axis = {inputs.axis_name}
     examples = inputs.of(0)
@@ -122,7 +122,7 @@ def _inline(
 
     def constant(atom: Any, array: Any) -> int:
         if is_literal(atom):
-            # Plain: what JAX keeps remembers the mesh it was traced on.
+            # Plain, because a jax.Array has the mesh it was traced on.
             array = np.asarray(array, atom.aval.dtype)
         return program.constant(array, atom.aval)
 
@@ -135,8 +135,8 @@ def _equation(site: Site) -> list[int]:
     body = called(eqn)
     if body is not None:
         if params.get("differentiated"):
-            # jax.checkpoint: to be recomputed once the cotangent is there,
-            # not kept since the first time.
+            # jax.checkpoint: recomputed once the cotangent is known, instead of
+            # kept from the forward pass.
             floor = max([floor, *(program.levels[i] for i in inputs)])
             if params.get("prevent_cse"):
                 inputs = _add_barriers(program, inputs, floor)
@@ -162,7 +162,7 @@ def _equation(site: Site) -> list[int]:
     if name == "conv_general_dilated":
         run = functools.partial(convolve, eqn.primitive, params)
     elif name in REBUILT and types_say_varying():
-        # Types inside of it name the axis; see _trace_typed.
+        # Types in its body include the axis; see _trace_typed.
         run = functools.partial(
             rebuild, eqn, functools.partial(_evaluate, program)
         )
@@ -173,7 +173,7 @@ def _equation(site: Site) -> list[int]:
 
 
 def _on_real_mesh(program: Program, params: dict[str, Any]) -> dict[str, Any]:
-    """Takes the axis of the microbatches out of shardings; see _trace_typed."""
+    """Removes the axis of microbatches from shardings; see _trace_typed."""
     mesh = jax.sharding.get_abstract_mesh()
     return {
         key: jax.sharding.NamedSharding(mesh, value.spec)
@@ -187,7 +187,7 @@ def _on_real_mesh(program: Program, params: dict[str, Any]) -> dict[str, Any]:
 def _add_barriers(
     program: Program, inputs: Sequence[int], floor: int
 ) -> list[int]:
-    """Appends a barrier for each value, so that what is shared stays shared."""
+    """Appends a barrier for each value, so that shared values stay shared."""
     add = functools.partial(program.add, _barrier, cheap=True, floor=floor)
     return [out for i in inputs for out in add([i], [program.kinds[i]])]
 
@@ -201,7 +201,7 @@ def _vary(over: tuple[Hashable, ...], x: jax.Array) -> list[jax.Array]:
 
 
 def _evaluate(program: Program, code: Any, *inputs: Any) -> list[Any]:
-    """Evaluates code whose types name the axis of the microbatches."""
+    """Evaluates code whose types include the axis of microbatches."""
     inner = Program(program.axis_name, program.size)
     inner.inputs = [inner.value(jax.typeof(x), False) for x in inputs]
     inner.outputs = _inline(inner, code, inner.inputs, 0)

@@ -1,4 +1,4 @@
-"""What a conversion refuses, and the words for it."""
+"""Errors of conversion: fields without a counterpart, layers left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def refuse(
     defaults: Mapping[str, Any],
     shared: Collection[str],
 ) -> None:
-    """Raises for the first field of jaxbn's layer that flax cannot express."""
+    """Raises for the first field that flax's layer has no counterpart of."""
     for name, value in fields.items():
         ours = name not in shared and value != defaults[name]
         if ours or (name == "momentum" and value is None):
@@ -30,7 +30,7 @@ def subclass_of(plain: type) -> str:
 
 
 def refuse_left(left: Mapping[str, tuple[type, str]]) -> None:
-    """Raises where layers were left out, given as path -> class and why."""
+    """Raises if layers were left out; left maps paths to (class, reason)."""
     if not left:
         return
     lines = [
@@ -48,7 +48,7 @@ def refuse_left(left: Mapping[str, tuple[type, str]]) -> None:
 
 
 def owned_statistics(variables: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the names of a mean and a variance among variables, or ()."""
+    """Returns the names of a mean and a variance in variables, or ()."""
     means = [name for name in variables if "mean" in name or name == "mu"]
     spreads = [
         name

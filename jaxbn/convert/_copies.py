@@ -1,8 +1,9 @@
-"""Layers that are flax's BatchNorm under another name, found by trying them.
+"""Finds copies of flax's BatchNorm under other names, by running them.
 
-Fields and variables alone tell too little: a batch norm of mean absolute
-deviations, or one with corrections, may have the same. So a layer whose fields
-read like flax's computes a batch beside flax's, and only what agrees is taken.
+Fields and variables are not enough: a batch norm with mean absolute deviations,
+or with corrections, may have the same ones. So a layer with the fields of
+flax's layer is compared with it on a batch, and converted only if the results
+agree.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jaxbn.convert._trial import (
     weights,
 )
 
-# How the call tells inference from training, and whether True is training.
+# Arguments and fields that select the mode, and whether True means training.
 _MODES = {
     "use_running_average": False,
     "deterministic": False,
@@ -36,7 +37,7 @@ _LARGEST = 256  # examples in a trial
 
 
 class Reading(NamedTuple):
-    """A layer in the terms of flax's, and what it is called with."""
+    """Fields of flax's layer for a copy of it, and arguments of its call."""
 
     fields: dict[str, Any]
     args: tuple[Any, ...]
@@ -54,7 +55,7 @@ def looks_like_flax(cls: type[nn.Module]) -> bool:
 
 
 def read(layer: nn.Module, args: Any, kwargs: Any) -> Reading | str:
-    """Returns a layer in the terms of flax's, or why it is something else."""
+    """Returns the fields and arguments of a copy, or why it is none."""
     cls = written_class(layer)
     signature = inspect.signature(cls.__call__)
     bound = signature.bind(layer, *args, **kwargs)
@@ -91,11 +92,11 @@ def read(layer: nn.Module, args: Any, kwargs: Any) -> Reading | str:
 def _verdict(
     cls: type[nn.Module], fields: dict[str, Any], mode: _Mode, shape: Any
 ) -> str | None:
-    """Why the layer is not flax's; None where it is."""
+    """Returns why a layer is not a copy of flax's, or None if it is one."""
     axis = fields.get("axis", -1)
     axes = axis if isinstance(axis, (tuple, list)) else (axis,)
     features = {a % len(shape) for a in axes}
-    # A trial runs on one device, and needs no initial values of a checkpoint.
+    # A trial runs on one device, and does not need the initializers.
     fields = {
         name: None if name in ("axis_name", "axis_index_groups") else value
         for name, value in fields.items()
@@ -106,7 +107,8 @@ def _verdict(
         if field.name.endswith("_init")
         and field.default is not dataclasses.MISSING
     }
-    # Of as many examples as there are: groups of 32 are one group below.
+    # As many examples as the batch has: ghost batches of 32 are a single one
+    # in a smaller batch.
     examples = 0 if 0 in features else _size(shape[0], _LARGEST)
     small = tuple(_size(d, 3) for d in shape)
     full = tuple(

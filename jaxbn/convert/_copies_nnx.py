@@ -1,4 +1,4 @@
-"""Copies of flax.nnx.BatchNorm, found by trying them; see `_copies`."""
+"""Finds copies of flax.nnx.BatchNorm by running them; see `_copies`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def looks_like_flax(layer: Any) -> bool:
 
 
 def differs(layer: Any, options: dict[str, Any]) -> str | None:
-    """Why a layer is not flax's; None where it is.
+    """Returns why a layer is not a copy of flax's, or None if it is one.
 
     Args:
       layer: for which `looks_like_flax` is true.
@@ -36,7 +36,7 @@ def differs(layer: Any, options: dict[str, Any]) -> str | None:
     if names[1:2] != ["use_running_average"] or names[2:] not in ([], ["mask"]):
         return f"which is called with {', '.join(names)}"
     graphdef, state = nnx.split(layer)
-    # Of layers that nnx.vmap has stacked the first one.
+    # If nnx.vmap has stacked layers, the first one is tried.
     stacked = layer.mean.ndim - 1
     trial = functools.partial(_trial, graphdef, state, options, stacked)
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(state))
@@ -46,7 +46,7 @@ def differs(layer: Any, options: dict[str, Any]) -> str | None:
 def _trial(
     graphdef: Any, state: Any, options: dict[str, Any], stacked: int
 ) -> str | None:
-    # A copy of other values: those of the model may be traced.
+    # A copy with other values, since those of the model may be tracers.
     other = functools.partial(_other_value, np.random.default_rng(1), stacked)
     theirs = nnx.merge(graphdef, jax.tree.map(other, state))
     flaxs = nnx.BatchNorm(

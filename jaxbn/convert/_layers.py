@@ -1,4 +1,4 @@
-"""What conversion reads off a flax.linen layer."""
+"""Class, path, fields and variables of a flax.linen layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARED = frozenset(field.name for field in dataclasses.fields(nn.BatchNorm))
 
 
 def written_class(module: nn.Module) -> type[nn.Module]:
-    """The class as its author wrote it."""
+    """Returns the class as its author wrote it, without the conversion."""
     kind = type(module)
     written: type[nn.Module] = vars(kind).get("_converted_from", (kind,))[0]
     return written
@@ -27,7 +27,7 @@ def layer_path(layer: nn.Module) -> str:
 
 
 def fields_of(module: nn.Module, cls: type) -> dict[str, Any]:
-    """Fields to make a cls with; what module lacks has its default."""
+    """Returns the fields of cls with the values of module, or defaults."""
     own = {field.name for field in dataclasses.fields(module)}
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     return {
@@ -42,7 +42,7 @@ DEFAULTS.update(fields_of(BatchNorm(parent=None), BatchNorm))
 
 
 def variables_of(layer: nn.Module, collection: str) -> dict[str, Any]:
-    """Returns what a bound layer holds itself, without what lies below."""
+    """Returns the variables of a bound layer itself, without submodules."""
     held = layer.variables.get(collection, {})
     return {
         name: value

@@ -1,4 +1,4 @@
-"""Models of flax.linen whose batch norm layers are exchanged as they run."""
+"""Converts flax.linen models, by a subclass that enters an interceptor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _lock = threading.Lock()
 
 
 def convert(model: nn.Module, rule: Rule) -> nn.Module:
-    """Returns the model under a rule; see `jaxbn.convert`."""
+    """Returns the model converted by a rule; see `to_jaxbn`."""
     try:
         hash(rule)
     except TypeError as error:
@@ -51,7 +51,7 @@ def convert(model: nn.Module, rule: Rule) -> nn.Module:
 
 
 def _converted_class(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
-    """A subclass of cls that runs under the rule and looks like cls."""
+    """Returns a subclass that applies the rule and is named like cls."""
     with _lock:
         found = _classes.get((cls, rule))
         if found is None:
@@ -71,7 +71,7 @@ def _make_class(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
         return method
 
     def handed_out(self: nn.Module, name: str, value: Any) -> Any:
-        """A submodule of a bound model, reached from outside its methods."""
+        """Converts submodules of a bound model, outside of its methods."""
         if name == "parent" or name.startswith("__") or self.scope is None:
             return value
         if in_force(rule):
@@ -116,7 +116,7 @@ def _make_class(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
         __reduce_ex__=__reduce_ex__,
         _converted_from=(cls, rule),
     )
-    # Past the metaclass of the model, which may keep a register too.
+    # Not by the metaclass of the model, which may register classes too.
     meta: Any = type(cls)
     new: Any = (abc.ABCMeta if issubclass(meta, abc.ABCMeta) else type).__new__
     converted: type[nn.Module] = new(
@@ -126,10 +126,10 @@ def _make_class(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
 
 
 class _Unannounced:
-    """The first base of a class that the model's code is not to hear of.
+    """First base of converted classes: skips `__init_subclass__`.
 
-    Its `__init_subclass__` would register a class of the same name again, and
-    flax's would make fields and wrappers, which are inherited ready made.
+    That of the model may register subclasses by name, and that of flax would
+    create fields and wrap methods again, which the class inherits.
     """
 
     def __init_subclass__(
@@ -145,7 +145,7 @@ def _make_blank(cls: type[nn.Module], rule: Rule) -> nn.Module:
 
 
 def _methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-    """Methods through which a model may be entered, flax's own included."""
+    """Returns the methods that a model may be called by, including flax's."""
     fields = {field.name for field in dataclasses.fields(cls)}
     found = {}
     for name in dir(cls):

@@ -1,4 +1,4 @@
-"""Exchanges the layers of a linen or nnx model."""
+"""Public functions that convert linen and nnx models."""
 
 from __future__ import annotations
 
@@ -25,55 +25,55 @@ def to_jaxbn(
     replace: Mapping[type, Callable[..., Any]] | None = None,
     **overrides: Any,
 ) -> _Model:
-    """Returns the model with jaxbn's BatchNorm in place of flax's.
+    """Returns the model with flax's BatchNorm layers replaced by jaxbn's.
 
-    Parameters, statistics, their paths and what initialization draws stay the
-    same, and the code of the model as it is.
+    Parameters, statistics, their paths, the random numbers of initialization
+    and the code of the model stay the same.
 
-    A linen model becomes an instance of a subclass made for it, which exchanges
-    a layer at the moment it is called, however the code came by it. It is equal
-    to another conversion of an equal model, can be pickled, and is a submodule
-    like any other. Of the model's own parts only what a bound model hands out
-    is converted too; the fields of an unbound one are what they were. What JAX
-    traces after the model has returned is out of its reach: the forward
-    function of an nn.custom_vjp, under jax.grad of jax.jit.
+    A linen model is returned as an instance of a subclass of its class, which
+    replaces each layer when it is called, however the code obtained it.
+    Conversions of equal models are equal; they can be pickled and used as
+    submodules. Submodules obtained from a bound model are converted too; fields
+    of an unbound model are not. Whatever JAX traces after the model has
+    returned is not converted: the forward function of an nn.custom_vjp, under
+    jax.grad of jax.jit.
 
-    Of an nnx model a copy is returned, in which layers that were shared are
-    shared. Variables are copies too, over the same arrays, as `nnx.clone`
-    makes them. A linen model inside `nnx.bridge.ToNNX` and an nnx model inside
-    `nnx.bridge.ToLinen` are converted as well.
+    An nnx model is copied, including its variables, but not their arrays, as by
+    `nnx.clone`; shared layers stay shared. A linen model in `nnx.bridge.ToNNX`
+    and an nnx model in `nnx.bridge.ToLinen` are converted as well.
 
-    A layer that is neither flax's nor jaxbn's and owns a mean and a variance
-    in batch_stats is converted if it has the fields of flax's layer and,
-    tried on a small batch, the same variables, outputs, running statistics and
-    gradients: a copy of flax's code, or a subclass of flax's layer. Any other
-    is an error, unless replace or keep names it. A trial takes about a second
-    for a class and its options.
+    A layer that is neither flax's nor jaxbn's, but has a mean and a variance in
+    batch_stats, is converted if it has the fields of flax's layer and, tried on
+    a small batch, the same variables, outputs, running statistics and
+    gradients; for example a copy of flax's code, or a subclass of flax's layer.
+    Any other such layer is an error, unless it is in replace or keep. A trial
+    takes about a second for each class with its options.
 
     Args:
-      model: a flax.linen or flax.nnx module, or a layer itself. Layers of
-        jaxbn in it stay, with the overrides.
-      keep: what to leave as it is: classes, with their subclasses, or paths of
-        layers such as "encoder/norm".
-      replace: class of batch norm layers, with its subclasses -> rule. In
-        linen it is called as the layer is, with the layer first: rule(layer,
-        x, ...), and returns the `jaxbn.linen.BatchNorm` to call with x, or a
-        pair of that and a dict of further arguments, such as mask and
-        use_running_average. Of the layer it may read the fields. Variables
-        are those that BatchNorm makes. In nnx it is rule(layer), and returns a
-        `jaxbn.nnx.BatchNorm` that holds what it takes over. BatchNorm itself
-        is a rule for a class with flax's fields, variables and call.
-      **overrides: fields to set on every layer, such as axis_name="data".
+      model: a flax.linen or flax.nnx module, or a layer itself. Layers of jaxbn
+        in it stay, with the overrides.
+      keep: layers to leave as they are: classes, including their subclasses, or
+        paths such as "encoder/norm".
+      replace: class of batch norm layers, including its subclasses -> rule. In
+        linen a rule is called like the layer, with the layer first: rule(layer,
+        x, ...). It may read the fields of the layer, and returns the
+        `jaxbn.linen.BatchNorm` to call with x, or a pair of that and a dict of
+        further arguments, such as mask and use_running_average. The variables
+        are those of BatchNorm. In nnx it is rule(layer), and returns a
+        `jaxbn.nnx.BatchNorm` that holds the variables to take over. BatchNorm
+        itself is a rule for classes with the fields, variables and call of
+        flax's layer.
+      **overrides: fields to set on all layers, such as axis_name="data".
 
     Returns:
-      A model that is used as the one given.
+      A model that is used like the original.
 
     Raises:
-      ValueError: an override is no field of the layer, cannot be hashed (in
-        linen), or would change the shape of a variable of an nnx layer; layers
-        that own a mean and a variance would be left as they are, all of which
-        are listed (in linen, when the model has run); a rule returns something
-        else; model is something else.
+      ValueError: an override is not a field of the layer, cannot be hashed
+        (linen), or would change the shape of a variable (nnx); layers with a
+        mean and a variance would not be converted, all of which are listed (in
+        linen, after the model has run); a rule returns something else; or model
+        is not a module.
     """
     if isinstance(model, nn.Module):
         known = [
@@ -94,42 +94,42 @@ def to_jaxbn(
 
 
 def to_flax(model: _Model, *, keep: Iterable[type | str] = ()) -> _Model:
-    """Returns the model with flax's BatchNorm in place of jaxbn's.
+    """Returns the model with jaxbn's BatchNorm layers replaced by flax's.
 
-    The inverse of `to_jaxbn`: fields that both layers have stay, also those
-    that `to_jaxbn` has set. flax computes with its own arithmetic again, and
-    wants axis_name to be bound.
+    The inverse of `to_jaxbn`. Fields that both layers have are kept, including
+    those set by `to_jaxbn`. Statistics are computed by flax again, which
+    requires axis_name to be bound.
 
     Args:
       model: see `to_jaxbn`.
       keep: see `to_jaxbn`.
 
     Returns:
-      A model that is used as the one given.
+      A model that is used like the original.
 
     Raises:
       ValueError: a field that flax lacks is not at its default (in linen, when
-        the layer is called, unless `to_jaxbn` set it); layers are subclasses
-        of jaxbn's BatchNorm and not in keep (in linen, when the model has
-        run); model is something else.
+        the layer is called, unless `to_jaxbn` has set it); a layer is a
+        subclass of jaxbn's BatchNorm and not in keep (in linen, after the model
+        has run); or model is not a module.
     """
     return _convert(model, _rule(nn.BatchNorm, {}, keep, {}))
 
 
 def runs_as(layer: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """Returns the layer that runs in place of one, for who looks from outside.
+    """Returns the layer that runs in place of another one, for interceptors.
 
-    An interceptor of `flax.linen.intercept_methods` sees a layer of a converted
-    model as the model's code made it, with the fields given there.
+    In a converted model, an interceptor of `flax.linen.intercept_methods` sees
+    each layer as the code of the model made it, with the fields given there.
 
     Args:
-      layer: such as `context.module` of an interceptor.
-      *args, **kwargs: of its call. Without them a layer that is neither
-        flax's nor jaxbn's is known once it has run.
+      layer: a bound layer, such as `context.module` of an interceptor.
+      *args, **kwargs: arguments of its call. Without them, the result for a
+        layer that is neither flax's nor jaxbn's is only known after it has run.
 
     Returns:
-      An unbound layer with the fields that are in force; layer itself where no
-      converted model is running or it stays as it is.
+      An unbound layer with the fields in force; layer itself if no converted
+      model is running or the layer is not replaced.
 
     Raises:
       ValueError: the conversion in force refuses the layer; see `to_jaxbn`.
@@ -138,7 +138,7 @@ def runs_as(layer: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 def on_one_device(model: _Model, keep: Iterable[type | str] = ()) -> _Model:
-    """Returns `to_jaxbn` of a model, without groups of devices."""
+    """Returns `to_jaxbn` of a model, with groups of devices removed."""
     rule = _rule(jaxbn.linen.BatchNorm, {}, keep, {})
     return _convert(model, dataclasses.replace(rule, one_device=True))
 

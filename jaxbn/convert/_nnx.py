@@ -1,4 +1,4 @@
-"""Batch norm layers of a flax.nnx model, exchanged in a copy of it."""
+"""Converts flax.nnx models, by replacing the layers of a copy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxbn.nnx import BatchNorm
 
 _StandIn = tuple[type[nnx.BatchNorm], dict[str, Any]]
 
-# Of these a layer keeps no record, and the variables they make exist already.
+# Arguments that a layer does not store; its variables exist already.
 _CONSTRUCTION = {
     "rngs",
     "bias_init",
@@ -35,15 +35,15 @@ _CONSTRUCTION = {
     "scale_metadata",
 }
 
-# The others count batches, and go with the option that made them.
+# Other variables count batches, and depend on options.
 _VARIABLES = {"mean", "var", "scale", "bias"}
 
 
 def convert(
     model: Any, rule: Rule, convert_linen: Callable[[nn.Module], nn.Module]
 ) -> Any:
-    """Returns a copy with other layers; see `jaxbn.convert`."""
-    # In graph mode, where a layer may have several owners.
+    """Returns a copy converted by a rule; see `to_jaxbn`."""
+    # In graph mode, so that shared layers stay shared.
     copy = nnx.clone(model, graph=True)
     refuse_left(exchange(copy, rule, convert_linen))
     return copy
@@ -56,17 +56,17 @@ def exchange(
     *,
     above: str = "",
 ) -> dict[str, tuple[type, str]]:
-    """Exchanges the layers of a model in place.
+    """Replaces the layers of a model in place.
 
     Args:
-      model: to change.
-      rule: what becomes of its layers; classes are those of nnx.
-      convert_linen: for linen models in it; not needed where they run inside
-        one that is converted.
+      model: changed in place.
+      rule: rule for its layers, with classes of nnx.
+      convert_linen: converts linen models in it; not needed if the model is
+        itself inside a converted linen model.
       above: path of the model.
 
     Returns:
-      What was left out: path -> class, and why.
+      Layers that were left out: path -> (class, reason).
     """
     to = BatchNorm if rule.to is linen.BatchNorm else nnx.BatchNorm
     layers, bridges, left = [], [], {}
@@ -93,7 +93,7 @@ def exchange(
 
 
 def options(cls: type[nnx.BatchNorm]) -> dict[str, Any]:
-    """Returns what a layer of flax or jaxbn is made with, and defaults."""
+    """Returns the options of a class of layers, with their defaults."""
     return {
         name: parameter.default
         for kind in (nnx.BatchNorm, cls)
@@ -108,7 +108,7 @@ def options(cls: type[nnx.BatchNorm]) -> dict[str, Any]:
 def _stand_in(
     layer: Any, path: str, rule: Rule, to: type[nnx.BatchNorm]
 ) -> _StandIn | str | None:
-    """Returns what becomes of a node; a string says why it is left out."""
+    """Returns the replacement of a node, a reason for none, or None."""
     kind = type(layer)
     sharing = layer.sharing if isinstance(layer, BatchNorm) else Scope()
     overrides = rule.changes(sharing)
@@ -136,7 +136,7 @@ def _stand_in(
 def _copied(
     layer: Any, path: str, overrides: dict[str, Any]
 ) -> _StandIn | str | None:
-    """Returns what becomes of a layer that is neither flax's nor jaxbn's."""
+    """Returns the replacement of a layer that is not flax's or jaxbn's."""
     held = {
         name: value
         for name, value in vars(layer).items()
@@ -175,7 +175,7 @@ def _exchange(
     to: type[nnx.BatchNorm],
     overrides: dict[str, Any],
 ) -> _StandIn:
-    """Returns the class and the attributes of a layer with other options."""
+    """Returns class and attributes of a layer with other options."""
     own = BatchNorm if isinstance(layer, BatchNorm) else nnx.BatchNorm
     given = _read(layer, own)
     size, rngs = layer.num_features, nnx.Rngs(0)
@@ -196,7 +196,7 @@ def _exchange(
             )
     stacked = layer.mean.shape[: layer.mean.ndim - like.mean.ndim]
     for name in after.keys() - before.keys():
-        # What counts batches: one for each of the layers of nnx.vmap.
+        # A counter of batches for each layer that nnx.vmap has stacked.
         value = getattr(new, name)
         value.set_value(jnp.broadcast_to(value[...], stacked + value.shape))
     carried = {
@@ -213,7 +213,7 @@ def _exchange(
 
 
 def _read(layer: nnx.BatchNorm, cls: type[nnx.BatchNorm]) -> dict[str, Any]:
-    """Returns the options of a layer; the shapes of its variables say more."""
+    """Returns the options of a layer, without shapes of its variables."""
     found = {}
     for name, default in options(cls).items():
         found[name] = getattr(layer, name, default)

@@ -1,4 +1,4 @@
-"""What becomes of a flax.linen batch norm layer."""
+"""Rules that map flax.linen layers to their replacements."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _VARIABLES = {
 
 
 class StandIn(NamedTuple):
-    """What runs in place of a layer, and how it is called."""
+    """The replacement of a layer, and the arguments of its call."""
 
     cls: type[nn.Module]
     fields: dict[str, Any]
@@ -46,16 +46,16 @@ class StandIn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What becomes of the layers of a model."""
+    """Which layers of a model are replaced, and by what."""
 
     to: type[nn.Module]
     fields: tuple[tuple[str, Any], ...] = ()  # sorted by name
     keep: frozenset[type | str] = frozenset()
-    replace: tuple[tuple[type, Any], ...] = ()  # the last one goes first
-    one_device: bool = False  # leaves groups of devices out
+    replace: tuple[tuple[type, Any], ...] = ()  # later ones take precedence
+    one_device: bool = False  # removes groups of devices
 
     def then(self, later: Rule) -> Rule:
-        """Returns the rule that does both, the other one last."""
+        """Returns the rule that applies this one, and then the later one."""
         fields = {**dict(self.fields), **dict(later.fields)}
         replace = {**dict(self.replace), **dict(later.replace)}
         return Rule(
@@ -67,7 +67,7 @@ class Rule:
         )
 
     def changes(self, sharing: Scope) -> dict[str, Any]:
-        """Returns the fields to set on a layer whose examples share so."""
+        """Returns the fields to set on a layer with this sharing."""
         fields = dict(self.fields)
         if self.one_device:
             sharing = fields.get("sharing", sharing)
@@ -79,17 +79,17 @@ class Rule:
         return path in self.keep or not self.keep.isdisjoint(kind.__mro__)
 
     def replacement(self, kind: type) -> Any:
-        """Returns what the user gave for a class; None for nothing."""
+        """Returns the user's replacement of a class, or None."""
         given = dict(self.replace) if self.to is BatchNorm else {}
         return next((given[c] for c in kind.__mro__ if c in given), None)
 
     def check(self, path: str, fields: dict[str, Any]) -> None:
-        """Raises where the layer to make cannot have the fields."""
+        """Raises if the new layer cannot have these fields."""
         if self.to is nn.BatchNorm:
             refuse(path, fields, DEFAULTS, SHARED)
 
     def may_be_copy(self, layer: nn.Module) -> bool:
-        """Whether it takes a trial to know what becomes of a layer."""
+        """Returns whether a layer must be tried to know its replacement."""
         kind = written_class(layer)
         if self.to is nn.BatchNorm or self.replacement(kind) is not None:
             return False
@@ -100,9 +100,10 @@ class Rule:
     def stand_in(
         self, layer: nn.Module, args: Any, kwargs: Any
     ) -> StandIn | str | None:
-        """Returns what runs in place of a layer.
+        """Returns the replacement of a layer.
 
-        A string says why nothing does, None that the rule is not about it.
+        A string is the reason why there is none; None if the rule does not
+        apply to such layers.
         """
         kind = written_class(layer)
         make = self.replacement(kind)
@@ -167,7 +168,7 @@ class Rule:
 
 
 def run(layer: nn.Module, stand_in: StandIn) -> Any:
-    """Runs what stands in for a bound layer, on the layer's variables."""
+    """Runs the replacement of a bound layer, on its variables."""
     cls, fields, args, kwargs = stand_in
     kwargs = dict(kwargs)
     known = inspect.signature(unwrapped_call(cls)).parameters
@@ -183,13 +184,13 @@ def run(layer: nn.Module, stand_in: StandIn) -> Any:
     else:
         _check_variables(layer, cls)
         twin = beside(layer, cls, fields)
-    # The unwrapped method, because this call has been announced, captured and
-    # tabulated as the layer's own.
+    # The unwrapped method, because flax already intercepts, captures and
+    # tabulates this call as that of the layer.
     return unwrapped_call(cls)(twin, *args, **kwargs)
 
 
 def _check_variables(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Raises where the layer's variables are not those of a BatchNorm."""
+    """Raises if the layer's variables are not those of a BatchNorm."""
     kind = written_class(layer)
     if issubclass(kind, (nn.BatchNorm, BatchNorm)):
         return

@@ -1,4 +1,4 @@
-"""Exchanges the layers of a flax.linen model while it runs."""
+"""Replaces the layers of a flax.linen model while it runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from jaxbn.linen import BatchNorm
 
 @dataclasses.dataclass
 class _Record:
-    """What a run of a model has seen, by path."""
+    """Layers seen while a model runs, by path."""
 
     done: dict[str, StandIn | None] = dataclasses.field(default_factory=dict)
     left: dict[str, tuple[type, str]] = dataclasses.field(default_factory=dict)
@@ -41,7 +41,7 @@ class _Record:
     running: set[Any] = dataclasses.field(default_factory=set)
 
     def inside(self, layer: nn.Module, is_call: bool) -> bool:
-        """Whether a method runs for another one, which is seen to already."""
+        """Returns whether a method is called by one that is already handled."""
         called = (id(layer), True) in self.running
         return called or not is_call and (id(layer), False) in self.running
 
@@ -54,7 +54,7 @@ class _Record:
             self.running.discard((id(layer), is_call))
 
 
-# The rule in force; None: no converted model runs.
+# The rule in force, or None if no converted model is running.
 _active: contextvars.ContextVar[tuple[Rule, _Record] | None] = (
     contextvars.ContextVar("jaxbn.convert", default=None)
 )
@@ -63,7 +63,7 @@ _NOT_RUN = object()
 
 
 def runs_as(layer: nn.Module, args: Any, kwargs: Any) -> nn.Module:
-    """Returns what runs in place of a layer; see `jaxbn.convert`."""
+    """Returns the layer that runs in place of one; see `jaxbn.convert`."""
     active = _active.get()
     if active is None:
         return layer
@@ -84,21 +84,21 @@ def runs_as(layer: nn.Module, args: Any, kwargs: Any) -> nn.Module:
 
 
 def in_force(rule: Rule) -> bool:
-    """Whether running under the rule would change nothing."""
+    """Returns whether the rule would add nothing to the one in force."""
     active = _active.get()
     return active is not None and rule.then(active[0]) == active[0]
 
 
 @contextlib.contextmanager
 def activated(rule: Rule, *modules: Any) -> Iterator[None]:
-    """Exchanges the layers that are called inside.
+    """Replaces the layers that are called inside.
 
     Args:
-      rule: what becomes of them.
+      rule: rule for the layers.
       *modules: bound modules that are used inside, in any containers.
 
     Raises:
-      ValueError: on leaving, where a layer was left out.
+      ValueError: on exit, if a layer was left out.
     """
     outer = _active.get()
     if outer is not None and in_force(rule):
@@ -122,10 +122,10 @@ def activated(rule: Rule, *modules: Any) -> Iterator[None]:
 def _flagged(
     rule: Rule, modules: Any
 ) -> contextlib.AbstractContextManager[None]:
-    """Marks the scopes of modules, and those that are made in them.
+    """Sets a flag on the scopes of modules, and on scopes created in them.
 
-    nn.jit keeps what it has traced, by the flags of the scope among others, so
-    that it is not reused where another rule or none is in force.
+    nn.jit caches traces by the flags of the scope, among others, so a trace is
+    not reused if another rule or none is in force.
     """
     scopes: dict[int, Any] = {}
     _find_scopes(modules, scopes, set())
@@ -157,9 +157,9 @@ def _exchange(
     kwargs: Any,
     context: Any,
 ) -> Any:
-    """Runs in place of a layer's call what the rule makes of the layer."""
+    """Interceptor that runs the replacement of a layer instead of its call."""
     layer, active = context.module, _active.get()
-    # Of models inside models the innermost rule knows all outer ones.
+    # In nested converted models, the innermost rule includes the outer ones.
     if active is None or active[0] != rule or layer.scope is None:
         return call(*args, **kwargs)
     path, kind = layer_path(layer), written_class(layer)
@@ -193,7 +193,7 @@ def _run_layer(
         is_candidate = True
         if rule.may_be_copy(layer):
             if layer.is_initializing() or not _statistics(layer):
-                # Its own code draws the variables, a stand-in takes them.
+                # The layer initializes its variables, the stand-in uses them.
                 y = call(*args, **kwargs)
             is_candidate = bool(_statistics(layer))
         found = rule.stand_in(layer, args, kwargs) if is_candidate else None
@@ -218,10 +218,10 @@ def _statistics(layer: nn.Module) -> tuple[str, ...]:
 def _note(
     rule: Rule, record: _Record, layer: nn.Module, path: str, kind: type
 ) -> None:
-    """Takes down that a layer was left as it is, if it is a batch norm."""
+    """Records that a layer was not replaced, if it is a batch norm."""
     own = _statistics(layer)
     if shares_scope(layer):
-        return  # it is the part that owns them
+        return  # the submodule owns them
     known = isinstance(layer, (nn.BatchNorm, BatchNorm)) and path in record.why
     if known or (own and rule.to is BatchNorm):
         words = f"which owns {' and '.join(own)} in batch_stats"
@@ -231,7 +231,7 @@ def _note(
 def _run_nnx(
     rule: Rule, record: _Record, layer: Any, path: str, args: Any, kwargs: Any
 ) -> Any:
-    """Runs a layer that wraps an nnx module, with that converted."""
+    """Runs a layer that wraps an nnx module, after converting that."""
 
     def make(*args: Any, **kwargs: Any) -> Any:
         module = layer.nnx_class(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Arrays in the shapes and dtypes of another model; what is left out of it."""
+"""Matches arrays with those of another model, and leaves some out."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def fit(
     skipped: Skipped,
     problems: Problems,
 ) -> dict[Any, np.ndarray]:
-    """Returns what was found, in the shapes and dtypes that are wanted.
+    """Returns the arrays that were found, with the names and dtypes wanted.
 
-    What is skipped or does not fit is taken from what is wanted.
+    Arrays that are skipped or do not match have the wanted values.
     """
     if wanted is None:
         return found
@@ -107,7 +107,7 @@ def _spell(key: str | Name) -> str:
 
 
 class Skipped:
-    """Names, with dots or slashes, that begin with one that is skipped."""
+    """Skipped paths, with dots or slashes, and everything below them."""
 
     def __init__(self, skip: Iterable[str]):
         given = [skip] if isinstance(skip, str) else skip
@@ -118,7 +118,7 @@ class Skipped:
         return longest(name, self._names, ".") is not None
 
     def check(self, names: Iterable[str], problems: Problems) -> None:
-        """Reports what is skipped and is not there."""
+        """Reports skipped paths that do not exist."""
         names = [name.replace("/", ".") for name in names]
         problems.wrong += [
             f"skip: nothing is {given!r} or below it"
@@ -129,7 +129,7 @@ class Skipped:
     def drop(
         self, modules: dict[str, dict[Any, Any]], renamed: Mapping[str, str]
     ) -> None:
-        """Drops modules that are skipped, under their new names as well."""
+        """Drops skipped modules, and skips their new names too."""
         for path, leaves in list(modules.items()):
             if not leaves:
                 del modules[path]

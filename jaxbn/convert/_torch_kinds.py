@@ -1,4 +1,4 @@
-"""How a module of PyTorch and one of flax lay out the same arrays."""
+"""Layouts of the same arrays in modules of PyTorch and flax."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Name = tuple[str, str]  # collection and name in flax
 
 @dataclasses.dataclass
 class Problems:
-    """What does not fit: an error at any rate, or only where strict."""
+    """Mismatches; `wrong` ones are errors, `unfit` ones only if strict."""
 
     strict: bool
     wrong: list[str] = dataclasses.field(default_factory=list)
@@ -37,7 +37,7 @@ class Problems:
         return a.ndim in axes
 
     def report(self) -> list[str]:
-        """Returns what was left out; raises where that is an error."""
+        """Returns what was left out, or raises if that is an error."""
         errors = [*self.wrong, *(self.unfit if self.strict else ())]
         if errors:
             raise ValueError("Nothing was converted:\n  " + "\n  ".join(errors))
@@ -45,11 +45,11 @@ class Problems:
 
 
 class Leaf(NamedTuple):
-    """An array under both names, and the way between its layouts."""
+    """An array with its names and layouts in both libraries."""
 
     torch: str
     flax: Name
-    axes: tuple[int, ...] = (1,)  # how many it may have
+    axes: tuple[int, ...] = (1,)  # numbers of axes that it may have
     to_flax: Callable[[np.ndarray], np.ndarray] = np.asarray
     to_torch: Callable[[np.ndarray], np.ndarray] = np.asarray
 
@@ -63,8 +63,8 @@ def _last_two_first(a: np.ndarray) -> np.ndarray:
 
 
 def _mirrored_to_flax(a: np.ndarray) -> np.ndarray:
-    # PyTorch spreads each input over the window, flax slides the window over
-    # inputs set apart.
+    # PyTorch scatters each input over the window; flax slides the window over
+    # the dilated input.
     windows = tuple(range(2, a.ndim))
     return np.flip(a, windows).transpose(*windows, 0, 1)
 
@@ -112,7 +112,7 @@ _BY_AXES = {2: "linear"} | dict.fromkeys(_WINDOWS, "conv")
 
 
 def kind_in_torch(leaves: Mapping[str, np.ndarray]) -> str | None:
-    """Returns the kind of a module of PyTorch; None where it is open."""
+    """Returns the kind of a module of PyTorch, or None if ambiguous."""
     if {"running_mean", "running_var"} <= leaves.keys():
         return "batch_norm"
     if "weight" not in leaves or not leaves.keys() <= {"weight", "bias"}:
@@ -121,7 +121,7 @@ def kind_in_torch(leaves: Mapping[str, np.ndarray]) -> str | None:
 
 
 def kind_in_flax(leaves: Mapping[Name, np.ndarray]) -> str | None:
-    """Returns the kind of a module of flax; None where it is open."""
+    """Returns the kind of a module of flax, or None if ambiguous."""
     if {("batch_stats", "mean"), ("batch_stats", "var")} <= leaves.keys():
         return "batch_norm"
     if ("params", "scale") in leaves:
@@ -139,16 +139,16 @@ def module_to_flax(
     problems: Problems,
     where: str,
 ) -> dict[Name, np.ndarray]:
-    """Returns the leaves of one module under flax's names.
+    """Returns the arrays of a PyTorch module under flax's names.
 
-    The number of batches becomes `steps`, which most layers have no use for.
+    The number of batches becomes `steps`, which most layers do not have.
 
     Args:
-      kind: of the module.
-      leaves: in PyTorch.
-      size: of the running statistics where leaves do not say.
-      problems: takes down what is wrong.
-      where: to say so.
+      kind: kind of the module.
+      leaves: arrays of the PyTorch module.
+      size: shape of the running statistics, if leaves do not determine it.
+      problems: records mismatches.
+      where: name of the module in messages.
     """
     if kind == "same":
         return {("params", name): a for name, a in leaves.items()}
@@ -190,7 +190,7 @@ def module_to_torch(
     problems: Problems,
     where: str,
 ) -> dict[str, np.ndarray]:
-    """Undoes `module_to_flax`; without `steps` the number of batches is 0."""
+    """Inverse of `module_to_flax`; without `steps`, 0 batches."""
     rest, found = dict(leaves), {}
     if kind == "same":
         found = {
@@ -213,7 +213,7 @@ def module_to_torch(
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
-    """Returns a numpy array, over the memory of value where it can."""
+    """Returns a numpy array, which shares memory with value if possible."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
     try:
@@ -230,7 +230,12 @@ def to_array(name: str, value: Any) -> np.ndarray:
 
 
 def for_torch(array: np.ndarray) -> np.ndarray:
-    """Returns a copy that torch.from_numpy takes."""
+    """Returns a copy that torch.from_numpy accepts."""
     if array.dtype.kind not in "biufc":
         array = array.astype(np.float32)
     return np.array(array, order="C")
+
+
+def scaled(a: np.ndarray, factor: float) -> np.ndarray:
+    """Returns factor * a, rounded once."""
+    return (a.astype(np.float64) * factor).astype(a.dtype)

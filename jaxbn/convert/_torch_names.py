@@ -1,4 +1,4 @@
-"""Modules of two models matched by name; what does not fit is collected."""
+"""Matches modules of two models by name, and collects mismatches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def join(separator: str, *parts: str) -> str:
 
 
 def longest(path: str, keys: Iterable[str], separator: str) -> str | None:
-    """The longest of the keys that a path begins with."""
+    """Returns the longest key that is a prefix of path, or None."""
     fit = [
         key
         for key in keys
@@ -33,7 +33,7 @@ def new_paths(
     separators: tuple[str, str],
     problems: Problems,
 ) -> dict[str, str]:
-    """Returns old path -> new path of every module."""
+    """Returns the new path of each module by its old path."""
     if callable(rename):
         return {path: rename(path) for path in paths}
     found, rename, (old, new) = {}, rename or {}, separators
@@ -55,7 +55,7 @@ def kinds_of(
     guess: Callable[[Any], str | None],
     problems: Problems,
 ) -> dict[str, str]:
-    """Returns the kind of every module of which one is known."""
+    """Returns the kind of each module, where it is known."""
     given = given or {}
     for path, asked in given.items():
         if path not in modules:
@@ -78,7 +78,7 @@ def kinds_of(
 def without_entries(
     kinds: Mapping[str, str] | None, modules: Collection[str]
 ) -> dict[str, dict[Any, np.ndarray]]:
-    """Returns modules that have no array and are known by their kind."""
+    """Returns modules without arrays, which only kinds mentions."""
     return {
         path: {}
         for path, kind in (kinds or {}).items()
@@ -115,7 +115,7 @@ def _no_kind(path: str, leaves: Mapping[Any, np.ndarray]) -> str:
 
 
 _PARAMETRIZED = ".parametrizations."
-# Names that a weight has while something computes it, and what ends that.
+# Names of a weight that is computed from others, and how to undo that.
 _REWRITTEN = (
     (
         {"weight_orig", "weight_mask"},
@@ -142,7 +142,7 @@ def values_of(
     separator: str,
     problems: Problems,
 ) -> dict[str, int]:
-    """Returns the values in a batch of every batch norm, unless None."""
+    """Returns the number of values per batch of each batch norm."""
     if given is None:
         return {}
     per_path = given if isinstance(given, Mapping) else {"": given}
@@ -160,4 +160,16 @@ def values_of(
             )
         else:
             found[path] = per_path[key]
+    return found
+
+
+def flatten(variables: Any, path: tuple[str, ...] = ()) -> dict[Name, Any]:
+    """Returns the leaves of params and batch_stats by (collection, path)."""
+    found: dict[Name, Any] = {}
+    for key, value in variables.items():
+        at = (*path, str(key))
+        if isinstance(value, Mapping):
+            found |= flatten(value, at)
+        elif at[0] in ("params", "batch_stats"):
+            found[at[0], "/".join(at[1:])] = value
     return found

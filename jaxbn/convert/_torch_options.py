@@ -1,4 +1,4 @@
-"""Options of a batch norm of PyTorch as fields of flax's layer, and back."""
+"""Converts options of a PyTorch batch norm to fields of flax's, and back."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ def options_from_torch(
 ) -> dict[str, Any]:
     """Returns the fields of BatchNorm for a batch norm module of PyTorch.
 
-    momentum is 1 - momentum, as PyTorch means the weight of the new value, and
-    None, the plain average over all batches, stays None, which jaxbn has and
-    flax has not. For running variances as PyTorch goes on to keep them add
-    running=jaxbn.Running(ddof=1), a field of jaxbn.
+    In PyTorch, momentum is the weight of the new value, so it becomes 1 -
+    momentum. momentum=None, the plain average over all batches, stays None,
+    which jaxbn supports and flax does not. To go on storing unbiased running
+    variances, as PyTorch does, add running=jaxbn.Running(ddof=1), a field of
+    jaxbn.
 
     Args:
-      module: a torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm, or anything
+      module: a torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm, or any object
         with momentum, eps, affine and track_running_stats.
-      axis_name: mesh axis to synchronize over; needed for SyncBatchNorm.
+      axis_name: mesh axis to synchronize over; required for SyncBatchNorm.
 
     Returns:
-      dict of momentum, epsilon, use_scale, use_bias; axis_name where it is
-      given; use_running_average=False where running statistics are not
-      tracked, so that the call has to leave it out.
+      dict of momentum, epsilon, use_scale and use_bias; axis_name if given;
+      use_running_average=False if running statistics are not tracked, in which
+      case the call must not pass it.
 
     Raises:
-      ValueError: module is a SyncBatchNorm and axis_name is None; module has a
-        process group of its own; it is an InstanceNorm; an attribute is
+      ValueError: module is a SyncBatchNorm and axis_name is None; module has
+        its own process group; module is an InstanceNorm; or an attribute is
         missing.
     """
     names = [cls.__name__ for cls in type(module).__mro__]
@@ -79,20 +80,20 @@ def options_from_torch(
 def options_to_torch(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options of a PyTorch batch norm for fields of BatchNorm.
 
-    For torch.nn.BatchNorm2d(channels, **options), or SyncBatchNorm where
-    fields have an axis_name, which is no option there. PyTorch's running
-    variance is unbiased whatever ddof says.
+    Use them as torch.nn.BatchNorm2d(channels, **options), or with SyncBatchNorm
+    if the fields include axis_name, for which PyTorch has no option. PyTorch's
+    running variance is always unbiased, whatever ddof is.
 
     Args:
-      fields: fields of flax's or jaxbn's BatchNorm by name; what is left out
-        has its default. `dataclasses.asdict` makes them from a linen layer.
+      fields: fields of flax's or jaxbn's BatchNorm by name; missing ones have
+        their defaults. `dataclasses.asdict` returns those of a linen layer.
 
     Returns:
-      dict of momentum, eps, affine and track_running_stats, and bias=False
-      for a layer with scale and no bias.
+      dict of momentum, eps, affine and track_running_stats, and of bias=False
+      for a layer with scale but without bias.
 
     Raises:
-      ValueError: a field is unknown, or PyTorch has nothing like it.
+      ValueError: a field is unknown, or PyTorch has no counterpart of it.
     """
     known = {f.name: f.default for f in dataclasses.fields(BatchNorm)}
     unknown = [name for name in fields if name not in known]

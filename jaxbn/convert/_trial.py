@@ -1,4 +1,4 @@
-"""Whether a layer computes what flax's BatchNorm does, by computing both."""
+"""Compares the results of a layer with those of flax's BatchNorm."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _verdicts: dict[Any, tuple[str | None]] = {}
 
 
 def run_apart(trial: Callable[[], str | None], *, key: Any) -> str | None:
-    """Returns what a trial returns, or why there could be none.
+    """Returns the result of a trial, or why it failed.
 
-    In a thread of its own there is neither a trace nor a running model. What
-    is known for a key is not tried again; a key may have no hash.
+    Runs in a thread of its own, outside of any trace or running model. Results
+    are cached by key, if that is hashable.
     """
     with contextlib.suppress(TypeError):
         if key in _verdicts:
             return _verdicts[key][0]
-    # An option that may be set for this thread alone.
+    # This option may be set for the current thread only.
     wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
     def run() -> str | None:
@@ -55,20 +55,20 @@ def difference(
     shape: tuple[int, ...],
     epsilon: float,
 ) -> str | None:
-    """Returns which result differs; None for none.
+    """Returns the name of the first result that differs, or None.
 
     Args:
-      theirs: from x to results by name.
-      flaxs: the same of flax's layer.
-      shape: of x.
-      epsilon: of both layers.
+      theirs: x -> results by name.
+      flaxs: the same for flax's layer.
+      shape: shape of x.
+      epsilon: epsilon of both layers.
     """
     rng = np.random.default_rng(0)
-    # Skewed, because of normal values other formulas may give the same.
+    # Skewed: for normal values, other formulas may give the same results.
     x = rng.exponential(2, shape).astype(np.float32)
     small = np.float32(max(epsilon, 1e-12) ** 0.5 / 2)
     got, want = jax.jit(theirs), jax.jit(flaxs)
-    # As they are, and so small that all depends on epsilon.
+    # As is, and so small that the results depend on epsilon.
     for scaled in (x + 1, x * small):
         a, b = got(scaled), want(scaled)
         for what in _ORDER:
@@ -78,7 +78,7 @@ def difference(
 
 
 def weights(shape: tuple[int, ...]) -> np.ndarray:
-    """Returns what to weigh an output with, for a loss."""
+    """Returns random weights of an output, for a loss."""
     return np.random.default_rng(2).normal(size=shape).astype(np.float32)
 
 

@@ -20,13 +20,12 @@ from jaxbn.diagnostics._landscape import (
     max_step,
     sharpness,
 )
+from jaxbn.diagnostics._lipschitz import LipschitzIdentity, lipschitz_identity
 from jaxbn.diagnostics._noise import CompanionNoise, companion_noise
 from jaxbn.diagnostics._scale import (
-    LipschitzIdentity,
     ScaleInvariance,
     angular_update,
     equilibrium_angle,
-    lipschitz_identity,
     scale_invariance,
 )
 from jaxbn.diagnostics._shift import CovariateShift, internal_covariate_shift

@@ -55,7 +55,7 @@ def map_rows(fn: Callable[..., Any], xs: Any, *, unroll: bool) -> Any:
     if not unroll:
         return jax.lax.map(fn, xs)
     length = len(jax.tree.leaves(xs)[0])
-    rows = [fn(jax.tree.map(lambda a: a[i], xs)) for i in range(length)]  # noqa: B023
+    rows = [fn(jax.tree.map(lambda a, i=i: a[i], xs)) for i in range(length)]
     return jax.tree.map(lambda *row: jnp.stack(row), *rows)
 
 

@@ -77,8 +77,8 @@ def companion_noise(
     probes, pool = jnp.asarray(probes), jnp.asarray(pool)
     if probes.shape[1:] != pool.shape[1:] or not probes.ndim or not len(probes):
         raise ValueError(
-            "probes (M, ...) and pool (P, ...) must be examples of equal shape; "
-            f"got {describe(probes)} and {describe(pool)}."
+            "probes (M, ...) and pool (P, ...) must be examples of equal "
+            f"shape; got {describe(probes)} and {describe(pool)}."
         )
     if not 2 <= batch_size <= len(pool) + 1:
         raise ValueError(

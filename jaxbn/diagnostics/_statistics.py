@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._arithmetic import widen
+from jaxbn._batch_stats import map_layers
 from jaxbn._checks import describe
 from jaxbn._passes import Moments
-from jaxbn._running import RunningStats
 from jaxbn.diagnostics._model import Apply, checked_logits, map_rows
 
 
@@ -70,8 +70,8 @@ def stats_staleness(
     it is dominated by the initial mean 0 and variance 1.
 
     Args:
-      running: batch_stats: nested mappings, with mean and var or RunningStats
-        for each layer.
+      running: batch_stats, nested mappings with mean and var for each layer, or
+        RunningStats in their place.
       precise: a tree of the same structure, or a part of it, with Moments for
         each layer, such as `jaxbn.precise.recompute(...).stats` for flax.linen.
       epsilon: epsilon of the layers, unit of x squared; may be 0.
@@ -81,41 +81,22 @@ def stats_staleness(
       without any values.
 
     Raises:
-      ValueError: the structures do not match.
+      ValueError: the structures or the shapes do not match.
 
     Source: Wu and Johnson (2021), Rethinking "Batch" in BatchNorm, section 3,
     on the difference; the measures are those of `jaxbn.doctor`.
     """
-    if isinstance(precise, Moments):
-        return _staleness(running, precise, epsilon)
-    if isinstance(running, RunningStats):
-        running = running._asdict()
-    fits = isinstance(running, Mapping) and isinstance(precise, Mapping)
-    if not fits or not set(precise) <= set(running):
-        raise ValueError(
-            f"precise has {_list_keys(precise)}, but running has "
-            f"{_list_keys(running)}. Layers must be jaxbn.Moments in precise."
-        )
-    return {
-        name: stats_staleness(running[name], node, epsilon=epsilon)
-        for name, node in precise.items()
-    }
+
+    def staleness(layer: Mapping[str, Any], data: Moments) -> Staleness:
+        return _staleness(layer, data, epsilon)
+
+    return map_layers(staleness, running, precise, names=("running", "precise"))
 
 
-def _staleness(layer: Any, data: Moments, epsilon: float) -> Staleness:
-    if isinstance(layer, RunningStats):
-        layer = layer._asdict()
-    if not isinstance(layer, Mapping) or not {"mean", "var"} <= set(layer):
-        raise ValueError(
-            "a layer of running must have mean and var where precise has "
-            f"Moments; it has {_list_keys(layer)}."
-        )
+def _staleness(
+    layer: Mapping[str, Any], data: Moments, epsilon: float
+) -> Staleness:
     count, mean, m2 = map(jnp.asarray, data)
-    if jnp.shape(layer["mean"]) != mean.shape:
-        raise ValueError(
-            f"mean is {describe(jnp.asarray(layer['mean']))} in running and "
-            f"{describe(mean)} in precise."
-        )
     # A layer in a scan has the scanned axis first.
     count = count.reshape(count.shape + (1,) * (mean.ndim - count.ndim))
     count = jnp.where(count > 0, count, jnp.nan)
@@ -213,9 +194,3 @@ def _batches(
         )
     shape = (-1, batch_size)
     return x.reshape(*shape, *x.shape[1:]), labels.reshape(shape)
-
-
-def _list_keys(tree: Any) -> str:
-    if isinstance(tree, Mapping):
-        return ", ".join(map(str, tree)) or "nothing"
-    return type(tree).__name__

@@ -81,7 +81,8 @@ def _of_batches(layer: Health, devices: int) -> list[Finding]:
         found.append(
             Finding(
                 "is not synchronized: without axis_name, each of the "
-                f"{devices} devices of shard_map or pmap normalizes on its own.",
+                f"{devices} devices of shard_map or pmap normalizes on its "
+                "own.",
                 'Set axis_name="data", or jaxbn.convert.to_jaxbn(model, '
                 'axis_name="data"). (Not needed under plain jit '
                 "on sharded arrays.)",
@@ -101,17 +102,17 @@ def _of_batches(layer: Health, devices: int) -> list[Finding]:
             Finding(
                 "normalizes over {} examples, so its output in training has a "
                 "noise of {}.",
-                f"Accuracy degrades below {FEW_EXAMPLES}: synchronize over more "
-                "devices, raise the batch size, or use renorm.",
+                f"Accuracy degrades below {FEW_EXAMPLES}: synchronize over "
+                "more devices, raise the batch size, or use renorm.",
                 ((layer.examples, "g"), (layer.noise, ".0%")),
             )
         )
     if layer.separation > FAR_APART:
         found.append(
             Finding(
-                "is called {} times per batch, on inputs whose statistics differ "
-                "by {} standard deviations: its running statistics match none "
-                "of them.",
+                "is called {} times per batch, on inputs whose statistics "
+                "differ by {} standard deviations: its running statistics "
+                "match none of them.",
                 "Use separate statistics, by sharing=Scope(num_ids=K) and ids "
                 "or by separate layers, or normalize all inputs in a single "
                 "call.",
@@ -146,9 +147,9 @@ def _of_channels(layer: Health) -> list[Finding]:
         std = layer.var[small] / (layer.var[small] + layer.epsilon)
         found.append(
             Finding(
-                "has an input with variance below epsilon ({} of its channels), "
-                "so its output has a standard deviation as low as {} instead of "
-                "1.",
+                "has an input with variance below epsilon ({} of its "
+                "channels), so its output has a standard deviation as low as "
+                "{} instead of 1.",
                 "Scale up the data or the weights before the layer, or lower "
                 "epsilon.",
                 (
@@ -160,10 +161,11 @@ def _of_channels(layer: Health) -> list[Finding]:
     if layer.scale is not None and layer.zero_scale.all():
         found.append(
             Finding(
-                "has a scale near zero in all channels, which blocks the signal.",
+                "has a scale near zero in all channels, which blocks the "
+                "signal.",
                 "Intended for zero-initialized residual branches before "
-                "training; later a sign of weight decay on scale: exclude scale "
-                "and bias from it.",
+                "training; later a sign of weight decay on scale: exclude "
+                "scale and bias from it.",
             )
         )
     unusual = layer.input_std and not 1e-2 < layer.input_std < 1e3
@@ -197,9 +199,10 @@ def _mismatch(layer: Health) -> Finding | None:
         steps = math.log(w) / math.log(momentum) if 0 < momentum < 1 else 0
         return Finding(
             "has running statistics that have not converged: the initial value "
-            "still has a weight of about {}, as after {} steps with momentum {}.",
-            "Train longer, lower momentum, use running=Running(debias=True), or "
-            "recompute them with jaxbn.precise.recompute.",
+            "still has a weight of about {}, as after {} steps with momentum "
+            "{}.",
+            "Train longer, lower momentum, use running=Running(debias=True), "
+            "or recompute them with jaxbn.precise.recompute.",
             ((w, ".0%"), (steps, ".0f"), (momentum, "g")),
         )
     return Finding(

@@ -1,4 +1,4 @@
-"""Batch normalization of inference, folded into the layer next to it."""
+"""Folds batch normalization in inference into adjacent layers."""
 
 from jaxbn.fold._fold import Difference, Folded, fold
 from jaxbn.fold._report import Layer

@@ -20,11 +20,11 @@ from jaxbn.fold._trace import Program
 
 
 class Difference(NamedTuple):
-    """How far the folded function is from the original one.
+    """How far the folded function is from the original.
 
     Attributes:
-      absolute: largest |folded - original| of a value, in its unit.
-      relative: largest |folded - original| / |original| of an output, in the
+      absolute: largest |folded - original| of any value, in its unit.
+      relative: largest |folded - original| / |original| of any output, in the
         Euclidean norm.
     """
 
@@ -33,20 +33,22 @@ class Difference(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """A model of inference without its batch normalization.
+    """A model in inference mode, without its batch normalization.
 
     Attributes:
-      apply: (params, *inputs) -> what the original returns, under `jax.jit`.
-        For inputs of the examples' shapes it is the program that was verified;
-        for others the model is traced and folded again.
-      params: arrays by the path of the leaf they replace: folded kernels, their
-        biases, and every other leaf that is still needed.
-      layers: a Layer for every use of a normalization.
-      max_difference: measured on random inputs of the examples' shapes.
+      apply: (params, *inputs) -> the outputs of the original model, under
+        `jax.jit`. Inputs with the shapes of the examples run the program that
+        was verified; for other shapes the model is traced and folded again.
+      params: arrays by the path of the leaf that they replace: folded kernels,
+        their biases, and all other leaves that are still needed.
+      layers: a `Layer` for each use of a normalization.
+      max_difference: `Difference` from the original, measured on random inputs
+        with the shapes of the examples.
 
-    Can be pickled where `flatbuffers` is installed. What is loaded does not need
-    the model: apply is a program of `jax.export`, for any number of examples if
-    the model can be traced so, else for the examples' shapes.
+    Can be pickled if `flatbuffers` is installed. Unpickling does not need the
+    model: apply is a program of `jax.export`, for any number of examples if the
+    model can be traced with a symbolic one, otherwise for the shapes of the
+    examples.
     """
 
     apply: Callable[..., Any]
@@ -75,51 +77,51 @@ def fold(
     on_unfoldable: Literal["raise", "keep"] = "raise",
     tolerance: float | None = None,
 ) -> Folded:
-    """Folds each batch normalization into the kernel of the layer next to it.
+    """Folds each batch normalization into the kernel of an adjacent layer.
 
     With slope = scale / sqrt(var + epsilon), a convolution or dense layer
-    followed by its normalization, (x * k + b - mean) * slope + shift, is the
-    layer with kernel k * slope, feature by feature, and bias
-    (b - mean) * slope + shift. Layers that share a kernel fold if the same
+    followed by its normalization, (x * k + b - mean) * slope + shift, equals
+    the layer with kernel k * slope, feature by feature, and bias (b - mean) *
+    slope + shift. Layers that share a kernel are folded if the same
     normalization follows each of them.
 
-    A normalization without a layer in front folds into the one behind it, if
-    that is a dense layer or a convolution without padding: with offset = shift
-    - mean * slope, (x * slope + offset) k + b is x (slope * k) + offset k + b.
+    A normalization that does not follow such a layer is folded into the next
+    layer, if that is a dense layer or a convolution without padding: with
+    offset = shift - mean * slope, (x * slope + offset) k + b equals x (slope *
+    k) + offset k + b.
 
-    Which layers these are is read off the traced program, not off names or
-    modules; whatever else scales and shifts features on the way is taken in
-    too. Computed in float32 or wider; a kernel is rounded once, to its own
-    dtype.
+    Layers are found in the traced program, not by names or modules; any other
+    scaling or shifting of features in between is folded as well. Computed in
+    float32 or wider; a kernel is rounded once, to its own dtype.
 
     The result is compared with the original on normally distributed inputs,
-    with exact products (`jax.default_matmul_precision("highest")`). Integers,
-    booleans and keys among the inputs are taken from the examples.
+    with exact products (`jax.default_matmul_precision("highest")`). Integer,
+    boolean and key inputs are those of the examples.
 
     Args:
       apply: (variables, *inputs) -> outputs, pure and in inference mode, such
         as lambda v, x: model.apply(v, x, train=False).
       variables: pytree of arrays.
-      examples: one for each input: pytrees of arrays or jax.ShapeDtypeStruct.
-        A few examples are enough.
-      is_statistic: tells the path of a running statistic, such as
-        "bn/mean", from that of another leaf. None takes every leaf below a
-        top-level "batch_stats", but state that goes into kernels and counters;
-        where there is none, leaves named mean and var that lie next to each
-        other.
-      on_unfoldable: "raise", or "keep" to leave as it is what does not fold.
-      tolerance: largest relative difference allowed. None takes sqrt(eps) of
-        the narrowest float in the program: float32 3e-4, bfloat16 9e-2. Half
-        of the digits is more than rounding takes from a deep network, and less
-        than a kernel that is scaled wrongly.
+      examples: one for each input: pytrees of arrays or jax.ShapeDtypeStruct. A
+        few examples are enough.
+      is_statistic: path, such as "bn/mean" -> whether that leaf is a running
+        statistic. None selects all leaves in a top-level "batch_stats", except
+        counters and state that kernels are computed from; without such a
+        collection, leaves named mean and var next to each other.
+      on_unfoldable: "raise", or "keep" to leave normalizations that cannot be
+        folded as they are.
+      tolerance: largest relative difference allowed. None is sqrt(eps) of the
+        narrowest float in the program: 3e-4 for float32, 9e-2 for bfloat16.
+        Rounding in a deep network stays below it, the error of a wrongly scaled
+        kernel does not.
 
     Returns:
       Folded.
 
     Raises:
-      ValueError: names every normalization that cannot be folded, with its
-        reason; or there is none at all; or the folded function differs by more
-        than the tolerance; or an argument does not fit.
+      ValueError: some normalizations cannot be folded, all of which are listed
+        with the reason; there is no normalization; the folded function differs
+        by more than the tolerance; or an argument is invalid.
 
     Source: Jacob et al. (2018), Quantization and Training of Neural Networks
     for Efficient Integer-Arithmetic-Only Inference, section 3.2.

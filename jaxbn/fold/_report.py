@@ -17,14 +17,14 @@ _TRAINING = (
 
 
 class Layer(NamedTuple):
-    """What became of one batch normalization.
+    """Result of `fold` for one batch normalization.
 
     Attributes:
       norm: path of its variables.
-      kernel: name of the parameter that took it in; None where none did.
+      kernel: name of the parameter that it was folded into, or None.
       kind: "conv", "grouped conv", "depthwise conv", "transposed conv" or
-        "dense"; None where it was not folded.
-      reason: why it was not folded; None where it was.
+        "dense"; None if it was not folded.
+      reason: why it was not folded; None if it was.
     """
 
     norm: str

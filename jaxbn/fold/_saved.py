@@ -1,4 +1,4 @@
-"""A folded model as bytes that need neither the model's code nor its library."""
+"""A folded model as bytes that need neither the model's code nor flax."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Walker:
         return value in self._users or value in self._program.outputs
 
     def kernel(self, product: Product) -> tuple[int, Axes]:
-        """Returns the leaf that is the kernel, and where it has the features."""
+        """Returns the leaf that is the kernel, and its axes of features."""
         value = product.kernel
         path: list[Op] = []
         while value not in self._program.leaves:

@@ -6,11 +6,11 @@ from typing import Any
 
 from flax import nnx
 
+from jaxbn._batch_stats import with_statistics
 from jaxbn._call import single_argument
 from jaxbn._collect import collect_nnx
 from jaxbn._model_call import ModelCall
 from jaxbn._passes import Moments
-from jaxbn._with_statistics import with_statistics
 
 
 def batch_moments(

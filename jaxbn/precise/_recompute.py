@@ -10,8 +10,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+import jaxbn.nnx
 from jaxbn._call import advance_streams, check_nnx_options, linen_options
 from jaxbn._collected import nested
+from jaxbn._collecting import CollectingLinen, collecting_nnx
 from jaxbn._model_call import ModelCall, make_model_call
 from jaxbn._passes import Moments
 from jaxbn.precise._moments_sum import MomentsSum
@@ -113,8 +115,8 @@ def recompute(
                 np.isfinite(part.mean).all() and np.isfinite(part.m2).all()
             ):
                 raise ValueError(
-                    f"Statistics of batch {read} (from 0) are not finite; check "
-                    "it for NaN or inf. Nothing was changed."
+                    f"Statistics of batch {read} (from 0) are not finite; "
+                    "check it for NaN or inf. Nothing was changed."
                 )
             total.add(part)
         read += 1
@@ -147,9 +149,6 @@ def _as_moments_fn(
                 f"{type(model).__name__}."
             )
         return lambda variables, batch, _: model(variables, batch), variables
-    import jaxbn.nnx  # which takes with_statistics from here
-    from jaxbn._collecting import CollectingLinen, collecting_nnx
-
     run = make_model_call(model, call)
     if isinstance(model, nn.Module):
         linen = CollectingLinen(model)

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, to hold a model to a budget."""
+"""Counts the collectives of a compiled program, such as for a budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-#: Names of the kinds of collectives, as they stand in HLO.
+#: Kinds of collectives, as named in HLO.
 KINDS = (
     "all-reduce",
     "all-gather",
@@ -35,11 +35,11 @@ _ARRAY = re.compile(r"\b(?:pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind: how many, and the bytes of their results.
+    """Collectives of one kind.
 
     Attributes:
-      count: operations in the program, however often they run.
-      bytes: of their results on one device, together.
+      count: number of operations in the program, however often each one runs.
+      bytes: total size of their results on one device.
     """
 
     count: int  # type: ignore[assignment]
@@ -47,13 +47,13 @@ class Traffic(NamedTuple):
 
 
 class Collectives(dict[str, Traffic]):
-    """kind -> Traffic of what occurs; the rest of KINDS reads as (0, 0).
+    """`Traffic` by kind; kinds of KINDS that do not occur read as (0, 0).
 
     Attributes:
       conditional: Collectives in branches of conditionals, which may not run.
 
     Raises:
-      KeyError: it is asked for a kind that does not exist.
+      KeyError: a key is not in KINDS.
     """
 
     conditional: Collectives
@@ -69,13 +69,13 @@ def collectives(
 ) -> Collectives:
     """Counts the collectives in the compiled program of fn, without running it.
 
-    A budget reads `collectives(step, state, batch)["all-reduce"].count == 3`.
-    What counts is the optimized HLO, in which XLA has merged and removed what
-    it could; backends may differ. An operation counts once however often it
-    runs, in the body of a loop too; the -start and -done of one are one.
-    Branches of a conditional are counted in `.conditional`: there batch norm
-    keeps the second reduction of a batch whose mean lies far from the running
-    mean, which a step does not ordinarily take.
+    Counts the operations of the optimized HLO, after XLA has merged and removed
+    some, which may differ between backends. An operation counts once, however
+    often it runs, even in the body of a loop; so does a pair of -start and
+    -done. Branches of conditionals are counted in `.conditional`: there batch
+    norm has the second reduction, for batches whose mean is far from the
+    running mean, which an ordinary step does not run. A budget of a test reads
+    `collectives(step, state, batch)["all-reduce"].count == 3`.
 
     Args:
       fn: a function, or the result of `jax.jit`.
@@ -83,13 +83,14 @@ def collectives(
       **kwargs: likewise.
 
     Returns:
-      Collectives, from each kind that occurs to its count and bytes. Bytes are
-      the size of the results on one device, tuples summed: of an all-reduce
-      what a device puts in, of an all-gather the gathered array, of a
-      reduce-scatter the device's part. They are not the bytes on the wire.
+      Collectives, with the count and bytes of each kind that occurs. Bytes are
+      the size of the results on one device, summed over tuples: for an
+      all-reduce the size of its input, for an all-gather that of the gathered
+      array, for a reduce-scatter that of the device's part. They are not the
+      bytes sent.
 
     Raises:
-      KeyError: the result is asked for a kind that does not exist.
+      KeyError: the result is indexed by a kind that does not exist.
 
     Example:
       >>> import jax.numpy as jnp
@@ -108,7 +109,7 @@ def compiled_text(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 
 def read_program(hlo: str) -> Collectives:
-    """Reads the text of a module; branches of conditionals stand apart."""
+    """Returns the collectives in the HLO text of a module."""
     always, seldom = split_conditional(hlo)
     found = parse(always)
     found.conditional = parse(seldom)
@@ -116,7 +117,7 @@ def read_program(hlo: str) -> Collectives:
 
 
 def split_conditional(hlo: str) -> tuple[str, str]:
-    """Returns the computations that always run, and those of branches."""
+    """Returns the text of what always runs, and that of branches."""
     texts, bodies, entry = {}, {}, ""
     for found in _COMPUTATION.finditer(hlo):
         is_entry, name, bodies[found[2]] = found.groups()
@@ -137,7 +138,7 @@ def split_conditional(hlo: str) -> tuple[str, str]:
 def _reachable(
     start: str, bodies: dict[str, str], branches: set[str] | None
 ) -> set[str]:
-    """Computations that start calls; with branches, those are put there."""
+    """Returns the computations that start calls; adds branches to branches."""
     seen, todo = set(), [start]
     while todo:
         name = todo.pop()
@@ -155,12 +156,12 @@ def _reachable(
 
 
 def parse(hlo: str) -> Collectives:
-    """Reads lines of HLO, whatever computation they stand in."""
+    """Returns the traffic by kind in lines of HLO."""
     found = Collectives()
     hlo = re.sub(r"/\*.*?\*/", "", hlo).replace("<=", "")
     for shape, kind, start in _OPERATION.findall(hlo):
         shape = re.sub(r"\{[^{}]*\}", "", shape)  # layouts
-        # All but this one start with (operands, results, state...).
+        # The others return (operands, results, state...) from their -start.
         if start and kind != "all-reduce":
             shape = _ELEMENT.findall(shape[1:-1])[1]
         count, size = found[kind]

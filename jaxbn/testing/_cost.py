@@ -1,4 +1,4 @@
-"""What synchronization costs in time, from a program and a link."""
+"""The time that synchronization takes, from a compiled program and a link."""
 
 from __future__ import annotations
 
@@ -12,66 +12,18 @@ from jaxbn.testing._collectives import (
     parse,
     split_conditional,
 )
-
-#: Published peaks: bytes/s that a device sends on all its links together, half
-#: of what is stated for both directions.
-LINKS = {
-    "nvlink3": 300e9,  # NVIDIA, NVLink: A100, 12 links, 600 GB/s in total
-    "nvlink4": 450e9,  # NVIDIA, Hopper Architecture: 900 GB/s bi-directional
-    "tpu_v5e": 200e9,  # Google Cloud, TPU v5e: bidirectional ICI 400 GBps
-    "tpu_v5p": 600e9,  # Google Cloud, TPU v5p: bidirectional ICI 1200 GBps
-}
-
-# Bytes a device sends in a ring of n, for each byte of its result.
-_SENT: dict[str, Callable[[int], float]] = {
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: n - 1,  # the result is one of n parts
-    "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1,
-    "collective-broadcast": lambda n: 1,
-}
-# How the result grows with the devices where what goes in does not.
-_GROWS = {"all-gather": 1, "reduce-scatter": -1}
-
-
-class Cost(NamedTuple):
-    """Collectives of one part of a program.
-
-    Attributes:
-      count: of collectives.
-      sent: bytes that each device sends.
-      seconds: that they take by the model of `sync_cost`.
-    """
-
-    count: int  # type: ignore[assignment]
-    sent: float
-    seconds: float
-
-    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
-        return Cost(
-            self.count + other.count,
-            self.sent + other.sent,
-            self.seconds + other.seconds,
-        )
-
-    def __sub__(self, other: Cost) -> Cost:
-        return Cost(
-            self.count - other.count,
-            self.sent - other.sent,
-            self.seconds - other.seconds,
-        )
+from jaxbn.testing._cost_model import Cost, Figure, Operation, cost_of
 
 
 class SyncCost(NamedTuple):
-    """What `sync_cost` returns; str() is a table.
+    """Result of `sync_cost`; str() is a table.
 
     Attributes:
-      devices: how many the figures are for.
-      forward: `Cost` of the batch norms in the forward pass.
-      backward: `Cost` of the batch norms in the backward pass.
-      rest: what is sent without synchronization too: the gradient.
-      compute: seconds of a step without communication; None: not known.
+      devices: number of devices that the costs are for.
+      forward: `Cost` of batch norm in the forward pass.
+      backward: `Cost` of batch norm in the backward pass.
+      rest: `Cost` without synchronization, such as that of the gradient.
+      compute: seconds of a step without communication, or None.
     """
 
     devices: int
@@ -82,12 +34,12 @@ class SyncCost(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Seconds a step that synchronization takes, forward and backward."""
+        """Seconds of synchronization per step, forward and backward."""
         return self.forward.seconds + self.backward.seconds
 
     @property
     def share(self) -> float | None:
-        """Part of the whole step; None where compute is not known."""
+        """Fraction of a step spent on synchronization; None if compute is."""
         if self.compute is None:
             return None
         return self.seconds / (self.compute + self.seconds + self.rest.seconds)
@@ -114,9 +66,6 @@ class SyncCost(NamedTuple):
         return "\n".join(lines)
 
 
-Figure = float | Callable[[int], float]
-
-
 def sync_cost(
     fn: Callable[..., Any],
     *args: Any,
@@ -126,48 +75,52 @@ def sync_cost(
     devices: int | None = None,
     compute: float | None = None,
 ) -> SyncCost:
-    """Computes, without running it, the time fn spends on synchronization.
+    """Estimates the time that fn spends on synchronization, without running it.
 
-    The compiled program gives count and bytes of its collectives, the caller
-    the link. Over n devices, with S the bytes of a result::
+    The number and size of collectives are those of the compiled program;
+    latency and bandwidth of the link are arguments. Over n devices, with S the
+    bytes of a result::
 
         all-reduce       latency(n) + 2 (n - 1) / n * S / bandwidth(n)
         all-gather       latency(n) +   (n - 1) / n * S / bandwidth(n)
         reduce-scatter   latency(n) +   (n - 1) / n * n S / bandwidth(n)
 
-    an all-to-all as an all-gather; a permutation and a broadcast send S. All
-    are added up. Links are taken to be as fast as stated, and nothing to hide
-    behind computation: a model, not a measurement.
+    An all-to-all costs as much as an all-gather; a permutation and a broadcast
+    send S bytes. The sum over all collectives is a model, not a measurement: it
+    assumes that links reach their stated speed, and that communication does not
+    overlap with computation.
 
-    What belongs to batch norm is what fn costs beyond `unsynchronized`:
-    collectives that XLA has merged with those of the gradient cost no latency
-    of their own. Backward is what JAX marks as transposed, or runs after it.
+    The cost of batch norm is the cost of fn minus that of `unsynchronized`:
+    collectives that XLA has merged with those of the gradient add no latency of
+    their own. What JAX marks as transposed, or what runs after it, belongs to
+    the backward pass.
 
-    The program is that of the backend fn is compiled for. Compiled for GPUs a
-    layer has one all-reduce more forward, of C floats: add a latency a layer
-    where CPU devices stand for them.
+    The program is that of the backend which fn is compiled for. On GPUs a layer
+    has one more all-reduce forward, of C floats: if CPU devices stand in for
+    GPUs, add one latency per layer.
 
     Args:
       fn: a function, or the result of `jax.jit`, over several devices.
       *args: arrays or `jax.ShapeDtypeStruct`s.
-      latency: seconds of one whole collective that sends next to nothing, as
-        a timing of it gives them; or a function of n. No vendor publishes it.
-      bandwidth: bytes/s that a device sends, all its links together, such as
-        LINKS["nvlink4"]; or a function of n.
-      unsynchronized: fn whose layers have axis_name=None. None: fn sends
-        nothing but statistics; a gradient's all-reduce then counts as theirs.
-      devices: how many; None takes those that fn is compiled for. With
-        another number a collective over all devices goes over so many, its
-        input the same; one inside a group stays as it is.
+      latency: seconds that a collective of almost no data takes as a whole, or
+        a function of n. Vendors do not publish it; measure it.
+      bandwidth: bytes per second that a device sends on all its links together,
+        such as LINKS["nvlink4"], or a function of n.
+      unsynchronized: fn with axis_name=None in its layers. None assumes that fn
+        only sends statistics; the all-reduce of a gradient then counts as
+        theirs.
+      devices: number of devices; None is the number that fn is compiled for.
+        Otherwise collectives over all devices are scaled to this number, with
+        inputs of the same size; those within groups stay the same.
       compute: seconds of a step without communication, to compare with.
 
     Returns:
       SyncCost.
 
     Raises:
-      ValueError: a figure is out of range; fn is compiled for one device, or for
-        groups larger than devices, or has a collective without a formula;
-        unsynchronized sends more than fn.
+      ValueError: latency, bandwidth or compute is out of range; fn is compiled
+        for one device or for groups larger than devices, or has a collective
+        without a formula; or unsynchronized sends more than fn.
 
     Source: Thakur, Rabenseifner, Gropp (2005), Optimization of Collective
     Communication Operations in MPICH, section 4; Patarasuk and Yuan (2009),
@@ -184,8 +137,8 @@ def sync_cost(
             "do: jax.config.update('jax_num_cpu_devices', 8)."
         )
 
-    def cost(operation: _Operation) -> Cost:
-        return _cost(operation, compiled_for, devices, latency, bandwidth)
+    def cost(operation: Operation) -> Cost:
+        return cost_of(operation, compiled_for, devices, latency, bandwidth)
 
     halves = [Cost(0, 0.0, 0.0)] * 2
     for operation in operations:
@@ -194,8 +147,8 @@ def sync_cost(
     others = [] if unsynchronized is None else _read(unsynchronized, args)[1]
     for other in others:
         rest += cost(other)
-        # Alone it may stand elsewhere: fn says when it runs. One that fn has
-        # merged with others is a gradient's.
+        # It may run elsewhere there: fn determines the pass. Collectives that
+        # fn has merged with others belong to the gradient.
         same = [o.backward for o in operations if o[:3] == other[:3]]
         halves[any(same) or not same] -= cost(other)
     if halves[0].sent + halves[1].sent < 0:
@@ -213,21 +166,22 @@ def group_costs(
     sizes: Iterable[int],
     **options: Any,
 ) -> dict[int, SyncCost]:
-    """`sync_cost` for every size of the groups that share statistics.
+    """Returns `sync_cost` for each size of the groups that share statistics.
 
-    Groups pay where a collective of few devices is cheaper than one of all,
-    so give latency or bandwidth as a function of n. They gather in place of
-    reducing, and keep one all-reduce over all devices for running statistics.
+    Groups pay off if a collective over few devices is cheaper than one over all
+    of them: give latency or bandwidth as a function of n. Groups use an
+    all-gather instead of an all-reduce, and another all-reduce over all devices
+    for the running statistics.
 
     Args:
-      make: group size -> fn whose layers have group_size=that.
-      *args: of fn.
-      sizes: of groups. One as large as the number of devices that fn is
-        compiled for stands for all devices.
-      **options: of `sync_cost`.
+      make: group size -> fn whose layers have that group_size.
+      *args: arguments of fn.
+      sizes: group sizes. The number of devices that fn is compiled for stands
+        for all devices.
+      **options: options of `sync_cost`.
 
     Returns:
-      Group size -> SyncCost, in the order of sizes.
+      dict from group size to SyncCost, in the order of sizes.
 
     Raises:
       ValueError: as in `sync_cost`.
@@ -235,17 +189,10 @@ def group_costs(
     return {k: sync_cost(make(k), *args, **options) for k in sizes}
 
 
-class _Operation(NamedTuple):
-    kind: str
-    bytes: int
-    members: int  # devices that take part together
-    backward: bool
-
-
 def _read(
     fn: Callable[..., Any], args: tuple[Any, ...]
-) -> tuple[int, list[_Operation]]:
-    """Returns the number of devices and the collectives in compiled order."""
+) -> tuple[int, list[Operation]]:
+    """Returns the number of devices, and the collectives in program order."""
     hlo = re.sub(r"/\*.*?\*/", "", compiled_text(fn, *args))
     counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo)
     devices = math.prod(map(int, counts))
@@ -255,11 +202,11 @@ def _read(
         in_entry = in_entry or line.startswith("ENTRY ")
         for kind, (_, size) in parse(line).items():
             transposed = "transpose(" in line
-            # The entry is written in the order it runs in.
+            # The entry computation is printed in the order of execution.
             turned = turned or (in_entry and transposed)
             backward = transposed or (in_entry and turned)
             members = _members(line, devices)
-            found.append(_Operation(kind, size, members, backward))
+            found.append(Operation(kind, size, members, backward))
     return devices, found
 
 
@@ -278,36 +225,3 @@ def _members(line: str, devices: int) -> int:
     if re.search(r"replica_groups=(?!\{\})", line):
         raise ValueError(f"Groups in an unknown form: {line.strip()[:300]}")
     return devices
-
-
-def _cost(
-    operation: _Operation,
-    compiled_for: int,
-    devices: int,
-    latency: Figure,
-    bandwidth: Figure,
-) -> Cost:
-    kind, members = operation.kind, operation.members
-    size: float = operation.bytes
-    if kind not in _SENT:
-        raise ValueError(f"There is no formula for {kind!r}, which fn has.")
-    if members == compiled_for:
-        size *= (devices / compiled_for) ** _GROWS.get(kind, 0)
-        members = devices
-    if members > devices:
-        raise ValueError(
-            f"A collective joins {members} devices, and devices={devices}."
-        )
-    if members == 1:
-        return Cost(0, 0.0, 0.0)
-    wait, rate = (
-        figure(members) if callable(figure) else figure
-        for figure in (latency, bandwidth)
-    )
-    if not wait >= 0 or not rate > 0:
-        raise ValueError(
-            f"latency must be seconds and bandwidth positive bytes a second; "
-            f"got {wait} and {rate} for {members} devices."
-        )
-    sent = _SENT[kind](members) * size
-    return Cost(1, sent, wait + sent / rate)

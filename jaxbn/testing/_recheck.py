@@ -129,8 +129,8 @@ class Recheck:
             return Verdict({}, f"{_worst(got, wrong)}: rounding.")
         return Verdict(
             wrong,
-            "In float64 it does not: it is rounding, such as that of a variance "
-            "taken as E[x^2] - E[x]^2 where the mean is large.",
+            "In float64 it does not: it is rounding, such as that of a "
+            "variance taken as E[x^2] - E[x]^2 where the mean is large.",
         )
 
 

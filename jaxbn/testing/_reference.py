@@ -11,16 +11,16 @@ from jaxbn.testing._leaves import widest
 
 
 class Float64Reference(NamedTuple):
-    """What `float64_reference` returns; dx, dscale, dbias want a cotangent.
+    """Result of `float64_reference`; gradients are None without cotangent.
 
     Attributes:
-      y: shape of x, scaled and shifted.
-      count: (C,) kept values.
-      mean: (C,) of the kept values.
-      var: (C,) biased.
-      dx: gradient, shape of x.
-      dscale: (C,) gradient.
-      dbias: (C,) gradient.
+      y: normalized x, scaled and shifted, in the shape of x.
+      count: (C,) number of included values.
+      mean: (C,) mean of the included values.
+      var: (C,) biased variance of the included values.
+      dx: gradient with respect to x, in its shape.
+      dscale: (C,) gradient with respect to scale.
+      dbias: (C,) gradient with respect to bias.
     """
 
     y: np.ndarray
@@ -44,23 +44,23 @@ def float64_reference(
 ) -> Float64Reference:
     """Batch normalization in float64 numpy; shares no code with the library.
 
-    y = xhat * scale + bias with xhat = (x - mean) / sqrt(var + epsilon), the
-    statistics taken over the kept values. The gradients are those of
-    sum(y * cotangent): with c = cotangent * scale, dx sqrt(var + epsilon) =
-    c - (sum(c) + xhat sum(c xhat)) / count, the last term at kept values only.
+    y = xhat * scale + bias with xhat = (x - mean) / sqrt(var + epsilon) and the
+    statistics of the included values. The gradients are those of sum(y *
+    cotangent): with c = cotangent * scale, dx sqrt(var + epsilon) = c - (sum(c)
+    + xhat sum(c xhat)) / count, the last term for included values only.
 
     Args:
-      x: (..., C), any dtype; the values it holds are taken as exact.
-      scale: (C,) or None for 1.
-      bias: (C,) or None for 0.
-      where: bool, broadcastable to x; False leaves a value out of the
-        statistics. A NaN or inf there is read as the mean, without derivative.
-      cotangent: broadcastable to x, or None.
+      x: (..., C), of any dtype; its values are taken as exact.
+      scale: (C,), or None for 1.
+      bias: (C,), or None for 0.
+      where: bool, broadcastable to x; False excludes a value from the
+        statistics. NaN or inf there acts as the mean, without derivative.
+      cotangent: broadcastable to x; None skips the gradients.
       epsilon: added to the variance, unit of x squared.
-      feature_axis: the axis, or axes, that hold the features.
+      feature_axis: the feature axis or axes.
 
     Returns:
-      Float64Reference. A feature without kept values has mean and var 0.
+      Float64Reference. A feature without included values has mean and var 0.
 
     Raises:
       ValueError: numpy cannot broadcast an argument to x.

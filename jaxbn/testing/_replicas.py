@@ -1,4 +1,4 @@
-"""Whether devices hold the same values."""
+"""Checks that devices hold the same values."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ def assert_synchronized(
     """Asserts that all devices hold the same values: no replica has drifted.
 
     JAX takes a program's word for it that an array is replicated, and reads
-    one copy. Here every copy that this process can address is read; of an
-    array that is also split, the copies of each part.
+    only one copy. Here all copies that this process can address are compared;
+    if an array is also sharded, the copies of each shard.
 
     Args:
-      tree: pytree of `jax.Array`s, random keys too. Without `stacked` all
-        other leaves have one copy and are passed over.
-      stacked: axis 0 of every leaf counts replicas, as jax.pmap returns them.
-      rtol: largest difference allowed, as a part of the leaf's largest
-        magnitude. At 0 the copies must be equal bit for bit.
+      tree: pytree of `jax.Array`s, including random keys. Without `stacked`,
+        other leaves are ignored, since they have only one copy.
+      stacked: whether axis 0 of every leaf holds the replicas, as returned by
+        jax.pmap.
+      rtol: largest difference allowed, relative to the largest magnitude in the
+        leaf. With 0, copies must be bitwise equal.
 
     Raises:
-      AssertionError: names the first leaf whose copies differ, who holds
-        them, and the largest difference.
-      ValueError: a stacked leaf has no axis 0, or the arrays lie on several
-        devices without a second copy of anything to compare.
+      AssertionError: the copies of a leaf differ; names the first such leaf,
+        the devices, and the largest difference.
+      ValueError: a stacked leaf has no axis 0, or the arrays are on several
+        devices, but none of them has a second copy to compare with.
     """
     sizes: list[int] = []
     devices: set[str] = set()

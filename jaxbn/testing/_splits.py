@@ -1,4 +1,4 @@
-"""Whether a model depends on how its batch is split over devices."""
+"""Checks that a model does not depend on how its batch is split."""
 
 from __future__ import annotations
 
@@ -34,55 +34,55 @@ def assert_shard_invariant(
 ) -> None:
     """Asserts that a model does not depend on how its batch is split.
 
-    Compares with one device, for every split under `jax.shard_map`: outputs,
-    new variables, and the gradients of sum(outputs * cotangent) with respect
-    to variables and batch, with a normally distributed cotangent. Variables
-    are replicated. Every device's copy is read, also of what should be equal
-    on all.
+    For every split, runs the model in `jax.shard_map` and compares it with one
+    device: outputs, new variables, and the gradients of sum(outputs *
+    cotangent) with respect to variables and batch, with a normally distributed
+    cotangent. Variables are replicated. The copies on all devices are compared,
+    even of arrays that should be equal on all of them.
 
     The error of an array is |got - want| / |want| in the Euclidean norm, where
-    |want| counts as no less than a tenth of the largest among outputs, new
-    variables, gradients of variables or gradients of the batch: in front of a
-    normalization the gradient of a bias is nothing but rounding.
+    |want| is at least a tenth of the largest among outputs, new variables,
+    gradients of variables or gradients of the batch: the gradient of a bias
+    before a normalization, for example, is nothing but rounding.
 
-    What differs by more than rtol is computed again in float64, whatever types
-    the model has, on the inputs and close to them. Gradients that agree there
-    differed by rounding, or at a kink: at a zero in front of a ReLU a rounding
-    difference can flip a gradient. That is a warning, not an error. Where
-    rounding changes outputs or new variables by that much, the error says so.
+    Arrays that differ by more than rtol are recomputed in float64, whatever the
+    dtypes of the model, on the inputs and close to them. Gradients that agree
+    there differed by rounding, or at a kink: at a zero before a ReLU a rounding
+    difference can flip a gradient. This is a warning, not an error. If rounding
+    changes outputs or new variables by more than rtol, the error says so.
 
     Args:
-      apply_fn: (variables, batch) -> (outputs, new variables), such as
-        lambda v, b: model.apply(v, b["x"], train=True, mutable=["batch_stats"])
+      apply_fn: (variables, batch) -> (outputs, new variables), such as lambda
+        v, b: model.apply(v, b["x"], train=True, mutable=["batch_stats"]),
         without anything random that depends on the device, such as dropout. Or
-        a model of flax.linen or flax.nnx, which is called in training mode.
-      variables: pytree of arrays; of a linen model its variables, of an nnx
-        model None.
-      batch: pytree of arrays, the examples on axis 0. A mask belongs here; an
-        uneven one tells a mean of means from a mean.
-      call: (model, batch, train) -> output for a model, called with train=True.
-        None gives it the batch, and its mode by the argument or field that has
-        it, such as train or deterministic. A linen model is bound, as it is for
-        `method` of flax.
-      rngs: of a linen model: a key, or a dict of them. None makes one for
-        every stream.
-      mutable: of a linen model: names of collections that the call creates.
-      axis_name: of the mesh axis; of several, every factorization is tried.
-      devices: numbers of devices; None takes all divisors of the number of
+        a flax.linen or flax.nnx model, which is called in training mode.
+      variables: pytree of arrays; variables of a linen model, None for nnx.
+      batch: pytree of arrays with the examples on axis 0. If there is a mask,
+        put it here; an uneven one distinguishes the mean of all values from a
+        mean of means.
+      call: (model, batch, train) -> output, for a model, called with
+        train=True. None passes the batch to the model, and the mode to the
+        argument or field that takes it, such as train or deterministic. A linen
+        model is bound, as for `method` in flax.
+      rngs: for linen, a key or a dict of keys. None creates a key for every
+        stream.
+      mutable: for linen, names of collections that the call creates.
+      axis_name: name of the mesh axis; for a tuple of names, every
+        factorization of the devices is tested.
+      devices: numbers of devices; None tests all divisors of the number of
         local devices that divide the batch.
-      rtol: error allowed; None takes sqrt(eps) / 3 of the floating type with
-        the fewest digits in the program: float32 1e-4, float16 1e-2, bfloat16
-        3e-2.
-      check_vma: as in `jax.shard_map`; give what you train with.
-      seed: of the cotangent.
+      rtol: error allowed. None is sqrt(eps) / 3 of the least precise float in
+        the program: 1e-4 for float32, 1e-2 for float16, 3e-2 for bfloat16.
+      check_vma: as in `jax.shard_map`; use the same value as in training.
+      seed: seed of the cotangent.
 
     Raises:
-      AssertionError: names the first layer that differs, or else the array,
-        the split and the error. Layers are known from flax.linen; elsewhere
-        from the order in which their mean and var are computed.
-      ValueError: the batch cannot be split, apply_fn returns no pair, the
-        result on one device is not finite, or see `jaxbn.doctor.examine` for
-        the call of a model.
+      AssertionError: a split differs; names the first layer that does, or else
+        the array, the split and the error. Layers of flax.linen are known by
+        path, others by the order in which their mean and var are computed.
+      ValueError: the batch cannot be split, apply_fn does not return a pair,
+        the result on one device is not finite, or the model cannot be called
+        without `call`.
     """
     apply_fn, variables = as_function(
         apply_fn, variables, call=call, rngs=rngs, mutable=mutable
@@ -99,7 +99,7 @@ def assert_shard_invariant(
         if a.role != "layer" and not np.isfinite(a.copies).all():
             raise ValueError(f"{a} is not finite on one device.")
     if rtol is None:
-        # A third of the digits is more than rounding takes.
+        # A third of the digits: more than the rounding error.
         rtol = math.sqrt(float(jnp.finfo(narrowest(one.program)).eps)) / 3
     recheck = Recheck(one, inputs, rtol)
     for sizes in splits:
@@ -128,7 +128,7 @@ def assert_shard_invariant(
 def _splits(
     batch: Any, devices: Sequence[int] | None, axes: int
 ) -> list[tuple[int, ...]]:
-    """Mesh shapes to try, the fewest devices first."""
+    """Returns the mesh shapes to try, the fewest devices first."""
     shapes = [np.shape(a) for a in jax.tree.leaves(batch)]
     if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
         raise ValueError(f"batch needs one length on axis 0; got {shapes}.")

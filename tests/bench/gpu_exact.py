@@ -292,8 +292,9 @@ def section(run: gpu_run.Run) -> Iterator[dict]:
             found, allowed = errors(result, want), bounds(case.dtype, offset)
             right = all(found[n] <= allowed[n] for n in found)
             wrong += not right
+            name = f"{case.name}{', mask' * case.masked}"
             yield {
-                "case": f"{case.name}{', mask' * case.masked}, offset {offset:g}",
+                "case": f"{name}, offset {offset:g}",
                 "dtype": case.dtype,
                 **found,
                 "right": right,

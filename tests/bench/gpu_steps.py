@@ -87,7 +87,7 @@ def _timed(
 
 
 def loop(run: Run) -> Iterator[dict]:
-    """Steps of a small network in one program, where starting kernels counts."""
+    """Steps of a small network in one program, where kernel launches count."""
     network = QUICK[0] if run.quick else SMALL
     times = 2 if run.quick else LOOP
     names = ["jaxbn", "flax", "none", "jaxbn, conditional", "jaxbn, one pass"]

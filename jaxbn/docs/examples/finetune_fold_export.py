@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Fine-tune with frozen statistics, fold, export
 #
-# A network that was trained on all digits learns to tell even from odd ones. Its
-# running statistics stay as they are, so that small batches do no harm; then batch
-# norm is folded into the convolutions, and the result is written as a program that
-# needs neither flax nor jaxbn.
+# A network that was trained on all digits learns to tell even from odd ones.
+# Its running statistics stay as they are, so that small batches do no harm;
+# then batch norm is folded into the convolutions, and the result is written as
+# a program that needs neither flax nor jaxbn.
 
 # %%
 import pathlib

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # A GAN whose discriminator keeps real and generated examples apart
 #
-# Batch norm in a discriminator mixes the statistics of real and generated examples,
-# unless each kind has a batch of its own, for two passes. With an id for each
-# example one pass is enough: `Scope(num_ids=2)` takes statistics per kind, and
-# `per_id="statistics"`, the default, shares scale and bias.
+# Batch norm in a discriminator mixes the statistics of real and generated
+# examples, unless each kind has a batch of its own, for two passes. With an id
+# for each example one pass is enough: `Scope(num_ids=2)` takes statistics per
+# kind, and `per_id="statistics"`, the default, shares scale and bias.
 
 # %%
 import flax.linen as nn
@@ -44,8 +44,8 @@ class Discriminator(nn.Module):
 
 
 # %% [markdown]
-# The data: eight Gaussians on a ring. A step updates both networks on one batch, whose
-# parts lie on all devices.
+# The data: eight Gaussians on a ring. A step updates both networks on one
+# batch, which is sharded over all devices.
 
 
 # %%

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Data parallel training with flax.nnx and jit
 #
-# Arrays are sharded over all devices, and `nnx.jit` compiles one program for them.
-# The array is the whole batch there, so batch norm needs no `axis_name`. Runs on any
-# number of devices; simulated ones on a CPU:
+# Arrays are sharded over all devices, and `nnx.jit` compiles one program for
+# them. The array is the whole batch there, so batch norm needs no `axis_name`.
+# Runs on any number of devices; simulated ones on a CPU:
 #
 #     NPROC=16 JAX_NUM_CPU_DEVICES=8 python nnx_data_parallel.py
 
