@@ -94,7 +94,7 @@ def main(config: ConfigDict) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"train: {message}\n"
     # Not before the number of devices is set.
     from train import distributed, loop, processes, seeds, wandb_run
-    from train.summary import versions
+    from train.summary import result, versions
 
     given = flags.FLAGS
     workdir = command_line.workdir()
@@ -123,17 +123,7 @@ def main(config: ConfigDict) -> None:
     )
     if not processes.is_main():
         return
-    deviation = ""
-    if several:
-        deviation = (
-            f" ± {summary['test_accuracy_deviation']:.2%} over "
-            f"{config.seeds} seeds"
-        )
-    output.say(
-        f"test accuracy {summary['test_accuracy']:.2%}{deviation} after "
-        f"{summary['epochs']} epochs ({summary['steps']:,} steps) in "
-        f"{summary['seconds']:.0f} s; results in {workdir}"
-    )
+    output.say(f"{result(summary)}; results in {workdir}")
 
 
 def _several(process: int) -> None:

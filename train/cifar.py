@@ -12,10 +12,12 @@ import sys
 import tarfile
 import threading
 import urllib.request
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from train import UserError, clock
+from train import UserError, clock, pixel_cache
 
 
 def load_builder(name: str, data_dir: str | None, *, download: bool = True):
@@ -52,6 +54,41 @@ def load_builder(name: str, data_dir: str | None, *, download: bool = True):
             f"Remove it, or point data_dir elsewhere, to have {name} prepared."
         )
     return builder
+
+
+def decode(
+    builder: Any, split: str, indices: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images (N, H, W, C) uint8 and labels (N,) int32.
+
+    Raises:
+      UserError: the files are damaged.
+    """
+    shape = builder.info.features["image"].shape
+    images = np.empty((len(indices), *shape), np.uint8)
+    labels = np.empty(len(indices), np.int32)
+    try:
+        rows = builder.as_data_source(split, file_format="array_record")
+        for start in range(0, len(indices), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            decoded = rows.__getitems__(list(indices[chunk]))
+            images[chunk] = [row["image"] for row in decoded]
+            labels[chunk] = [row["label"] for row in decoded]
+    except Exception as error:  # whatever a damaged file leads to
+        raise UserError(
+            f"{builder.data_dir} is damaged: {one_line(error)}. "
+            "Remove it, or point data_dir at an intact copy."
+        ) from error
+    return images, labels
+
+
+def pixel_cache(builder: Any, split: str, shape: tuple[int, ...]) -> PixelCache:
+    """Returns where the decoded pixels of a split are cached."""
+    folder = pathlib.Path(builder.data_dir)
+    stem = f"{builder.name}-{split}"
+    sources = [folder / "dataset_info.json", folder / "features.json"]
+    sources += sorted(folder.glob(f"{stem}.array_record*"))
+    return PixelCache(folder / f"{stem}.pixels", sources, shape)
 
 
 def _read(make, root: pathlib.Path):

@@ -2,21 +2,20 @@
 
 CIFAR is read, and prepared if necessary, by tensorflow-datasets (TFDS). Its own
 archive extraction and CIFAR reader are replaced: they would import TensorFlow.
+Decoded pixels are cached next to its files; see `train.pixel_cache`.
 """
 
 import contextlib
 import difflib
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from train import UserError, cifar
 
 NAMES = ("digits", "cifar10", "cifar100")
-
-_CHUNK = 1000  # examples decoded at a time
 
 
 class Split(NamedTuple):
@@ -59,9 +58,10 @@ def load(
         in place of a download.
       train_split, test_split: TFDS split expressions. A validation set is
         train_split="train[:45000]", test_split="train[45000:]".
-      lazy: Reads and decodes each example on first access and caches it, for
-        processes that each need only a part.
-      download: False never writes: CIFAR must have been prepared before.
+      lazy: Reads each example on first access and keeps it, for processes that
+        each need only a part. Uses cached pixels but does not write them.
+      download: False never writes, neither data nor cached pixels: CIFAR must
+        have been prepared before.
 
     Raises:
       UserError: name, data_dir or a split does not exist, a split is empty, or
@@ -77,7 +77,11 @@ def load(
             f"The data directory {data_dir!r} does not exist. "
             "Create it, or point data_dir at one that does."
         )
-    source = _digits() if name == "digits" else _cifar(name, data_dir, download)
+    if name == "digits":
+        source = _digits()
+    else:
+        builder = cifar.load_builder(name, data_dir, download=download)
+        source = _cifar(builder, write_cache=download and not lazy)
     train, test = (
         _select(source, expression, lazy)
         for expression in (train_split, test_split)
@@ -182,28 +186,42 @@ def _digits() -> _Source:
     return _Source(splits, read, 10, images.shape[1:])
 
 
-def _cifar(name: str, data_dir: str | None, download: bool) -> _Source:
-    builder = cifar.load_builder(name, data_dir, download=download)
+def _cifar(builder: Any, *, write_cache: bool) -> _Source:
     features = builder.info.features
-
     shape = features["image"].shape
+    splits = dict(builder.info.splits)
+    whole: dict[str, Split | None] = {}  # None: not cached
+
+    def decode(split: str, indices: Sequence[int]) -> Split:
+        return Split(*cifar.decode(builder, split, indices))
+
+    def read_whole(split: str, wanted: int) -> Split | None:
+        """Returns the whole split if cached, or if worth caching."""
+        examples = splits[split].num_examples
+        cache = cifar.pixel_cache(builder, split, (examples, *shape))
+        found = cache.read()
+        if found is not None:
+            return Split(*found)
+        # Of a small part, decoding the rest would take longer than it saves.
+        if not write_cache or 2 * wanted < examples or not cache.writable():
+            return None
+        try:
+            key = cache.key()
+        except OSError:
+            return None  # decoding reports it
+        decoded = decode(split, range(examples))
+        cache.write(key, *decoded)
+        return decoded
 
     def read(split: str, indices: Sequence[int]) -> Split:
-        images = np.empty((len(indices), *shape), np.uint8)
-        labels = np.empty(len(indices), np.int32)
-        try:
-            rows = builder.as_data_source(split, file_format="array_record")
-            for start in range(0, len(indices), _CHUNK):
-                chunk = slice(start, start + _CHUNK)
-                decoded = rows.__getitems__(list(indices[chunk]))
-                images[chunk] = [row["image"] for row in decoded]
-                labels[chunk] = [row["label"] for row in decoded]
-        except Exception as error:  # whatever a damaged file leads to
-            raise UserError(
-                f"{builder.data_dir} is damaged: {cifar.one_line(error)}. "
-                "Remove it, or point data_dir at an intact copy."
-            ) from error
-        return Split(images, labels)
+        if split not in whole:
+            whole[split] = read_whole(split, len(indices))
+        if whole[split] is None:
+            return decode(split, indices)
+        rows = indices
+        if isinstance(indices, range):  # a slice needs no copy
+            rows = slice(indices.start, indices.stop, indices.step)
+        images, labels = (x[rows] for x in whole[split])
+        return Split(images, labels.astype(np.int32))
 
-    splits = dict(builder.info.splits)
     return _Source(splits, read, features["label"].num_classes, shape)

@@ -107,3 +107,33 @@ def summarize(
         "images_per_second": statistics.median(speeds),
         "time": {k: round(v, 4) for k, v in timer.shares().items()},
     }
+
+
+def result(summary: dict[str, Any]) -> str:
+    """Describes the result of a run, or of several seeds, in a sentence.
+
+    Args:
+      summary: contents of summary.json.
+    """
+
+    def spread(name: str, form: str) -> str:
+        value = format(summary[name], form)
+        deviation = summary.get(f"{name}_deviation")
+        return value if deviation is None else f"{value} ± {deviation:{form}}"
+
+    text = f"test accuracy {spread('test_accuracy', '.2%')}"
+    if "test_accuracy_augmented" in summary:
+        augmented = spread("test_accuracy_augmented", ".2%")
+        text += f", {augmented} with test-time augmentation,"
+    seeds = len(summary.get("seeds", ()))
+    if seeds:
+        text += f" over {seeds} seeds"
+    text += (
+        f" after {summary['epochs']} epochs ({summary['steps']:,} steps) in "
+        f"{summary['seconds']:.0f} s"
+    )
+    if "training_seconds" in summary:
+        each = " for each seed" if seeds else ""
+        seconds = spread("training_seconds", ".3f")
+        text += f", {seconds} s of training and testing{each}"
+    return text
