@@ -17,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from train import UserError, clock, pixel_cache
+from train import UserError, clock
+from train.pixel_cache import PixelCache
+
+_CHUNK = 1000  # examples decoded at a time
 
 
 def load_builder(name: str, data_dir: str | None, *, download: bool = True):
