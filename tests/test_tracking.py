@@ -7,11 +7,20 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX import record_writer
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tests.helpers.recipes import small_config
 from tests.helpers.runs import end, one_line, start
-from train import UserError, epoch, learning_curves, loop, report, wandb_run
+from train import (
+    UserError,
+    epoch,
+    events,
+    learning_curves,
+    loop,
+    report,
+    wandb_run,
+)
 from train.meter import MAX_IN_FLIGHT, Meter
 from train.state import Sums
 
@@ -110,6 +119,21 @@ def test_loss_of_every_tenth_step(tmp_path):
     assert events_of(tmp_path) == [
         ("train/step_loss", step, step) for step in (10, 20, 31, 48, 56, 64)
     ]
+
+
+def test_full_disk_in_a_step_is_an_error_of_the_epoch(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").touch()
+    full = lambda _: open("/dev/full", "wb")  # noqa: E731, SIM115
+    monkeypatch.setattr(record_writer, "open_file", full)
+    monkeypatch.setattr(events, "FLUSH", -1.0)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        open_report(tmp_path) as made,
+    ):
+        made.step(10, sums_of(1.0))
+        made.step(20, sums_of(1.0))
+        monkeypatch.setattr(events.Events, "write", None)
+        made.add(record_of(1, 20))
 
 
 def test_resumed_report_has_no_point_twice(tmp_path, monkeypatch):

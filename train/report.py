@@ -103,6 +103,7 @@ class Report:
         self._events = Events(workdir, after=step)
         self._epochs, self._title = epochs, title
         self._logged = step  # newest step whose loss is in TensorBoard
+        self._unwritten: OSError | None = None  # raised in writing a step
         self._label = label and f"{label} "
         self._wandb: WandbRun | None = None
         if wandb is not None:
@@ -184,17 +185,28 @@ class Report:
             output.lost(error)
 
     def step(self, step: int, sums: Sums) -> None:
-        """Records the loss of a step in TensorBoard, every STEPS steps."""
+        """Records the loss of a step in TensorBoard, every STEPS steps.
+
+        An error in writing is raised by `add`, at the end of the epoch.
+        """
         if step // STEPS == self._logged // STEPS or not sums.count:
             return
         self._logged = step
-        with as_user_error(self._workdir):
-            self._events.write(
-                step, {"train/step_loss": float(sums.loss / sums.count)}
-            )
+        try:
+            if self._unwritten is None:
+                loss = float(sums.loss / sums.count)
+                self._events.write(step, {"train/step_loss": loss})
+        except OSError as error:
+            self._unwritten = error
 
     def add(self, record: dict[str, float]) -> None:
-        """Records the metrics of an epoch."""
+        """Records the metrics of an epoch.
+
+        Raises:
+          OSError: a file cannot be written.
+        """
+        if self._unwritten is not None:
+            raise self._unwritten
         self.records.append(record)
         self._write_records()
         scalars = {
