@@ -1,11 +1,13 @@
-"""The scripts of the documentation run from beginning to end."""
+"""The scripts of the documentation run, and are what its notebooks hold."""
 
+import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import nbformat
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -53,7 +55,44 @@ def test_finetune_fold_export():
     assert percent(text, "the exported program") == tuned
 
 
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+
+
 def test_every_script_is_on_the_page():
     page = (FOLDER.parent / "examples.myst").read_text()
-    for script in FOLDER.glob("*.py"):
-        assert f"examples/{script.name}" in page
+    for script in SCRIPTS:
+        assert f"{{{{ example {script.stem} }}}}" in page
+
+
+@pytest.fixture(scope="module")
+def notebooks(tmp_path_factory):
+    """The folder of notebooks, as the build of the documentation writes it."""
+    site = tmp_path_factory.mktemp("site")
+    code = "import pathlib, sys, scripts; "
+    code += "scripts.write_notebooks(pathlib.Path(sys.argv[1]))"
+    subprocess.run(
+        [sys.executable, "-c", code, site],
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parent / "extensions")},
+        check=True,
+    )
+    return site / "notebooks"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_notebook_is_the_script(notebooks, script):
+    book = json.loads((notebooks / f"{script.stem}.ipynb").read_text())
+    nbformat.validate(nbformat.from_dict(book))
+    got = [
+        (cell["cell_type"], "".join(cell["source"])) for cell in book["cells"]
+    ]
+    assert not any(cell.get("outputs") for cell in book["cells"])
+    want = []
+    parts = re.split(r"^# %%(.*)\n", script.read_text(), flags=re.M)
+    assert parts[0] == ""  # no code before the first cell
+    for kind, text in zip(parts[1::2], parts[2::2]):
+        if kind.strip() == "[markdown]":
+            text = re.sub(r"^# ?", "", text, flags=re.M)
+            want.append(("markdown", text.strip()))
+        else:
+            want.append(("code", text.strip()))
+    assert got == want

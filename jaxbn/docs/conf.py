@@ -6,7 +6,9 @@ python -m sphinx -W -b html jaxbn/docs site
 
 from __future__ import annotations
 
+import pathlib
 import re
+import sys
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -15,6 +17,9 @@ from sphinx.util import inspect
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "extensions"))
+import option_groups  # noqa: E402
 
 project = "jaxbn"
 author = "the authors of jaxbn"
@@ -26,14 +31,20 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "formulas",
+    "generated",
+    "mathml",
+    "option_groups",
 ]
+html_math_renderer = "mathml"
 # What tests run are the Python blocks of all *.md: the front page has none.
 source_suffix = {".rst": "restructuredtext", ".md": "markdown"}
 source_suffix[".myst"] = "markdown"
+exclude_patterns = ["examples/*", "extensions/*"]
 html_theme = "sphinx_book_theme"
 html_title = f"jaxbn {release}"
 html_static_path = ["static"]
-html_css_files = ["tables.css"]
+html_css_files = ["pages.css"]
 html_theme_options = {
     "home_page_in_toc": True,
     "navbar_persistent": [],  # one search box is enough
@@ -45,6 +56,7 @@ html_theme_options = {
 # Of a console block only the commands are copied.
 copybutton_prompt_text = r">>> |\$ "
 copybutton_prompt_is_regexp = True
+myst_enable_extensions = ["dollarmath"]
 # Links from one page to a heading of another.
 myst_heading_anchors = 3
 
@@ -57,6 +69,7 @@ python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
+napoleon_custom_sections = option_groups.HEADS
 
 # What a docstring says plainly and reStructuredText would take for markup.
 _MARKUP = re.compile(r"(\*+|\||(?<=\w)_(?!\w))")
@@ -111,13 +124,15 @@ def constructor(
     options: Any,
     signature: str | None,
     returns: str | None,
-) -> tuple[str, None] | None:
+) -> tuple[str, str | None] | None:
     """Writes the arguments of a layer, which its metaclass hides or fills up.
 
-    A default that is a class or function is written as its name.
+    A default that is a class or function is written as its name, and a private
+    constant as what it is.
     """
     if obj not in (jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm):
-        return None
+        shown = (signature or "").replace("_ALL_EXAMPLES", "Scope()")
+        return (shown, returns) if signature else None
     found = inspect.signature(obj.__init__, bound_method=True)
     given = [
         p.replace(default=Name(p.default.__name__))
