@@ -110,7 +110,7 @@ def test_docstring_stands_on_its_page(site, name):
 def test_every_page_and_the_readme_are_built(site):
     for page in (*DOCS.glob("*.md"), *DOCS.glob("*.myst")):
         assert (site / f"{page.stem}.html").exists()
-    assert "When you need it" in (site / "index.html").read_text()
+    assert "When do I need it?" in (site / "index.html").read_text()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

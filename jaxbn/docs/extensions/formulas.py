@@ -70,7 +70,7 @@ FORMULAS: dict[str, dict[str, str]] = {
         ),
         "var' = (1 - a) var + a var_i + a (1 - a) |mean_i - mean|^2,": Block(
             r"\mathrm{var}' = (1 - a)\, \mathrm{var} + a\, \mathrm{var}_i"
-            r" + a (1 - a) |\mathrm{mean}_i - \mathrm{mean}|^2,"
+            r" + a (1 - a) \lvert\mathrm{mean}_i - \mathrm{mean}\rvert^2,"
         ),
     },
     "jaxbn.moments": {
@@ -84,7 +84,7 @@ FORMULAS: dict[str, dict[str, str]] = {
         ),
         "m2 = sum m2_i + n_i |mean_i - mean|^2.": Block(
             r"m_2 = \sum_i \left(m_{2,i}"
-            r" + n_i |\mathrm{mean}_i - \mathrm{mean}|^2\right)."
+            r" + n_i \lvert\mathrm{mean}_i - \mathrm{mean}\rvert^2\right)."
         ),
     },
     "jaxbn.sync": {
@@ -94,7 +94,7 @@ FORMULAS: dict[str, dict[str, str]] = {
             r"\mathrm{mean} = \mathrm{shift} + \frac{1}{n} \sum_i n_i d_i"
         ),
         "m2 = sum (m2_i + n_i |d_i|^2) - |sum n_i d_i|^2 / n.": Block(
-            r"m_2 = \sum_i \left(m_{2,i} + n_i |d_i|^2\right)"
+            r"m_2 = \sum_i \left(m_{2,i} + n_i \lvert d_i\rvert^2\right)"
             r" - \frac{1}{n} \left|\sum_i n_i d_i\right|^2."
         ),
     },
@@ -123,7 +123,7 @@ FORMULAS: dict[str, dict[str, str]] = {
         ),
         "var = sum w_i (var_i + |mean_i - mean|^2).": Block(
             r"\mathrm{var} = \sum_i w_i \left(\mathrm{var}_i"
-            r" + |\mathrm{mean}_i - \mathrm{mean}|^2\right)."
+            r" + \lvert\mathrm{mean}_i - \mathrm{mean}\rvert^2\right)."
         ),
     },
     "jaxbn.linen.BatchNorm": {
