@@ -144,6 +144,14 @@ def test_fields_are_in_a_table(site, path):
             ], name
 
 
+@pytest.mark.parametrize("path", FIELDS, ids=lambda path: path.name)
+def test_comments_of_fields_are_on_the_page(site, path):
+    shown = letters(text_of(site / "commands.html"))
+    comments = re.findall(r"# (.*)", path.read_text())
+    assert len(comments) > 50
+    assert not [line for line in comments if letters(line) not in shown]
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_command_stands_on_the_page_with_its_flags(site, program):
     done = subprocess.run(

@@ -81,12 +81,14 @@ def groups(source: str) -> list[Group]:
         first = node.lineno  # of the comments above the field
         while lines[first - 2].lstrip().startswith("#"):
             first -= 1
-        above = " ".join(comments[i] for i in range(first, node.lineno))
+        above = [comments[i] for i in range(first, node.lineno)]
         if above and not lines[first - 2].strip():
-            title, _, note = above.partition(".")
-            found.append(Group(title, note.strip(), []))
-            above = ""
-        comment = comments.get(node.end_lineno or 0, above)
+            title, _, note = above[0].partition(".")
+            # A title by itself is followed by the comment of the field.
+            rest = [note.strip(), *above[1:]] if note else []
+            above = [] if note else above[1:]
+            found.append(Group(title, " ".join(rest), []))
+        comment = comments.get(node.end_lineno or 0, " ".join(above))
         value = ast.unparse(node.value)
         if value == "ConfigDict()":
             inherited[name] = comment
