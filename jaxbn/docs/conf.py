@@ -84,6 +84,7 @@ _MOVED = {
     "CONTRIBUTING.md": "contributing.myst",
     "CHANGELOG.md": "changes.myst",
     "../../train/why.md": "why.myst",
+    "../jaxbn/docs/": "",
     "../../README.md": "index.myst",
 }
 

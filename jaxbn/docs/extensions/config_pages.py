@@ -114,7 +114,7 @@ def _table(group: Group, path: pathlib.Path) -> str:
             "",
             _text(group.note),
             "",
-            "| field | default | range | |",
+            "| field | default | range | meaning |",
             "|---|---|---|---|",
             *rows,
         ]
