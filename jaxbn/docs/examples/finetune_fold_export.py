@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Fine-tune with frozen statistics, fold, export
 #
-# A network that was trained on all digits learns to tell even from odd ones.
-# Its running statistics stay as they are, so that small batches do no harm;
-# then batch norm is folded into the convolutions, and the result is written as
+# A network trained to classify digits is fine-tuned to tell even from odd ones,
+# with frozen running statistics, so that small batches do not degrade them.
+# Then batch norm is folded into the convolutions, and the result is exported as
 # a program that needs neither flax nor jaxbn.
 
 # %%
@@ -27,7 +27,7 @@ in_test = np.arange(len(labels)) % 5 == 0
 
 
 # %% [markdown]
-# The model is code that knows flax alone; `convert` puts jaxbn's layers in.
+# The model only uses flax; `convert` replaces its layers with those of jaxbn.
 
 
 # %%
@@ -95,7 +95,7 @@ tuned = fit(two, start, labels % 2, rate=1e-3, batch=8, steps=200)
 jax.tree.map(
     np.testing.assert_array_equal,
     tuned["batch_stats"],
-    variables["batch_stats"],  # as they were
+    variables["batch_stats"],  # unchanged
 )
 logits = two.apply(tuned, images[in_test], train=False)
 print(f"even or odd: {accuracy(logits, labels % 2):.2%}")

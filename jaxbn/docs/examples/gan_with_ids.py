@@ -1,10 +1,10 @@
 # %% [markdown]
-# # A GAN whose discriminator keeps real and generated examples apart
+# # A GAN with separate statistics for real and generated examples
 #
 # Batch norm in a discriminator mixes the statistics of real and generated
-# examples, unless each kind has a batch of its own, for two passes. With an id
-# for each example one pass is enough: `Scope(num_ids=2)` takes statistics per
-# kind, and `per_id="statistics"`, the default, shares scale and bias.
+# examples, unless they are in separate batches, which takes two passes. With an
+# id for each example one pass is enough: `Scope(num_ids=2)` computes statistics
+# per id, and `per_id="statistics"`, the default, shares scale and bias.
 
 # %%
 import flax.linen as nn
@@ -44,8 +44,8 @@ class Discriminator(nn.Module):
 
 
 # %% [markdown]
-# The data: eight Gaussians on a ring. A step updates both networks on one
-# batch, which is sharded over all devices.
+# The data is a mixture of eight Gaussians on a ring. A step updates both
+# networks on one batch, which is sharded over all devices.
 
 
 # %%
@@ -74,7 +74,7 @@ def play(fake_vars, real_vars, real, z, label_of_fake):
     )
     wanted = jnp.where(ids == REAL, 1.0, label_of_fake)
     loss = optax.sigmoid_binary_cross_entropy(logits, wanted)
-    # The generator is judged by its own examples alone.
+    # The loss of the generator only has generated examples.
     weight = jnp.where((label_of_fake == 1) & (ids == REAL), 0.0, 1.0)
     loss = jax.lax.pmean((loss * weight).mean(), "data")
     return loss, (new_fake["batch_stats"], new_real["batch_stats"])
@@ -137,8 +137,8 @@ for number in range(300):
 print("losses of discriminator and generator:", *map(float, losses))
 
 # %% [markdown]
-# Generated points end up near the ring, at a distance of 1 from the center. The
-# discriminator has a row of running statistics for each kind.
+# Generated points are close to the ring, at a distance of 1 from the center.
+# The discriminator has a row of running statistics for each id.
 
 # %%
 z = rng.normal(size=(512, NOISE)).astype(np.float32)

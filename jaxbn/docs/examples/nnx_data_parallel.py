@@ -2,8 +2,8 @@
 # # Data parallel training with flax.nnx and jit
 #
 # Arrays are sharded over all devices, and `nnx.jit` compiles one program for
-# them. The array is the whole batch there, so batch norm needs no `axis_name`.
-# Runs on any number of devices; simulated ones on a CPU:
+# them. Under `jit` an array is the whole batch, so batch norm needs no
+# `axis_name`. To simulate eight devices on a CPU:
 #
 #     NPROC=16 JAX_NUM_CPU_DEVICES=8 python nnx_data_parallel.py
 
@@ -52,7 +52,7 @@ everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
 model = Net(nnx.Rngs(0))
 optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
-# Model and optimizer lie whole on every device.
+# Model and optimizer are replicated.
 state = jax.device_put(nnx.state((model, optimizer)), everywhere)
 nnx.update((model, optimizer), state)
 
@@ -74,7 +74,7 @@ def answers(model: Net, x) -> jax.Array:
 
 
 # %%
-BATCH = 128  # of all devices together
+BATCH = 128  # over all devices
 train = np.flatnonzero(~in_test)
 rng = np.random.default_rng(0)
 for epoch in range(4):
