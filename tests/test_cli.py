@@ -119,7 +119,7 @@ def test_help_shows_every_field():
     assert "--coordinator: HOST:PORT" in done.stdout
     assert "arguments.py" not in done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
-    for name in ("evaluate", "compare", "doctor", "export", "why"):
+    for name in ("evaluate", "compare", "doctor", "export", "pretrained"):
         assert re.search(
             rf"^  python -m train\.{name} +[A-Z]", done.stdout, re.M
         )

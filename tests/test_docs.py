@@ -27,7 +27,7 @@ FIELDS = [path for path in CONFIGS if path.stem.endswith("defaults")]
 RECIPES = [path for path in CONFIGS if path not in FIELDS]
 PROGRAMS = [
     *("train", "train.evaluate", "train.compare", "train.doctor"),
-    *("train.export", "train.why"),
+    *("train.export", "train.pretrained", "train.why"),
     *("tests.bench", "tests.bench.compiled", "tests.bench.gpu"),
 ]
 

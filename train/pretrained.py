@@ -1,10 +1,8 @@
 # ruff: noqa: E402
-"""Networks whose weights come with the repository.
+"""Lists the trained networks of the repository: python -m train.pretrained.
 
-    python -m train.pretrained            # lists them
-    python -m train.pretrained RUN NAME   # adds that of a run
-
-Weights are stored in float16, and computed with in float32.
+With RUN NAME, adds the network of a finished run under a name. Weights are
+stored in float16, and computed with in float32.
 """
 
 from __future__ import annotations
