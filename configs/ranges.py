@@ -26,7 +26,7 @@ RANGES = {
     # Optimization.
     "seed": "[0, 2147483647]",
     "seeds": "[1, 10000]",
-    "epochs": "(0, 1e6]",
+    "epochs": "[1e-6, 1e6]",
     "batch_size": "[1, 1e6]",
     "test_batch_size": "[1, 1e6]",
     "test_every": "[0, 1e6]",

@@ -108,7 +108,7 @@ def test_the_trained_network_is_loaded_with_its_filters(finished):
         ({"crop_mode": "reflekt"}, "did you mean 'reflect'"),
         ({"dtype": "float8"}, "dtype='float8' is unknown"),
         ({"norm": "jaxbm"}, "norm='jaxbm' is unknown"),
-        ({"epochs": 0.0}, r"epochs must be in \(0, 1e6\]; got 0.0"),
+        ({"epochs": 1e-7}, r"epochs must be in \[1e-6, 1e6\]; got 1e-07"),
         ({"batch_size": 2000}, "exceeds the 1437 examples of digits"),
         ({"cutout": 8}, "cutout=8 must be less than the 8 pixels"),
         ({"widths": ()}, "fastnet.widths must not be empty"),

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.recipes import small_config
-from train import UserError, data, export, load, loop
+from tests.helpers.recipes import make_tiny, small_config
+from train import UserError, data, export, load, loop, networks, trained_run
 
 # What a user writes who has JAX and none of this code.
 CLASSIFY = """
@@ -53,6 +53,15 @@ def test_the_network_answers_as_in_the_run(run, images, monkeypatch):
         len(leaf.sharding.device_set) == 1
         for leaf in jax.tree.leaves(trained.variables)
     )
+
+
+def test_a_mesh_that_is_not_there(tmp_path, monkeypatch):
+    """Statistics over an axis of the run's mesh; it is loaded without."""
+    monkeypatch.setattr(networks, "make", make_tiny)
+    changes = {"mesh": "replica=2,data", "norm_axes": "replica"}
+    loop.train(small_config(epochs=1, **changes), tmp_path)
+    assert load.load(tmp_path).step == 4
+    assert trained_run.load(tmp_path).state.step == 4
 
 
 def test_images_of_another_kind(run):

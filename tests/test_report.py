@@ -1,10 +1,15 @@
 """What a run reports of its epochs and steps."""
 
+import itertools
 import json
 import time
+import types
+
+import pytest
 
 from tests.helpers.recipes import small_config
-from train import loop, output, report, seeds
+from train import loop, output, report, seeds, summary
+from train.recipe import Steps
 
 RECORD = {
     **{"epoch": 164, "step": 640, "learning_rate": 0.1, "skipped": 0},
@@ -72,3 +77,20 @@ def test_speed_leaves_compilation_out(tmp_path, monkeypatch):
     loop.train(small_config(epochs=1), tmp_path)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert 256 / json.loads(line)["images_per_second"] < 3
+
+
+@pytest.mark.parametrize("size", [1, 48])
+def test_remaining_time_of_dispatches_of_several_steps(size, monkeypatch):
+    """Ten seconds a step, 1000 steps, of which 13 dispatches are done."""
+    now, said = itertools.count(0, 10 * size), []
+    monkeypatch.setattr(summary.time, "monotonic", lambda: next(now))
+    told = types.SimpleNamespace(say=said.append)
+    remaining = summary.RemainingTime(told, Steps(per_epoch=100, total=1000))
+    for dispatch in range(1, 14):
+        # The clock is read twice, ten dispatches apart.
+        if 4 <= dispatch <= 12:
+            next(now)
+        remaining.step(dispatch * size)
+    (line,) = said
+    minutes = 10 * (1000 - 13 * size) / 60
+    assert line.startswith(f"about {minutes:.0f} min left, until ")

@@ -16,7 +16,7 @@ from train.topology import make_topology
         ({"batch_size": 60}, "devices, such as 56 or 64"),
         ({"batch_size": 4}, "devices, such as 8."),
         ({"batch_size": 512}, "batch_size=512 exceeds the 256 examples"),
-        ({"epochs": 0}, "epochs must be in (0, 1e6]; got 0."),
+        ({"epochs": 0}, "epochs must be in [1e-6, 1e6]; got 0."),
         ({"schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"dtype": "float8"}, "dtype='float8' is unknown"),
         ({"norm": "group"}, "norm='group' is unknown; choose from debiased, "),

@@ -21,7 +21,7 @@ from train.recipe import count_steps, make_recipe
 from train.schedules import make_schedule
 from train.state import Recipe, abstract_state
 from train.topology import Topology
-from train.trained_run import read_config, restore
+from train.trained_run import read_config, restore, use_one_axis
 from train.workdir import with_advice
 
 FILE = "preprocessing.json"
@@ -152,7 +152,7 @@ def inference_recipe(
     mesh = jax.make_mesh(
         (1,), ("data",), (AxisType.Auto,), devices=jax.local_devices()[:1]
     )
-    config.mesh = "data"
+    use_one_axis(config)
     topology, steps = Topology(mesh), count_steps(config, dataset)
     schedule = make_schedule(
         config, steps=steps.total, steps_per_epoch=steps.per_epoch

@@ -23,19 +23,24 @@ from train.timing import Timer
 class RemainingTime:
     """Estimates once when the run will finish."""
 
-    BEGIN, END = 3, 13  # steps that are timed; the first ones compile
+    BEGIN, END = 3, 13  # dispatches that are timed; the first ones are slower
 
     def __init__(self, report: Report, steps: Steps):
         self._report, self._total = report, steps.total
-        self._seen, self._started = 0, 0.0
+        self._seen, self._started, self._before = 0, 0.0, 0
 
     def step(self, done: int) -> None:
+        """Counts a dispatch.
+
+        Args:
+          done: number of completed steps; a dispatch may take several.
+        """
         self._seen += 1
         if self._seen == self.BEGIN:
-            self._started = time.monotonic()
+            self._started, self._before = time.monotonic(), done
         if self._seen == self.END:
-            each = (time.monotonic() - self._started) / (self.END - self.BEGIN)
-            left = each * (self._total - done)
+            seconds = time.monotonic() - self._started
+            left = seconds / (done - self._before) * (self._total - done)
             if left > 60:
                 end = time.strftime("%H:%M", time.localtime(time.time() + left))
                 self._report.say(f"about {left / 60:.0f} min left, until {end}")

@@ -89,7 +89,7 @@ def load(
       UserError: run is not a workdir, or has no such checkpoint yet.
     """
     config = read_config(run)
-    config.mesh = "data"
+    use_one_axis(config)
     foreign = config.data_dir is not None and data_dir is None
     config.data_dir = data_dir or config.data_dir
     experiment = build_experiment(config, download=not foreign)
@@ -97,6 +97,17 @@ def load(
     like = abstract_state(experiment.recipe, shape, experiment.topology)
     state, progress = restore(run, like, best=best)
     return TrainedRun(config, experiment, state, progress)
+
+
+def use_one_axis(config: ConfigDict) -> None:
+    """Sets the mesh to a single axis, for any number of devices.
+
+    The axes of the run may not exist here; running statistics cover all
+    examples whatever they are.
+    """
+    config.mesh = "data"
+    if config.norm_axes != "none":
+        config.norm_axes = "all"
 
 
 def restore(

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType
@@ -34,6 +35,25 @@ def small_config(**changes):
     )
     config.update(changes)
     return config.lock()
+
+
+class Tiny(nn.Module):
+    """A network that compiles in a second."""
+
+    norm: object
+    classes: int
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Dense(8)(x.reshape(len(x), -1))
+        x = nn.gelu(self.norm(use_running_average=not train)(x))
+        return nn.Dense(self.classes)(x)
+
+
+def make_tiny(config, *, num_classes, norm, dtype):
+    """Replaces `networks.make` in tests where the network does not matter."""
+    del config, dtype
+    return Tiny(norm, num_classes)
 
 
 def make_recipe(**changes):
