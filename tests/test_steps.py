@@ -18,7 +18,7 @@ from tests.helpers.recipes import init_state, test_program, train_program
 from tests.helpers.recipes import make_recipe as plain_recipe
 from train import batching, data, norms
 from train.augment import Augmentation
-from train.optimizer import sgd
+from train.optimizer import Lookahead, sgd
 from train.state import Phase
 from train.step import augmented_images
 from train.topology import MICROBATCH_AXIS, Topology, make_topology
@@ -141,14 +141,27 @@ def test_the_schedule_counts_the_batches_that_are_left_out(topology, batches):
     assert any(jax.tree.leaves(moved))
 
 
+def test_lookahead_counts_the_batches_that_are_left_out(topology, batches):
+    """The third of three is left out; the run still ends with slow values."""
+    lookahead = Lookahead(every=4, decay=0.5, steps=3)
+    recipe = make_recipe(on_nonfinite="skip", lookahead=lookahead)
+    states, _ = walk(recipe, topology, batches[:3])
+    assert [int(s.skipped) for s in states] == [0, 0, 1]
+    # No period is complete, so these are the initial ones.
+    chex.assert_trees_all_equal(states[2].params, states[1].slow[0])
+    chex.assert_trees_all_equal(states[2].batch_stats, states[1].slow[1])
+    chex.assert_trees_all_equal(states[2].slow, states[1].slow)
+
+
 @pytest.fixture(scope="module")
 def stopping(topology, batches):
-    return walk(make_recipe(), topology, batches)
+    recipe = make_recipe(lookahead=Lookahead(every=2, decay=0.5, steps=9))
+    return walk(recipe, topology, batches)
 
 
 def test_a_run_that_is_to_stop_waits_where_it_was(stopping):
     states, sums = stopping
-    for field in ("step", "params", "batch_stats", "opt_state"):
+    for field in ("step", "params", "batch_stats", "opt_state", "slow"):
         for late in states[2:]:
             chex.assert_trees_all_equal(
                 getattr(states[1], field), getattr(late, field)

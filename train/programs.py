@@ -90,16 +90,12 @@ class Programs:
             self.test(size)
         return len(self._compiled) > before
 
-    def warm_up(self) -> None:
-        """Calls every program once: the first call of a program is slower."""
+    def warm_up(self, epoch: int = 0, batch: int = 0) -> None:
+        """Calls the programs of `compile` once: the first call is slower."""
         state, number = self.init(0), np.int32(0)
-        seen = set()
-        for epoch, (size, phase) in self._dispatches(0, 0):
-            if (size, phase) in seen:
-                continue
-            seen.add((size, phase))
+        for size, phase in {each for _, each in self._dispatches(epoch, batch)}:
             feeds = self._pipeline.train_feeds(
-                seed=0, epoch=epoch, start=0, stop=size, timer=Timer()
+                seed=0, epoch=0, start=0, stop=size, timer=Timer()
             )
             for _, feed in feeds:
                 state, _ = self.train(size, phase)(state, feed, number, number)

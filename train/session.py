@@ -45,4 +45,4 @@ def prepare(session: Session, *, epoch: int, batch: int) -> None:
     fresh = programs.compile(epoch, batch)
     on_device = session.pipeline.on_device
     if fresh and on_device and jax.default_backend() != "cpu":
-        programs.warm_up()
+        programs.warm_up(epoch, batch)

@@ -79,24 +79,22 @@ def train_step(
         grads, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    step, average, slow = state.step + 1, state.average, state.slow
+    average = state.average
     if average is not None:
         decay = recipe.average_decay
         average = optax.incremental_update(params, average, 1 - decay)
-    if recipe.lookahead is not None:
-        fast = params, batch_stats
-        (params, batch_stats), slow = recipe.lookahead.update(fast, slow, step)
     new = state._replace(
-        step=step,
+        step=state.step + 1,
         params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
         average=average,
-        slow=slow,
     )
-    if recipe.on_nonfinite == "ignore":
-        return new, sums
-    return _skip_if_nonfinite(recipe, state, new, sums, grads)
+    if recipe.on_nonfinite != "ignore":
+        new, sums = _skip_if_nonfinite(recipe, state, new, sums, grads)
+    if recipe.lookahead is not None:
+        new = _look_ahead(recipe, state, new)
+    return new, sums
 
 
 def test_step(
@@ -166,6 +164,19 @@ def _pixels(
     if source is None:
         return batch.images, jnp.arange(len(batch.images))
     return source, batch.index
+
+
+def _look_ahead(recipe: Recipe, old: TrainState, new: TrainState) -> TrainState:
+    """Applies lookahead to the new state, also after a skipped batch."""
+    fast = new.params, new.batch_stats
+    (params, batch_stats), slow = recipe.lookahead.update(
+        fast, new.slow, new.step
+    )
+    changed = new._replace(params=params, batch_stats=batch_stats, slow=slow)
+    if recipe.on_nonfinite != "stop":
+        return changed
+    halted = new.step == old.step
+    return jax.tree.map(lambda a, b: jnp.where(halted, a, b), new, changed)
 
 
 def _skip_if_nonfinite(

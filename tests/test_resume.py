@@ -1,0 +1,101 @@
+"""Runs that are interrupted after any dispatch end as if they had not been."""
+
+import json
+
+import chex
+import jax
+import pytest
+
+from tests.helpers.recipes import make_tiny, small_config
+from train import Stopped, load, loop, networks, report, signals
+from train.session import make_session
+
+# Four steps an epoch: a dispatch of three, and one of the rest. The last epoch
+# has two steps. Epochs 2 and 4 are tested.
+CONFIG = {
+    "epochs": 3.5,
+    "test_every": 2,
+    "steps_per_dispatch": 3,
+    "lookahead_every": 3,
+}
+DISPATCHES = 7
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["host", "device"])
+def made(request, tmp_path_factory):
+    """Config, session and workdir of a run, and its summary."""
+    config = small_config(
+        data_on_device=request.param, checkpoint_every=3, **CONFIG
+    )
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "make", make_tiny)
+        session = make_session(config)
+        yield config, session, workdir, loop.train(config, workdir, session)
+
+
+def records_of(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        del record["images_per_second"]
+    return records
+
+
+def assert_same(workdir, whole):
+    assert records_of(workdir) == records_of(whole)
+    got, want = load.load(workdir), load.load(whole)
+    assert got.step == want.step == 14
+    chex.assert_trees_all_equal(
+        jax.device_get(got.variables), jax.device_get(want.variables)
+    )
+
+
+def test_only_some_epochs_are_tested(made):
+    records = records_of(made[2])
+    assert [record["epoch"] for record in records] == [2, 4]
+    assert [record["step"] for record in records] == [8, 14]
+    assert made[3]["test_loss"] == records[-1]["test_loss"]
+
+
+def test_stopped_after_each_dispatch(made, tmp_path, monkeypatch):
+    config, session, whole, _ = made
+    with monkeypatch.context() as patch:
+        patch.setattr(signals.Interrupt, "requested", True)
+        for _ in range(DISPATCHES):
+            with pytest.raises(Stopped):
+                loop.train(config, tmp_path, session)
+    loop.train(config, tmp_path, session)
+    assert_same(tmp_path, whole)
+
+
+def test_killed_after_every_third_dispatch(made, tmp_path, monkeypatch):
+    """What was not in a checkpoint is done again."""
+    config, session, whole, _ = made
+    advance, dispatches = report.Report.advance, []
+
+    def killed(self, images):
+        advance(self, images)
+        dispatches.append(images // config.batch_size)
+        if len(dispatches) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.Report, "advance", killed)
+    kills = 0
+    while not (tmp_path / "summary.json").exists():
+        dispatches.clear()
+        try:
+            loop.train(config, tmp_path, session)
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills > 2
+    assert_same(tmp_path, whole)
+
+
+def test_a_resumed_run_compiles_only_what_is_left(made):
+    """From the last epoch on, which is a single dispatch of two steps."""
+    _, session, _, _ = made
+    programs = type(session.programs)(session.experiment, session.pipeline)
+    assert programs.compile(3, 0) and not programs.compile(3, 0)
+    programs.warm_up(3, 0)
+    assert programs.compile(2, 0)  # dispatches of three steps, and of one
