@@ -3,6 +3,7 @@
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +20,14 @@ from tests.helpers.fast_runs import (
     plain_run,
     small,
 )
-from tests.helpers.recipes import mesh_of
+from tests.helpers.recipes import make_recipe, mesh_of
 from train import optimizer
-from train.augment import draw
+from train.augment import Augmentation, draw
 from train.batching import Batch, batch_indices
 from train.pipeline import Feed, abstract_batch
 from train.programs import make_train_program
 from train.step import augmented_images, train_step
-from train.views import view_logits
+from train.views import mean_logits, view_logits
 
 # Whole runs
 
@@ -121,6 +122,7 @@ def draws_of(run, batch):
     [
         {"data_on_device": False, "steps_per_dispatch": 1},
         {"steps_per_dispatch": 6},
+        {"microbatches": 2},
         {"data_on_device": False, "steps_per_dispatch": 4},
     ],
     ids=str,
@@ -278,6 +280,37 @@ def test_views_of_what_is_symmetric(logits):
     np.testing.assert_allclose(
         got, np.broadcast_to(got[:1, :1], got.shape), rtol=1e-4, atol=1e-5
     )
+
+
+class Pixels(nn.Module):
+    """A network whose logits are its input."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return x.reshape(len(x), -1)
+
+
+@pytest.mark.parametrize("flip, flips", [("random", 2), ("none", 1)])
+def test_views_against_numpy(flip, flips):
+    images = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 1), np.uint8)
+    rows = np.array([3, 0])
+    recipe = make_recipe(
+        model=Pixels(), augmentation=Augmentation(flip=flip, padding=2)
+    )
+    views = view_logits(recipe, {}, images, rows)
+    floats = (images[rows] - 80.0) / 90
+    padded = np.pad(floats, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
+    shifted = [floats, padded[:, :5, :6], padded[:, 2:, 2:]]
+    want = np.stack(
+        [
+            [view[:, :, ::step].reshape(2, -1) for step in (1, -1)[:flips]]
+            for view in shifted
+        ]
+    )
+    np.testing.assert_allclose(views, want, rtol=1e-5, atol=1e-6)
+    # The image itself counts as much as both others together.
+    mean = np.einsum("vfbk,v->bk", want, [0.5, 0.25, 0.25]) / flips
+    np.testing.assert_allclose(mean_logits(views), mean, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

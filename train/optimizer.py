@@ -74,10 +74,10 @@ def make_optimizer(
     peak, scale = config.learning_rate, config.bias_scale
 
     def group(
-        scale: float = 1.0, shape: optax.Schedule = schedule, decay: Any = True
+        scale: float = 1.0, shape: optax.Schedule = schedule, decay: bool = True
     ) -> optax.GradientTransformation:
         """SGD at scale times the rate, with the same decay per step."""
-        coefficient = config.weight_decay / scale if decay and scale else 0.0
+        coefficient = config.weight_decay / scale if decay else 0.0
         return optax.chain(
             optax.add_decayed_weights(coefficient),
             optax.sgd(
