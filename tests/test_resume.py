@@ -67,6 +67,18 @@ def test_stopped_after_each_dispatch(made, tmp_path, monkeypatch):
                 loop.train(config, tmp_path, session)
     loop.train(config, tmp_path, session)
     assert_same(tmp_path, whole)
+    # Also the best one, which was saved before it was tested.
+    records = records_of(whole)
+    best = max(records, key=lambda one: (one["test_accuracy"], one["step"]))
+    assert load.load(tmp_path, best=True).step == best["step"]
+
+
+def test_a_trace_of_a_short_run(made, tmp_path):
+    config, session, *_ = made
+    config = config.copy_and_resolve_references().unlock()
+    config.profile = True
+    loop.train(config, tmp_path, session)
+    assert [*(tmp_path / "profile").rglob("*.xplane.pb")]
 
 
 def test_killed_after_every_third_dispatch(made, tmp_path, monkeypatch):

@@ -193,7 +193,7 @@ def test_config_files_that_are_none(tmp_path):
         "def get_config():\n"
         "    return ConfigDict({'zzz': 1})\n"
     )
-    refused("The config has no average_decay: it is for", str(other))
+    refused("The config has no average_decay; build it on", str(other))
 
 
 def here(after=""):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pathlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,13 +21,12 @@ from train.checkpoint_errors import as_user_errors, newest_step
 from train.checksums import ChecksummedPath
 from train.damaged_checkpoints import move_damaged, refuse_fresh_start
 from train.files import exists, refuse_links
+from train.retention import RetentionPolicy
 from train.state import Sums, TrainState
-from train.workdir import check_name
+from train.workdir import check_name, read_records
 
 # JAX expects a step that increases over the lifetime of the process.
 _preemption_queries = itertools.count(1)
-
-NUM_RECENT = 2  # a crash while writing the newest leaves the previous one
 
 
 class Progress(NamedTuple):
@@ -68,7 +66,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None
             if read_only
-            else _RetentionPolicy(self._accuracy),
+            else RetentionPolicy(self._accuracy),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
@@ -81,8 +79,11 @@ class Checkpoints:
             raise UserError(
                 f"Cannot use {self._folder}: {error.strerror or error}."
             ) from error
+        tested = _tested(self._folder.parent)
         for step in self._manager.all_steps():
             accuracy = read_test_accuracy(self._folder / str(step))
+            if accuracy is None:
+                accuracy = tested.get(step)
             if accuracy is not None:
                 self._accuracy[step] = accuracy
 
@@ -116,10 +117,10 @@ class Checkpoints:
           UserError: this one, or the one before, cannot be written.
         """
         step = int(state.step)
-        if step == self._manager.latest_step():
-            return
         if test_accuracy is not None:
             self._accuracy[step] = test_accuracy
+        if step == self._manager.latest_step():
+            return
         tree = state._asdict()
         saved = {
             **progress._asdict(),
@@ -223,23 +224,14 @@ class Checkpoints:
         return TrainState(**found.state), progress
 
 
-class _RetentionPolicy:
-    """Keeps the most recent checkpoints and the one with the best accuracy.
+def _tested(workdir: pathlib.Path) -> dict[int, float]:
+    """Returns the test accuracy of each recorded step.
 
-    Args:
-      accuracy: maps steps to test accuracy, where it was measured.
+    A run that is stopped after the last step of an epoch is saved before it is
+    tested.
     """
-
-    def __init__(self, accuracy: dict[int, float]):
-        self._accuracy = accuracy
-
-    def should_preserve(
-        self, checkpoints: Sequence[Any], *, context: Any
-    ) -> list[bool]:
-        del context
-        steps = [info.step for info in checkpoints]
-        keep = {*sorted(steps)[-NUM_RECENT:]}
-        tested = [step for step in sorted(steps) if step in self._accuracy]
-        if tested:
-            keep.add(max(reversed(tested), key=self._accuracy.__getitem__))
-        return [step in keep for step in steps]
+    try:
+        records = read_records(workdir)
+    except UserError:  # reported where records are needed
+        return {}
+    return {one["step"]: one["test_accuracy"] for one in records}

@@ -59,8 +59,8 @@ def check(given: str) -> None:
     missing = sorted({*defaults.get_config()} - {*config})
     if missing:
         raise UserError(
-            f"The config has no {missing[0]}: it is for another program. Use "
-            f"one of {known} in configs/."
+            f"The config has no {missing[0]}; build it on configs/defaults.py, "
+            f"as {known} are."
         )
 
 

@@ -47,7 +47,8 @@ class EpochRunner:
         self._remaining_time = RemainingTime(report, session.experiment.steps)
         # Sums of the last epoch that was not tested, and its number.
         self._unread: tuple[Meter, int] | None = None
-        self._images = 0  # trained on since the last record
+        # Since the last record.
+        self._images = self._skipped = 0
         self._since = self.tested_at = time.monotonic()  # end of the last test
 
     def epoch(
@@ -82,6 +83,7 @@ class EpochRunner:
             self._interrupt.unsaved(True)
             if self._unread is not None:
                 self._read(*self._unread, state)
+                self._skipped += self._unread[0].nonfinite
                 self._unread = None
             self._check(meter, state, epoch)
             batch += size
@@ -110,9 +112,9 @@ class EpochRunner:
             **tested,
             "learning_rate": float(self._experiment.schedule(step - 1)),
             "images_per_second": self._images / seconds,
-            "skipped": meter.nonfinite,
+            "skipped": self._skipped + meter.nonfinite,
         }
-        self._images = 0
+        self._images = self._skipped = 0
         return state, record
 
     def test(self, variables: dict[str, Any]) -> dict[str, float]:

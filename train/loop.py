@@ -109,7 +109,11 @@ def _train(
             **options,
         ) as report,
         Interrupt(jax.process_count()) as interrupt,
-        Trace(workdir / "profile" if profile else None, report.say) as trace,
+        Trace(
+            workdir / "profile" if profile else None,
+            report.say,
+            session.dispatches(progress),
+        ) as trace,
     ):
         report.say(headline(config, session, progress))
         with (

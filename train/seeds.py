@@ -15,7 +15,10 @@ from train.session import Session, make_session
 from train.workdir import open_workdir, read_summary
 
 # Results of which the mean and the deviation are reported.
-RESULTS = ("test_accuracy", "test_accuracy_augmented", "training_seconds")
+RESULTS = (
+    *("test_accuracy", "test_accuracy_augmented"),
+    *("training_seconds", "images_per_second"),
+)
 
 
 def train(

@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from train import clock, processes
+from train.checkpoint import Progress
 from train.experiment import Experiment, build_experiment
 from train.pipeline import Pipeline, make_pipeline
 from train.programs import Programs
@@ -19,6 +20,16 @@ class Session(NamedTuple):
     experiment: Experiment
     pipeline: Pipeline
     programs: Programs
+
+    def dispatches(self, progress: Progress) -> int:
+        """Returns the number of dispatches of training from a position on."""
+        steps = self.experiment.steps
+        left = [
+            steps.of(epoch) for epoch in range(progress.epoch, steps.epochs)
+        ]
+        if left:
+            left[0] -= progress.batch
+        return sum(len(self.pipeline.train_sizes(batches)) for batches in left)
 
 
 def make_session(config: ConfigDict) -> Session:

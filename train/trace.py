@@ -11,7 +11,7 @@ import jax
 
 from train.files import refuse_links
 
-FIRST, STEPS = 10, 10  # the first ones compile
+FIRST, STEPS = 10, 10  # dispatches; the first ones are slower
 
 
 class Trace:
@@ -20,13 +20,21 @@ class Trace:
     Args:
       folder: output directory; None disables tracing.
       say: called with a line that says where the trace is.
+      dispatches: number of dispatches of the run; the trace of a short run
+        begins earlier.
 
     Raises:
       UserError: the directory is or contains a symbolic link.
     """
 
-    def __init__(self, folder: pathlib.Path | None, say: Callable[[str], Any]):
+    def __init__(
+        self,
+        folder: pathlib.Path | None,
+        say: Callable[[str], Any],
+        dispatches: int,
+    ):
         self._folder, self._say = folder, say
+        self._first = min(FIRST, max(dispatches - STEPS, 0))
         self._seen, self._on = 0, False
         if folder is not None:
             refuse_links(folder, below=True)
@@ -43,7 +51,7 @@ class Trace:
         if self._folder is None:
             yield
             return
-        if self._seen == FIRST:
+        if self._seen == self._first:
             wait()
             options = jax.profiler.ProfileOptions()
             # The Python tracer has crashed while checkpoint threads started
@@ -58,7 +66,7 @@ class Trace:
         with jax.profiler.StepTraceAnnotation("train", step_num=self._seen):
             yield
         self._seen += 1
-        if self._on and self._seen == FIRST + STEPS:
+        if self._on and self._seen == self._first + STEPS:
             wait()
             self._stop()
 
@@ -68,7 +76,7 @@ class Trace:
         self._on = False
         jax.profiler.stop_trace()
         self._say(
-            f"a trace of {self._seen - FIRST} steps is in {self._folder}; "
+            f"a trace of {self._seen - self._first} dispatches is in {self._folder}; "
             f"tensorboard --logdir {self._folder.parent}, or "
             "perfetto_trace.json.gz there in ui.perfetto.dev"
         )

@@ -46,7 +46,7 @@ def read_config(run: pathlib.Path) -> ConfigDict:
     if unknown:
         raise UserError(
             f"{path} has a field {unknown[0]!r} that python -m train does not "
-            "know: it is from another program or another version."
+            "know: it is from another version."
         )
     with with_advice("Restore it from a backup."):
         try:

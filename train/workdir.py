@@ -107,6 +107,11 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
         different = _different(now, then)
         if not different:
             return
+        if trained and different not in then:
+            raise UserError(
+                f"{workdir} holds a run of another version, whose config has "
+                f"no {different}. Use another --workdir."
+            )
         if trained:
             raise UserError(
                 f"{workdir} holds another run, with {different}="
