@@ -1,4 +1,4 @@
-"""CIFAR-10 to 96% in half a minute on one GPU: airbench96.
+"""CIFAR-10 to 96% on one GPU: airbench96.
 
     python -m train --config configs/cifar10_96.py --workdir runs/fast96
 

@@ -24,24 +24,28 @@ def get_config() -> ConfigDict:
     config.cutout = 0  # side of the square in pixels; 0 disables cutout
 
     # Network.
-    # preact, preact_bottleneck, wide, resnet18, or fastnet, with config.fastnet
+    # resnet, preact, preact_bottleneck, wide, resnet18, or fastnet, with
+    # config.fastnet.
     config.model = "resnet"
-    config.depth = 20  # 6n + 2
+    # 6n + 2; for preact_bottleneck 9n + 2, for wide 6n + 4, for resnet18 18.
+    config.depth = 20
     config.width = 16  # channels of the first stage
     config.widen = 1  # multiplies width, for model="wide"
     # jaxbn, flax, none, or a variant: renorm, ghost, debiased.
     config.norm = "jaxbn"
     config.norm_axes = "all"  # mesh axes to synchronize over; one axis, or none
     config.norm_momentum = 0.9  # decay of the running statistics
-    config.norm_epsilon = 1e-5
-    config.norm_options = ConfigDict()  # of jaxbn.linen.BatchNorm
+    config.norm_epsilon = 1e-5  # added to the variance
+    config.norm_options = ConfigDict()
+    # Options of jaxbn's layer; unset ones are as its defaults. How many examples
+    # share statistics, on any number of devices:
     config.norm_options.normalize_over = placeholder(int)
-    config.norm_options.debias = placeholder(bool)
-    config.norm_options.ddof = placeholder(int)
-    config.norm_options.frozen = placeholder(bool)
-    config.norm_options.train_affine = placeholder(bool)
-    config.norm_options.skip_nonfinite = placeholder(bool)
-    config.zero_init_gamma = False
+    config.norm_options.debias = placeholder(bool)  # of running statistics
+    config.norm_options.ddof = placeholder(int)  # of the running variance
+    config.norm_options.mode = placeholder(str)  # update, keep or frozen
+    config.norm_options.skip_nonfinite = placeholder(bool)  # batches
+    config.norm_options.train_affine = placeholder(bool)  # scale and bias
+    config.zero_init_gamma = False  # the last scale of each residual branch
     config.fastnet = ConfigDict()
     config.fastnet.widths = (64, 256, 256)  # channels of the blocks
     config.fastnet.layers = 2  # convolutions per block; 3 adds a residual
@@ -59,13 +63,15 @@ def get_config() -> ConfigDict:
     config.seeds = 1  # runs with seed, seed + 1, ...: mean and deviation
     config.epochs = 10.0  # may be fractional
     config.batch_size = 128  # global, over all devices
-    config.test_batch_size = 1000
+    config.test_batch_size = 1000  # global, over all devices
     config.test_every = 1  # epochs between tests; 0: only after the last
     config.test_time_augmentation = False  # six views of each image: slower
     # Microbatches per device, with statistics and gradients of the whole batch;
     # for batches that do not fit into memory.
     config.microbatches = 1
-    config.optimizer = "sgd"  # or muon, for the kernels of convolutions
+    # Or muon, for the kernels of convolutions; learning_rate and weight_decay
+    # are then of the other parameters.
+    config.optimizer = "sgd"
     config.learning_rate = 0.1  # the peak
     config.schedule = "step"  # step, cosine, one_cycle or triangular
     config.boundaries = (32_000, 48_000)  # steps at which the rate drops
@@ -79,20 +85,20 @@ def get_config() -> ConfigDict:
     config.warmup_epochs = 0.0  # for step and cosine
     config.warmup_start = 0.0  # initial rate, as a fraction
     config.warmup_shape = "linear"  # or constant
-    config.momentum = 0.9
-    config.nesterov = False
+    config.momentum = 0.9  # of SGD
+    config.nesterov = False  # whether momentum is Nesterov's
     config.weight_decay = 1e-4  # L2, multiplied by the learning rate
     config.decay_affine = False  # whether biases and scales decay as well
     config.bias_scale = 1.0  # multiplies the rate of biases and scales
     # For optimizer="muon", whose updates do not depend on the gradient's scale.
     config.muon = ConfigDict()
-    config.muon.learning_rate = 0.24
+    config.muon.learning_rate = 0.24  # the peak, for kernels of convolutions
     config.muon.momentum = 0.6
     config.muon.iterations = 3  # Newton-Schulz iterations
     config.lookahead_every = 0  # steps; 0 disables lookahead
     # Final value; it grows with the cube of the step.
     config.lookahead_decay = 0.95**5
-    config.label_smoothing = 0.0
+    config.label_smoothing = 0.0  # probability spread over all classes
     # Decay of an exponential moving average of the weights, tested at the end
     # with statistics recomputed over precise_batches; 0 disables it.
     config.average_decay = 0.0

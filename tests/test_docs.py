@@ -108,7 +108,7 @@ def test_docstring_stands_on_its_page(site, name):
 
 
 def test_every_page_and_the_readme_are_built(site):
-    for page in (*DOCS.glob("*.md"), *DOCS.glob("*.myst")):
+    for page in (*DOCS.glob("*.md"), *DOCS.glob("*.markdown")):
         assert (site / f"{page.stem}.html").exists()
     assert "When do I need it?" in (site / "index.html").read_text()
 

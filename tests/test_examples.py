@@ -59,7 +59,7 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 
 def test_every_script_is_on_the_page():
-    page = (FOLDER.parent / "examples.myst").read_text()
+    page = (FOLDER.parent / "examples.markdown").read_text()
     for script in SCRIPTS:
         assert f"{{{{ example {script.stem} }}}}" in page
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.recipes import small_config
-from train import UserError, data, load, loop, pretrained
+from train import UserError, data, export, load, loop, pretrained
 
 
 def test_the_digits_network_has_its_accuracy(monkeypatch):
@@ -59,3 +59,11 @@ def test_a_run_is_added(tmp_path, monkeypatch, capsys):
 def test_a_name_that_is_none():
     with pytest.raises(UserError, match="no network 'x'; there are .*digits"):
         pretrained.load("x")
+
+
+def test_one_is_exported(tmp_path):
+    with pytest.raises(UserError, match="set --out"):
+        export.main(["digits_resnet8"])
+    export.main(["digits_resnet8", "--out", str(tmp_path / "out")])
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"about.json", "program.bin", "weights.safetensors"}

@@ -8,6 +8,7 @@ from tests.helpers.recipes import small_config
 from train import UserError, loop
 from train.norms import norm_of
 from train.topology import make_topology
+from train.workdir import open_workdir
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,46 @@ def test_normalize_over_that_fits_the_microbatches(over):
     for microbatches in (1, 4):
         norm = norm_of(config, topology, microbatches=microbatches)
         assert norm().sharing.normalize_over == over
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("normalize_over", 8),
+        ("debias", True),
+        ("ddof", 1),
+        ("mode", "frozen"),
+        ("skip_nonfinite", True),
+        ("train_affine", False),
+    ],
+)
+def test_every_documented_option_of_the_layer(name, value):
+    known = [*small_config().norm_options]
+    assert name in known and len(known) == 6
+    config = small_config(norm_options={name: value})
+    layer = norm_of(config, make_topology("data", config.batch_size))()
+    places = (layer, layer.sharing, layer.running)
+    found = [getattr(p, name) for p in places if hasattr(p, name)]
+    assert value in found
+
+
+@pytest.mark.parametrize(
+    "changes", [{"norm": "none"}, {"model": "preact"}, {"model": "wide"}]
+)
+def test_muon_needs_norms(changes, tmp_path):
+    config = small_config(optimizer="muon", **changes)
+    with pytest.raises(UserError, match="a norm layer must follow each conv"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_an_axis_of_statistics_fixes_the_mesh(tmp_path):
+    def opened(mesh, axes):
+        config = small_config(mesh=mesh, norm_axes=axes)
+        open_workdir(tmp_path / axes, config)
+        (tmp_path / axes / "metrics.jsonl").write_text("{}")
+
+    opened("replica=2,data=4", "all")
+    opened("replica=4,data=2", "all")
+    opened("replica=2,data=4", "data")
+    with pytest.raises(UserError, match="another run, with mesh="):
+        opened("replica=4,data=2", "data")

@@ -7,8 +7,9 @@ share. Unless SLURM, Open MPI, Kubernetes or Cloud TPU describes the cluster,
 add --coordinator=HOST:PORT --num_processes=N --process_id=I.
 
 Exit codes: 0 on success; 1 on an error, reported in one line; 75 if stopped by
-SIGTERM, or because another process was lost: rerun the same command to resume;
-130 if interrupted by Ctrl-C, which can be resumed as well.
+SIGTERM, or because another process was lost: rerun the same command with the
+same --workdir to resume; 130 if interrupted by Ctrl-C, which can be resumed as
+well.
 """
 
 from __future__ import annotations

@@ -48,6 +48,12 @@ def configs() -> str:
                 if table
                 else _sentences(paragraph, introduces=after.startswith("|"))
             )
+        commands = re.findall(
+            r"^ *(python -m train .*)$",
+            _docstring(config_files.CONFIGS / name),
+            re.M,
+        )
+        lines += [f"  {command}" for command in commands]
         described.append(output.wrap("\n".join(lines)))
     return "\n\n".join(described)
 

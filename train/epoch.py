@@ -180,8 +180,8 @@ class EpochRunner:
                 self._checkpoints.wait()
         if stop:
             raise Stopped(
-                f"Stopped and saved at step {done}; rerun the same command to "
-                "resume.",
+                f"Stopped and saved at step {done}; rerun the same command "
+                f"with --workdir={self._report.workdir} to resume.",
                 self._interrupt.code,
             )
 

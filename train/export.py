@@ -1,8 +1,9 @@
 # ruff: noqa: E402
 """Exports a run for inference: python -m train.export RUN [--out FOLDER].
 
-Folds batch norm into the convolutions and writes, into RUN/exported without
---out:
+RUN is the workdir of a run or, with --out, the name of a network of
+train.pretrained. Folds batch norm into the convolutions and writes, into
+RUN/exported without --out:
 
 - program.bin: a `jax.export` program, (weights, uint8 images) -> logits, for any
   number of images, on CPUs, GPUs and TPUs. It needs JAX alone, no model code.
@@ -31,10 +32,11 @@ import numpy as np
 from safetensors.numpy import save
 
 from jaxbn.fold import Folded, fold
-from train import UserError, cli, output
+from train import UserError, cli, output, pretrained
 from train.files import (
     as_user_error,
     atomic_write,
+    exists,
     refuse_links,
     write_json,
 )
@@ -45,11 +47,11 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export(trained: Trained, out: pathlib.Path) -> dict[str, Any]:
-    """Writes the files into a folder; returns what stands in about.json.
+    """Writes the files into a folder; returns the contents of about.json.
 
     Args:
       trained: of `train.load.load`.
-      out: the folder, which is made if need be.
+      out: output directory, created if missing.
 
     Raises:
       UserError: the folder cannot be written to.
@@ -103,7 +105,11 @@ def main(arguments: list[str]) -> None:
     parser = cli.Parser(
         "python -m train.export", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("run", type=cli.folder, help="the --workdir of a run")
+    parser.add_argument(
+        "run",
+        type=cli.folder,
+        help="the --workdir of a run, or a name of train.pretrained",
+    )
     parser.add_argument(
         "--out", help="folder to write to; RUN/exported without"
     )
@@ -111,11 +117,18 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.out is not None and not given.out:
         raise UserError("--out is empty; give a folder.")
+    shipped = str(given.run) in pretrained.names() and not exists(given.run)
+    if shipped and given.out is None:
+        raise UserError(f"{given.run} is of train.pretrained: set --out.")
     out = pathlib.Path(given.out or given.run / "exported").expanduser()
     if given.out is None:
         refuse_links(out)  # the workdir may not be trusted
-    use_devices(given.run)
-    about = export(load(given.run, best=given.best), out)
+    if shipped:
+        trained = pretrained.load(str(given.run))
+    else:
+        use_devices(given.run)
+        trained = load(given.run, best=given.best)
+    about = export(trained, out)
     line = (
         f"Step {about['step']} is in {out}; folding changed logits by at most "
         f"{about['largest_difference']:.1e} of the largest."

@@ -124,6 +124,7 @@ def _help(doc: str | None) -> NoReturn:
     body = body.partition("config = ConfigDict()\n")[2]
     body = body.partition("    return config")[0].strip("\n")
     body = re.sub(r"^.*ConfigDict\(\)\n", "", body, flags=re.M)
+    body = re.sub(r"placeholder\(\w+\)", "None", body)
     body = re.sub(
         r"^ *config\.", "--config.", textwrap.dedent(body), flags=re.M
     )

@@ -28,7 +28,7 @@ FILE = "preprocessing.json"
 
 
 class Preprocessing(NamedTuple):
-    """What the network has to know of the data, as it stands in the workdir.
+    """Image shape, number of classes and pixel statistics of the training data.
 
     Attributes:
       image_shape: (H, W, C) of the images.
@@ -83,7 +83,7 @@ class Trained(NamedTuple):
 
 
 def record(workdir: pathlib.Path, experiment: Experiment) -> None:
-    """Writes what `load` has to know of the data, unless it is there.
+    """Writes preprocessing.json for `load`, if it does not exist.
 
     Raises:
       UserError: the workdir cannot be written to.
@@ -169,10 +169,10 @@ def read_preprocessing(run: pathlib.Path) -> Preprocessing:
     path = run / FILE
     if not exists(path):
         raise UserError(
-            f"There is no {path}, which says how images are normalized. Give "
-            "the command of the run again: it writes the file."
+            f"{path} not found, which says how images are normalized. Rerun "
+            "the training command to write it."
         )
-    with with_advice("Remove it, and give the command of the run again."):
+    with with_advice("Remove it, and rerun the training command."):
         found = read_json(path)
         try:
             return Preprocessing(

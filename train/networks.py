@@ -25,6 +25,9 @@ NETWORKS = {
     "fastnet": FastNet,
 }
 
+# Networks in which a norm layer follows each convolution.
+NORMALIZED = ("resnet", "resnet18", "fastnet")
+
 # Prefix of the depth in a network's display name.
 _TITLES = {
     "resnet": "ResNet",

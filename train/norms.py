@@ -47,6 +47,8 @@ _GROUPED = {
     "normalize_over": ("sharing", jaxbn.Scope),
     "debias": ("running", jaxbn.Running),
     "ddof": ("running", jaxbn.Running),
+    "mode": ("running", jaxbn.Running),
+    "skip_nonfinite": ("running", jaxbn.Running),
 }
 
 

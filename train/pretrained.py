@@ -66,8 +66,8 @@ def load(name: str) -> Trained:
       UserError: there is no such network.
 
     Example:
-      trained = load("cifar10_resnet20")
-      # uint8 images, (N, 32, 32, 3)
+      trained = load("digits_resnet8")
+      # uint8 images, (N, 8, 8, 1) in 0..255, as of train.data.load
       classes = trained.logits(images).argmax(-1)
     """
     if name not in names():
@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "run", type=cli.folder, nargs="?", help="the --workdir of a run"
     )
-    parser.add_argument("name", nargs="?", help="such as cifar10_resnet20")
+    parser.add_argument("name", nargs="?", help="such as digits_resnet8")
     given = parser.parse_args(arguments)
     if given.run is None:
         for name in names():

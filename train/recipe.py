@@ -54,6 +54,15 @@ def check(config: ConfigDict) -> None:
             f"warmup_epochs={config.warmup_epochs:g} must not exceed "
             f"epochs={config.epochs:g}."
         )
+    if config.optimizer == "muon" and (
+        config.norm == "none" or config.model not in networks.NORMALIZED
+    ):
+        known = " or ".join(map(repr, networks.NORMALIZED))
+        raise UserError(
+            "optimizer='muon' rescales kernels, so a norm layer must follow "
+            f"each convolution: use a model of {known}, and a norm other than "
+            f"'none'; got model={config.model!r}, norm={config.norm!r}."
+        )
     if list(config.boundaries) != sorted({*config.boundaries}):
         raise UserError(
             f"boundaries={config.boundaries} must be strictly increasing."

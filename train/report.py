@@ -25,7 +25,8 @@ STEPS = 10  # at least, between two losses of steps in TensorBoard
 class NullReport:
     """Report of a process that does not write."""
 
-    def __init__(self, *_: Any, done: int, **__: Any):
+    def __init__(self, workdir: pathlib.Path, *, done: int, **_: Any):
+        self.workdir = workdir
         self.records: list[dict[str, float]] = [{}] * done
 
     def __enter__(self) -> Self:
@@ -84,7 +85,7 @@ class Report:
         wandb: str | None = None,
         label: str = "",
     ):
-        self._workdir = workdir
+        self.workdir = workdir
         self._path = workdir / "metrics.jsonl"
         found = read_records(workdir)
         self.records = [one for one in found if one["epoch"] <= done]
@@ -141,7 +142,7 @@ class Report:
             # error, report that one.
             if kind is None:
                 raise UserError(
-                    f"Cannot write to {self._workdir}: {error.strerror}."
+                    f"Cannot write to {self.workdir}: {error.strerror}."
                 ) from error
 
     def say(self, line: str) -> None:
@@ -216,7 +217,7 @@ class Report:
         self._events.flush()
         if self._wandb is not None:
             self._wandb.log(record)
-        draw_run(self.records, self._workdir / "curves.png", self._title)
+        draw_run(self.records, self.workdir / "curves.png", self._title)
         self.say(
             f"epoch {record['epoch']}/{self._epochs}"
             f"  train {record['train_loss']:.4f}"

@@ -100,8 +100,8 @@ def _received(number: int) -> None:
     code = _CODES[signal.Signals(number)]
     if _state.requested is not None:
         exits.exit_now(
-            "Exited immediately, without saving; rerun the same command to "
-            "resume from the last checkpoint.",
+            "Exited immediately, without saving; rerun the same command, with "
+            "the --workdir, to resume from the last checkpoint.",
             code,
         )
     if not _state.unsaved:

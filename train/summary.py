@@ -69,10 +69,15 @@ def headline(config: ConfigDict, session: Session, progress: Progress) -> str:
         f"{networks.title(config)} ({parameters:,} parameters) on "
         f"{config.dataset}: {len(dataset.train.labels)} training and "
         f"{len(dataset.test.labels)} test images, batch {config.batch_size} "
-        f"over {topology.mesh.size} {device.device_kind} devices ({shape}"
+        f"over {_count(topology.mesh.size, f'{device.device_kind} device')} "
+        f"({shape}"
         f"{f', {processes} processes' if processes > 1 else ''}), "
         f"norm {config.norm}, {describe_statistics(config, topology)}{resumed}"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def versions() -> dict[str, str]:
@@ -134,7 +139,8 @@ def result(summary: dict[str, Any]) -> str:
     if seeds:
         text += f" over {seeds} seeds"
     text += (
-        f" after {summary['epochs']} epochs ({summary['steps']:,} steps) in "
+        f" after {_count(summary['epochs'], 'epoch')} "
+        f"({summary['steps']:,} steps) in "
         f"{summary['seconds']:.0f} s"
     )
     if "training_seconds" in summary:

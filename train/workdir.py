@@ -124,7 +124,11 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 
 def _different(now: dict[str, Any], then: dict[str, Any]) -> str | None:
-    for key in sorted({*now, *then} - {*MACHINE_FIELDS}):
+    may_change = {*MACHINE_FIELDS}
+    if now.get("norm_axes") not in ("all", "none"):
+        # The mesh decides which examples share statistics.
+        may_change.remove("mesh")
+    for key in sorted({*now, *then} - may_change):
         if now.get(key) != then.get(key):
             return key
     return None

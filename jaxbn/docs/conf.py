@@ -39,7 +39,7 @@ extensions = [
 html_math_renderer = "mathml"
 # What tests run are the Python blocks of all *.md: the front page has none.
 source_suffix = {".rst": "restructuredtext", ".md": "markdown"}
-source_suffix[".myst"] = "markdown"
+source_suffix[".markdown"] = "markdown"
 exclude_patterns = ["examples/*", "extensions/*"]
 html_theme = "sphinx_book_theme"
 html_title = f"jaxbn {release}"
@@ -78,14 +78,14 @@ _CODE = re.compile(r"(`[^`]*`)")
 _MOVED = {
     "jaxbn/docs/": "",
     "configs/": "../../configs/",
-    "train/why.md": "why.myst",
+    "train/why.md": "why.markdown",
     "train/why/": "../../train/why/",
     "why/pictures/": "../../train/why/pictures/",
-    "CONTRIBUTING.md": "contributing.myst",
-    "CHANGELOG.md": "changes.myst",
-    "../../train/why.md": "why.myst",
+    "CONTRIBUTING.md": "contributing.markdown",
+    "CHANGELOG.md": "changes.markdown",
+    "../../train/why.md": "why.markdown",
     "../jaxbn/docs/": "",
-    "../../README.md": "index.myst",
+    "../../README.md": "index.markdown",
 }
 
 
