@@ -4,9 +4,9 @@ This is the functional core, which does not depend on flax. For modules see
 `jaxbn.linen` and `jaxbn.nnx`; to certify your own models see `jaxbn.testing`.
 """
 
+from jaxbn._batch_norm import batch_norm, standardize
 from jaxbn._inference import normalize, normalize_weighted
 from jaxbn._moments import merge, moments, sync
-from jaxbn._normalize import batch_norm, standardize
 from jaxbn._options import ExampleWeight, Prior, Running
 from jaxbn._passes import Moments
 from jaxbn._pool import pool

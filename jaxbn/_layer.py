@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from jaxbn._batch_norm import normalize_batch
 from jaxbn._checks import check_where, describe
 from jaxbn._inference import normalize, normalize_weighted
 from jaxbn._layer_options import LayerOptions
-from jaxbn._normalize import normalize_batch
 from jaxbn._options import ExampleWeight
 from jaxbn._passes import Moments
 from jaxbn._renorm import batch_renorm

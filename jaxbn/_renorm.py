@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._axis_names import AxisName
+from jaxbn._batch_norm import normalize_batch
 from jaxbn._check_values import check_limits
 from jaxbn._checks import Axes
 from jaxbn._formula import Renorm
-from jaxbn._normalize import normalize_batch
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
 from jaxbn._scope import Scope

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from jaxbn._collected import NAME as COLLECTED
+from jaxbn._call_moments import NAME as COLLECTED
 from jaxbn._compat.modules import (
     beside,
     detached,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._arithmetic import widen
+from jaxbn._batch_norm import batch_norm
 from jaxbn._checks import (
     check_features,
     check_input,
@@ -15,7 +16,6 @@ from jaxbn._checks import (
     split_axes,
 )
 from jaxbn._moments import moments
-from jaxbn._normalize import batch_norm
 
 
 class LipschitzIdentity(NamedTuple):

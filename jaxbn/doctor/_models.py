@@ -18,9 +18,9 @@ from jaxbn._call import (
     check_nnx_options,
     linen_options,
 )
-from jaxbn._collect import collect_nnx
-from jaxbn._collected import Collected, Log, Path, collected, with_empty
-from jaxbn._collecting import CollectingLinen, collecting_nnx
+from jaxbn._call_moments import Collected, Log, Path, collected, with_empty
+from jaxbn._collect_moments import collect_nnx
+from jaxbn._convert_to_collect import CollectingLinen, collecting_nnx
 from jaxbn._model_call import ModelCall, make_model_call
 from jaxbn._passes import Moments
 from jaxbn._scope import Scope

@@ -8,8 +8,8 @@ from typing import Any
 import flax.linen as nn
 
 from jaxbn._call import linen_options, single_argument
-from jaxbn._collect import collect_linen
-from jaxbn._collected import nested
+from jaxbn._call_moments import nested
+from jaxbn._collect_moments import collect_linen
 from jaxbn._model_call import ModelCall, make_model_call
 
 

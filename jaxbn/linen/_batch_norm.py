@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._collected import collected_variable
+from jaxbn._call_moments import collected_variable
 from jaxbn._compat.modules import applied_mutable
 from jaxbn._layer import Call, Layer
 from jaxbn._options import ExampleWeight, Limits, PerId, Prior, Running

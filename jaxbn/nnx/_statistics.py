@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxbn._batch_stats import with_statistics
 from jaxbn._call import single_argument
-from jaxbn._collect import collect_nnx
+from jaxbn._collect_moments import collect_nnx
 from jaxbn._model_call import ModelCall
 from jaxbn._passes import Moments
 

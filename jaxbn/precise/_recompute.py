@@ -12,8 +12,8 @@ from flax import nnx
 
 import jaxbn.nnx
 from jaxbn._call import advance_streams, check_nnx_options, linen_options
-from jaxbn._collected import nested
-from jaxbn._collecting import CollectingLinen, collecting_nnx
+from jaxbn._call_moments import nested
+from jaxbn._convert_to_collect import CollectingLinen, collecting_nnx
 from jaxbn._model_call import ModelCall, make_model_call
 from jaxbn._passes import Moments
 from jaxbn.precise._moments_sum import MomentsSum

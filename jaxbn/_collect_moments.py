@@ -9,7 +9,7 @@ import flax.linen as nn
 from flax import nnx
 
 from jaxbn._call import uses_running_average
-from jaxbn._collected import (
+from jaxbn._call_moments import (
     NAME,
     Collected,
     Log,

@@ -13,8 +13,8 @@ from flax import nnx
 
 import jaxbn.linen
 from jaxbn import convert
-from jaxbn._collect import collect_linen
-from jaxbn._collected import Collected, Log, Path
+from jaxbn._call_moments import Collected, Log, Path
+from jaxbn._collect_moments import collect_linen
 from jaxbn.convert import _nnx
 from jaxbn.convert._checks import owned_statistics
 from jaxbn.convert._layers import layer_path, variables_of
