@@ -1,7 +1,7 @@
 """Batch normalization with exact statistics for any sharding of the batch.
 
 This is the functional core, which does not depend on flax. For modules see
-`jaxbn.linen` and `jaxbn.nnx`; to certify your own models see `jaxbn.testing`.
+`jaxbn.linen` and `jaxbn.nnx`; to test your own models see `jaxbn.testing`.
 """
 
 from jaxbn._batch_norm import batch_norm, standardize

@@ -124,11 +124,9 @@ REFUSALS = {
     ),
     computed_kernel: "a layer whose kernel is computed (`",
     after_skip: "'norm' follows `add` of two values that depend on the input",
-    on_input: "'norm' normalizes an input: no layer stands in front of it",
-    before_padding: (
-        "'norm' normalizes an input: no layer stands in front of it"
-    ),
-    before_two_layers: "'norm' normalizes an input: no layer stands in front",
+    on_input: "'norm' normalizes an input: no layer precedes it",
+    before_padding: ("'norm' normalizes an input: no layer precedes it"),
+    before_two_layers: "'norm' normalizes an input: no layer precedes",
     in_scan: "'cells/norm' lies inside `scan`, whose body is left alone",
     in_cond: "'norm' lies inside `cond`, whose body is left alone",
     other_axis: "axis 1 of [4, 3, 4], in `sub`, is none of them",
@@ -166,8 +164,7 @@ def test_names_every_layer_that_does_not_fold():
         fold(model.apply, variables, x)
     assert str(info.value).splitlines() == [
         "2 of 4 normalizations cannot be folded:",
-        "BatchNorm 'first0' normalizes an input: no layer stands in front of "
-        "it.",
+        "BatchNorm 'first0' normalizes an input: no layer precedes it.",
         "BatchNorm 'first1' follows `add` of two values that depend on the "
         "input.",
         'on_unfoldable="keep" leaves them as they are.',

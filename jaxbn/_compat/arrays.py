@@ -120,7 +120,7 @@ def match_type(x: jax.Array, like: jax.Array) -> jax.Array:
 def is_bound(name: Hashable) -> bool:
     """Whether a name is that of a mapped axis around the caller.
 
-    Nothing public asks; `jax.lax.axis_size` raises NameError.
+    JAX has no public API for this; `jax.lax.axis_size` raises NameError.
     """
     try:
         jax.lax.axis_size(name)
@@ -132,7 +132,7 @@ def is_bound(name: Hashable) -> bool:
 def axes_in_scope() -> list[Hashable]:
     """Returns the named axes that are bound, for error messages.
 
-    Nothing public lists them. Without the function of jax.extend: none.
+    JAX has no public API for this. Without the function of jax.extend: none.
     """
     # Here, because it takes as long to import as all of the core together.
     import jax.extend.core

@@ -57,7 +57,7 @@ def bodies(eqn: Equation) -> list[Any]:
 def function_name(code: Code, default: str) -> str:
     """Returns the name of the Python function that code was traced from.
 
-    Nothing public has it. Without debug information, the default.
+    JAX has no public API for this. Without debug information, the default.
     """
     info = getattr(without_constants(code), "debug_info", None)
     name: str = getattr(info, "func_name", default)
@@ -126,8 +126,8 @@ def bind(
 def evaluate_equation(eqn: Equation, inputs: Sequence[Any]) -> list[Any]:
     """Evaluates one equation in the context that it was traced in.
 
-    `jax.core.eval_jaxpr` takes no less than a jaxpr, which has to be built. Of
-    its debug information JAX takes four fields, by position.
+    `jax.core.eval_jaxpr` only accepts a whole jaxpr, so one is built around the
+    equation. JAX reads four fields of its debug information, by position.
     """
     atoms = zip(eqn.invars, inputs)
     given: dict[Any, Any] = {a: v for a, v in atoms if not is_literal(a)}
@@ -146,7 +146,7 @@ def evaluate_equation(eqn: Equation, inputs: Sequence[Any]) -> list[Any]:
 def trace_state() -> Any:
     """Returns what equals itself until another trace begins, as in a scan.
 
-    Nothing public tells. jax 0.11 left it to jax.extend alone, which calls the
-    kind of comparison a convention; flax's tells a scan or checkpoint apart.
+    JAX has no public API for this. jax 0.11 left it to jax.extend alone, which
+    calls the kind of comparison a convention; flax's tells a scan or checkpoint apart.
     """
     return jex.get_opaque_trace_state(convention="flax")

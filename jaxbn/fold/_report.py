@@ -87,6 +87,4 @@ def _why(found: Analysis, op: Op) -> str:
         if op.name not in MOVES | AFFINE:
             return between(op)
         value = data[0]
-    return found.stops.get(
-        value, "normalizes an input: no layer stands in front of it"
-    )
+    return found.stops.get(value, "normalizes an input: no layer precedes it")

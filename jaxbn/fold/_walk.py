@@ -1,4 +1,4 @@
-"""What lies on the way to a kernel, and behind the layer that has it."""
+"""Follows values between a normalization and the adjacent kernel."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def _varies(a: Array, rtol: float) -> bool:
 
 
 def _why(varying: bool, axis: Hashable) -> str:
-    """Of statistics."""
+    """Explains a difference in statistics."""
     if varying:
         return (
             f"Its statistics are not synchronized over {axis!r}: set "
@@ -45,8 +45,8 @@ def _why(varying: bool, axis: Hashable) -> str:
         )
     return (
         "Its statistics are the same on every device, but not those of the "
-        "whole batch. A mean of the devices' means forgets how many values "
-        "each has kept; or what it normalizes depends on the split already."
+        "whole batch. A mean of the devices' means ignores the number of "
+        "values on each; or its input already depends on the split."
     )
 
 
@@ -57,7 +57,7 @@ def _first_call(
     axis: Hashable,
     rtol: float,
 ) -> Blame | None:
-    """Of the layers of flax.linen, in the order in which they finished."""
+    """Finds the first layer of flax.linen that differs, in order of completion."""
     statistics = [(a, e) for a, e in wrong if _is_statistic(a.path, got)]
     found = None
     for i, call in enumerate(split.calls):
@@ -94,7 +94,7 @@ def _first_array(
     axis: Hashable,
     rtol: float,
 ) -> Blame:
-    """Of results, where no layer is known."""
+    """Finds the first result that differs, if no layer is known."""
     place = _places(split, got)
     first, off = min(
         wrong,

@@ -70,7 +70,7 @@ class Recheck:
         self._want: dict[int, list[Array]] = {}
 
     def __call__(self, got: Results, wrong: dict[int, float]) -> Verdict:
-        """Where a program cannot run in float64, a difference stands."""
+        """Reports the difference if the program cannot run in float64."""
         state = [got.arrays[i] for i in wrong if got.arrays[i].role == ROLES[0]]
         if any(error(a.copies, a.copies[0]) > self._rtol for a in state):
             return Verdict(wrong, None)  # no rounding tells devices apart

@@ -73,7 +73,7 @@ class Run:
         self.programs = Programs(self.experiment, self.pipeline)
 
     def train(self, seed=0, epochs=None):
-        """Returns the states at the start and after each epoch, and all Sums."""
+        """Returns the states at the start and after epochs, and all Sums."""
         states, sums = [jax.device_get(self.programs.init(seed))], []
         steps = self.experiment.steps
         for epoch in range(epochs or steps.epochs):
