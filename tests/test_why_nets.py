@@ -110,7 +110,7 @@ def test_nets_match_float64(norm):
     @jax.jit
     def infer(params, x):
         """With the statistics of all, four of them."""
-        known = nets.population(params, x, norm=norm)
+        known = nets.apply(params, x, norm=norm).moments
         return nets.apply(params, x[:4], norm=norm, statistics=known).logits
 
     again = infer(params, x)
@@ -154,7 +154,7 @@ def test_statistics_kept_out_of_the_gradient():
         rng = np.random.default_rng(0)
         batch = rng.normal(size=(8, 4)), rng.integers(0, 3, 8)
         assert params[0]["kernel"].dtype == np.float64
-        known = nets.population(params, batch[0])
+        known = nets.apply(params, batch[0]).moments
         slopes = {}
         for name, options in {
             "full": {},

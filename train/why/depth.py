@@ -24,9 +24,9 @@ import numpy as np
 
 from jaxbn import batch_norm
 from train.why import plots
-from train.why.arms import ARMS, each, per_seed
+from train.why.arms import ARMS
 from train.why.data import Data, Settings
-from train.why.experiment import Experiment
+from train.why.experiment import Experiment, each, per_seed
 from train.why.nets import Norm
 from train.why.words import say
 
@@ -92,18 +92,16 @@ def growth(norms: np.ndarray) -> np.ndarray:
 
     Least squares through the logarithms, without the layers at the ends.
     """
-    inside = np.log(norms[:, ENDS : norms.shape[1] - ENDS])
-    slope = np.polyfit(np.arange(inside.shape[1]), inside.T, 1)[0]
-    return np.exp(-slope)
+    inside = np.log(norms[:, ENDS:-ENDS])
+    return np.exp(-np.polyfit(np.arange(inside.shape[1]), inside.T, 1)[0])
 
 
 @per_seed
 def residual(kernels: Any, x: jax.Array, *, norm: Norm) -> Any:
     """x + relu(batch norm(x)) W, block after block, W after He et al.
 
-    Returns:
-      (variance behind each block, the branch's variance over it), both
-      (layers,), means over features. The first input has variance 1.
+    The first input has variance 1. Returns the variance behind each block and
+    the branch's variance over it, means over features: (layers,).
     """
 
     def block(h, kernel):
@@ -124,23 +122,20 @@ def collapse(
 
     A layer is batch norm(leaky_relu(h) W). With G = h h^T of the n examples
     the gap is || G / tr(G) - I / n ||_F and the stable rank tr(G) / ||G||_2:
-    n when they are orthogonal, 1 when all are multiples of one.
-
-    Returns:
-      (gap, stable rank), both (leaks, layers).
+    n when they are orthogonal, 1 when all are multiples of one. Returns both,
+    (leaks, layers).
     """
 
-    def layer(h, kernel, leak):
-        h = _through(jax.nn.leaky_relu(h, leak), kernel, 2 / (1 + leak**2))
-        h = _normed(h, norm)
-        g = h @ h.T
-        g = g / jnp.trace(g)
-        gap = jnp.linalg.norm(g - jnp.eye(len(h)) / len(h))
-        return h, (gap, 1 / jnp.linalg.eigvalsh(g)[-1])
-
     def one(leak):
-        step = functools.partial(layer, leak=leak)
-        return jax.lax.scan(step, _start(kernels, x), kernels[1])[1]
+        def layer(h, kernel):
+            h = _through(jax.nn.leaky_relu(h, leak), kernel, 2 / (1 + leak**2))
+            h = _normed(h, norm)
+            g = h @ h.T
+            g = g / jnp.trace(g)
+            gap = jnp.linalg.norm(g - jnp.eye(len(h)) / len(h))
+            return h, (gap, 1 / jnp.linalg.eigvalsh(g)[-1])
+
+        return jax.lax.scan(layer, _start(kernels, x), kernels[1])[1]
 
     return jax.vmap(one)(leaks)
 
@@ -159,13 +154,11 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
         for name, n in runs
     }
     residuals = each(ARMS, residual, kernels(width, BLOCKS), x[:256])
-    leaks = np.array(list(LEAKS.values()), np.float32)
-    long = kernels(RANK_WIDTH, RANK_LAYERS)
+    given = kernels(RANK_WIDTH, RANK_LAYERS), x[:RANK_BATCH]
+    found = each(ARMS, collapse, *given, np.float32([*LEAKS.values()]))
     collapses = {
         f"{leak} {name}": [rows[:, i] for rows in both]
-        for name, both in each(
-            ARMS, collapse, long, x[:RANK_BATCH], leaks
-        ).items()
+        for name, both in found.items()
         for i, leak in enumerate(LEAKS)
     }
     variance, share, gap, rank = (
@@ -192,11 +185,10 @@ def verdict(numbers: dict[str, Any]) -> str:
         key: {name: rows[:, -1] for name, rows in numbers[key].items()}
         for key in ("variance", "rank", "gap")
     }
-    rank = last["rank"]
     holds = (
         ((wide > BAND[0]) & (wide < BAND[1]))
         & (np.abs(shares / theory - 1)[:, 1:] < 0.2).all(1)
-        & (rank["relu with"] > 2 * rank["relu without"])
+        & (last["rank"]["relu with"] > 2 * last["rank"]["relu without"])
     )
     by_batch = ", ".join(f"{{rate[with {n}]:.3f}} (batch {n})" for n in batches)
     return say(

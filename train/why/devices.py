@@ -13,8 +13,8 @@ import optax
 import jaxbn
 from jaxbn import batch_norm, diagnostics
 from train.why import nets
-from train.why.arms import per_seed
 from train.why.data import Examples, Setting
+from train.why.experiment import per_seed
 
 DEVICES = 8
 EACH = 8  # examples on a device

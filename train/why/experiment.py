@@ -1,16 +1,46 @@
-"""The frame of all experiments: claim, measure, verdict and picture."""
+"""The frame of all experiments: arms and seeds, claim, verdict and picture."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 from matplotlib.figure import Figure
 
 from train.why import data
-from train.why.data import Settings
+from train.why.arms import Arm
+from train.why.data import Setting, Settings
+
+
+def each(
+    arms: Mapping[str, Arm], measure: Callable, *args: Any, **options: Any
+) -> dict[str, Any]:
+    """measure(*args, **options, **arm.options) of each arm, as numpy."""
+    return {
+        name: jax.device_get(measure(*args, **options, **arm.options))
+        for name, arm in arms.items()
+    }
+
+
+def per_seed(measure: Callable) -> Callable:
+    """Compiles measure(run, *shared, **static) for all seeds.
+
+    run is a Setting, of which measure sees the key and the indices of one seed,
+    or a tree with a leading axis of seeds; results are stacked. Static are the
+    arguments that are keyword-only.
+    """
+
+    def every(run: Any, *shared: Any, **static: Any) -> Any:
+        one = functools.partial(measure, **static)
+        own = Setting(0, 0, None, None) if isinstance(run, Setting) else 0
+        return jax.vmap(one, (own, *(None for _ in shared)))(run, *shared)
+
+    static = inspect.getfullargspec(measure).kwonlyargs
+    return jax.jit(every, static_argnames=static)
 
 
 class Finding(NamedTuple):
@@ -52,14 +82,10 @@ class Experiment(NamedTuple):
         return self._paragraphs()["Claim"]
 
     def _paragraphs(self) -> dict[str, str]:
-        title, *rest = sys.modules[self.measure.__module__].__doc__.split(
-            "\n\n"
-        )
-        lines = (" ".join(text.split()) for text in rest)
-        found = {
-            head: text for head, _, text in (x.partition(": ") for x in lines)
-        }
-        return {"Title": title.rstrip("."), **found}
+        text = sys.modules[self.measure.__module__].__doc__
+        lines = [" ".join(part.split()) for part in text.split("\n\n")]
+        heads, _, texts = zip(*(line.partition(": ") for line in lines))
+        return {"Title": lines[0].rstrip("."), **dict(zip(heads, texts))}
 
     def run(self, settings: Settings) -> Finding:
         """Measures on the data of settings."""

@@ -26,9 +26,9 @@ import optax
 from jaxbn import batch_norm
 from jaxbn.diagnostics import angular_update, equilibrium_angle
 from train.why import nets, plots
-from train.why.arms import THEORY, WITH, WITHOUT, Arm, each, per_seed
+from train.why.arms import THEORY, WITH, WITHOUT, Arm
 from train.why.data import Data, Setting, Settings
-from train.why.experiment import Experiment
+from train.why.experiment import Experiment, each, per_seed
 from train.why.nets import Norm, Sizes
 from train.why.words import say
 

@@ -12,8 +12,9 @@ import optax
 
 from jaxbn import diagnostics
 from train.why import nets
-from train.why.arms import ARMS, per_seed
+from train.why.arms import ARMS
 from train.why.data import Setting
+from train.why.experiment import per_seed
 from train.why.nets import Norm, Sizes
 
 RATE = 0.1

@@ -46,13 +46,9 @@ def init(
 ) -> Params:
     """Draws parameters; the kernels do not depend on norm.
 
-    Args:
-      key: random.
-      sizes: of the layers.
-      norm: as in `apply`; gives hidden layers a scale.
-      gain: "he", "lecun" or "glorot": hidden kernels have variance 2 / in,
-        1 / in or 2 / (in + out). The head's is 1 / in.
-      factor: times the hidden kernels.
+    gain is "he", "lecun" or "glorot": hidden kernels have variance 2 / in,
+    1 / in or 2 / (in + out), times factor^2. The head's is 1 / in. With norm
+    hidden layers have a scale.
     """
     shapes = list(zip(sizes, sizes[1:]))
     # One draw, cut up: each further one takes seconds to compile.
@@ -85,9 +81,9 @@ def apply(
       params: of `init`. What a layer has as "before" is added ahead of the
         normalization. A head without bias is normalized too.
       x: (B, D).
-      norm: normalizes with the statistics of the batch; None does nothing.
+      norm: of hidden layers, with the statistics of the batch.
       activation: between layers.
-      statistics: mean and var of each normalized layer, as in inference.
+      statistics: mean and var of each layer in place of those, as in inference.
       between: (layer number, normalized) -> what the activation is given.
     """
     found, preactivations = [], []
@@ -137,32 +133,21 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return (right & jnp.isfinite(logits).all(-1)).mean()
 
 
-def population(params: Params, x: jax.Array, **options: Any) -> tuple:
-    """Moments of each layer over all of x, for `apply(statistics=...)`."""
-    return apply(params, x, **options).moments
-
-
 def train(
     loss: Loss,
     params: Any,
     inputs: Any,
     optimizer: optax.GradientTransformation,
     *,
-    watch: Callable[[Any, Any, Any], Any] = lambda old, new, auxiliary: (
-        auxiliary
-    ),
+    watch: Callable[..., Any] = lambda old, new, auxiliary: auxiliary,
 ) -> tuple[Any, jax.Array, Any]:
     """A step of the optimizer for each of inputs, as one scan.
 
-    Args:
-      loss: (params, input) -> (scalar, auxiliary).
-      params: any tree.
-      inputs: tree with a leading axis T.
-      optimizer: of optax.
-      watch: (params before the step, after it, auxiliary) -> what is kept.
+    watch is called with the parameters before the step, after it, and the
+    auxiliary output of loss.
 
     Returns:
-      (params, losses (T,), what was kept, with a leading axis T).
+      (params, losses (T,), what watch returned, with a leading axis T).
     """
 
     def step(carry, given):

@@ -21,18 +21,9 @@ import optax
 
 from jaxbn import batch_norm, diagnostics
 from train.why import nets, plots
-from train.why.arms import (
-    ARMS,
-    FOURTH,
-    THEORY,
-    WITH,
-    WITHOUT,
-    Arm,
-    each,
-    per_seed,
-)
+from train.why.arms import ARMS, FOURTH, THEORY, WITH, WITHOUT, Arm
 from train.why.data import Data, Setting, Settings
-from train.why.experiment import Experiment
+from train.why.experiment import Experiment, each, per_seed
 from train.why.nets import Norm, Sizes
 from train.why.words import number, say
 
@@ -41,13 +32,13 @@ EACH = 16  # examples on a device
 STRAIGHT = (16, 128)  # batch sizes between which n V is compared
 BAND = 0.15  # that n V may depart there from its mean
 SYNCHRONIZED = {"norm": functools.partial(batch_norm, axis_name="devices")}
-# Where what counts as a batch has EACH examples, and all of them.
 ON_DEVICES = {
     "per device": Arm("8 devices of 16, per device", FOURTH, "s", WITH.options),
     "synchronized": Arm(
         "8 devices of 16, synchronized", THEORY, "D", SYNCHRONIZED
     ),
 }
+# Examples that are normalized together.
 COUNTED = {"per device": EACH, "synchronized": DEVICES * EACH}
 _SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -93,7 +84,7 @@ def _train(setting: Setting, *, norm: Norm, sizes: Sizes) -> Any:
     params = nets.init(setting.key, sizes, norm=norm)
     loss = nets.loss_on(setting.train, norm=norm)
     params, _, _ = nets.train(loss, params, setting.indices, optax.sgd(0.1))
-    return params, nets.population(params, setting.train[0], norm=norm)
+    return params, nets.apply(params, setting.train[0], norm=norm).moments
 
 
 @per_seed
@@ -105,22 +96,18 @@ def _noise(
     batch_size: int,
     draws: int,
     norm: Norm = batch_norm,
-    devices: int | None = None,
+    devices: int = 1,
 ) -> dict[str, jax.Array]:
-    """Returns variance, mean over probes, and flips.
-
-    Of a batch on one device or, where norm has axis_name "devices",
-    synchronized over several.
-    """
+    """Returns variance, mean over probes, and flips; a batch lies on devices."""
 
     def apply(params, statistics, x, *, train):
-        if not train or devices is None:
-            known = None if train else statistics
-            return nets.apply(params, x, norm=norm, statistics=known).logits
+        known = None if train else statistics
+        options = {"norm": norm, "statistics": known}
+        parts = x.reshape(devices if train else 1, -1, x.shape[-1])
         logits = jax.vmap(
-            lambda part: nets.apply(params, part, norm=norm).logits,
+            lambda part: nets.apply(params, part, **options).logits,
             axis_name="devices",
-        )(x.reshape(devices, -1, x.shape[-1]))
+        )(parts)
         return logits.reshape(len(x), -1)
 
     key, trained = run

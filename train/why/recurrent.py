@@ -21,9 +21,9 @@ import optax
 
 import jaxbn
 from train.why import lstm, nets, plots
-from train.why.arms import THEORY, THIRD, WITH, WITHOUT, Arm, each, per_seed
+from train.why.arms import THEORY, THIRD, WITH, WITHOUT, Arm
 from train.why.data import Data, Setting, Settings
-from train.why.experiment import Experiment
+from train.why.experiment import Experiment, each, per_seed
 from train.why.words import say
 
 # scale: of batch norm at the start; it is there to be ignored without.

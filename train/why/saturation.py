@@ -22,9 +22,9 @@ import optax
 
 from jaxbn import diagnostics
 from train.why import nets, plots
-from train.why.arms import ARMS, each, per_seed
+from train.why.arms import ARMS
 from train.why.data import Data, Setting, Settings
-from train.why.experiment import Experiment
+from train.why.experiment import Experiment, each, per_seed
 from train.why.nets import Norm
 from train.why.words import say
 

@@ -21,9 +21,9 @@ import jax
 import numpy as np
 
 from train.why import landscape, plots
-from train.why.arms import ARMS, FOURTH, THEORY, THIRD, Arm, each
+from train.why.arms import ARMS, FOURTH, THEORY, THIRD, Arm
 from train.why.data import Data, Settings
-from train.why.experiment import Experiment
+from train.why.experiment import Experiment, each
 from train.why.landscape import MEASURES, MOMENTS, NOISY_ARMS
 from train.why.words import say
 

@@ -23,9 +23,9 @@ import optax
 
 from jaxbn.linen import BatchNorm
 from train.why import nets, plots
-from train.why.arms import WITH, WITHOUT, Arm, per_seed
+from train.why.arms import WITH, WITHOUT, Arm
 from train.why.data import Data, Setting, Settings
-from train.why.experiment import Experiment
+from train.why.experiment import Experiment, per_seed
 from train.why.words import say
 
 DEVICES = 8
@@ -61,10 +61,7 @@ class Trained(NamedTuple):
 
 
 def measure(settings: Settings, data: Data) -> dict[str, Any]:
-    """Trains with flax's layer and with jaxbn's on eight devices.
-
-    The truth is the same net on the same examples on one device.
-    """
+    """Trains with flax's layer and with jaxbn's; the truth is one device."""
     steps = 60 if settings.quick else 300
     size = DEVICES * EACH
     setting = data.setting(settings.seeds, steps=steps, batch_size=size)
@@ -108,14 +105,10 @@ def train_all(
     num_classes: int,
     together: bool = False,
 ) -> Trained:
-    """Trains a net.
+    """Trains a net on batches of which the last device holds `last` examples.
 
-    Args:
-      setting: batches of what the devices would hold if all were full.
-      norm: class of the layer.
-      last: examples that the last device holds; its other places are padding.
-      num_classes: of the labels.
-      together: whether the examples lie on one device instead, unpadded.
+    Its other places are padding. With together, the examples lie on one device
+    instead, unpadded.
     """
     size = (DEVICES - 1) * EACH + last
     shape = (1, size) if together else (DEVICES, EACH)
@@ -127,16 +120,11 @@ def train_all(
         x, labels = (
             a[index].reshape(*shape, *a.shape[1:]) for a in setting.train
         )
-
-        def device(x, held):
-            variables = {"params": params, "batch_stats": batch_stats}
-            mask = None if together else held[:, None]
-            return net.apply(
-                variables, x, mask, train=True, mutable=["batch_stats"]
-            )
-
-        x = jnp.where(held[..., None], x, 0)
-        logits, new = jax.vmap(device, axis_name="devices")(x, held)
+        device = functools.partial(net.apply, train=True, mutable="batch_stats")
+        device = jax.vmap(device, (None, 0, 0), axis_name="devices")
+        state = {"params": params, "batch_stats": batch_stats}
+        mask = None if together else held[..., None]
+        logits, new = device(state, jnp.where(held[..., None], x, 0), mask)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         new = jax.tree.map(lambda a: a[0], new["batch_stats"])
         return jnp.where(held, losses, 0).sum() / size, new
@@ -148,8 +136,8 @@ def train_all(
         params = jax.tree.map(lambda p, g: p - 0.1 * g, state[0], gradient)
         return (params, batch_stats), value
 
-    start = net.init(setting.key, setting.train[0][:2], train=False)
-    start = start["params"], start["batch_stats"]
+    state = net.init(setting.key, setting.train[0][:2], train=False)
+    start = state["params"], state["batch_stats"]
     (params, batch_stats), losses = jax.lax.scan(step, start, indices)
     state = {"params": params, "batch_stats": batch_stats}
     logits = net.apply(state, setting.test[0], train=False)

@@ -20,9 +20,9 @@ import numpy as np
 import optax
 
 from train.why import nets, plots
-from train.why.arms import ARMS, each
+from train.why.arms import ARMS
 from train.why.data import Data, Setting, Settings
-from train.why.experiment import Experiment
+from train.why.experiment import Experiment, each
 from train.why.nets import Norm, Sizes
 from train.why.words import say
 
@@ -78,7 +78,7 @@ def sweep(
         params = nets.init(key, sizes, norm=norm, factor=scale)
         loss, sgd = nets.loss_on(train, norm=norm), optax.sgd(rate)
         params, losses, _ = nets.train(loss, params, indices, sgd)
-        known = nets.population(params, train[0], norm=norm)
+        known = nets.apply(params, train[0], norm=norm).moments
         logits = nets.apply(params, test[0], norm=norm, statistics=known).logits
         finite = jnp.isfinite(losses[-1])
         right = nets.accuracy(logits, test[1])
