@@ -82,9 +82,9 @@ def test_batches_are_epochs():
 def reference(params, x, *, norm, epsilon=1e-5):
     """float64 numpy, sharing no code."""
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    for layer in params:
+    for layer in (*params["hidden"], params["head"]):
         x = x @ layer["kernel"]
-        if layer is params[-1]:
+        if layer is params["head"]:
             return x + layer["bias"]
         if norm:
             x = (x - x.mean(0)) / np.sqrt(x.var(0) + epsilon) * layer["scale"]
@@ -94,7 +94,7 @@ def reference(params, x, *, norm, epsilon=1e-5):
 @pytest.mark.parametrize("norm", [batch_norm, None])
 def test_nets_match_float64(norm):
     params = nets.init(jax.random.key(0), (5, 7, 6, 3), norm=norm)
-    assert len(params) == 3
+    assert len(params["hidden"]) == 2
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda a: a + 0.3 * rng.normal(size=a.shape).astype(np.float32), params
@@ -120,21 +120,27 @@ def test_nets_match_float64(norm):
 def test_options_of_a_net():
     drawn = jax.random.key(3), (4, 40, 40, 3)
     plain, normed = (nets.init(*drawn, norm=n) for n in (None, batch_norm))
-    for one, other in zip(plain, normed):
-        np.testing.assert_array_equal(one["kernel"], other["kernel"])
-    assert "scale" not in plain[0] and "scale" not in normed[-1]
+    for i in (0, 1):
+        np.testing.assert_array_equal(
+            plain["hidden"][i]["kernel"], normed["hidden"][i]["kernel"]
+        )
+    np.testing.assert_array_equal(
+        *(n["head"]["kernel"] for n in (plain, normed))
+    )
+    assert {*plain["hidden"][0]} == {*normed["head"]} == {"kernel", "bias"}
+    assert {*normed["hidden"][0]} == {"kernel", "bias", "scale"}
     options = {"norm": batch_norm, "affine": False}
     bare = gradient.init(*drawn, **options)
-    assert {*bare[1]} == {*bare[-1]} == {"kernel", "before"}
+    assert {*bare["hidden"][1]} == {*bare["head"]} == {"kernel", "before"}
     affine = gradient.init(*drawn, **options | {"affine": True})
-    assert {*affine[1]} == {"kernel", "before", "scale", "bias"}
-    assert {*affine[-1]} == {"kernel", "bias"}
+    assert {*affine["hidden"][1]} == {"kernel", "before", "scale", "bias"}
+    assert {*affine["head"]} == {"kernel", "bias"}
     for gain, variance in (
         ("he", 2 / 40),
         ("lecun", 1 / 40),
         ("glorot", 1 / 40),
     ):
-        kernel = nets.init(*drawn, gain=gain, factor=3.0)[1]["kernel"]
+        kernel = nets.init(*drawn, gain=gain, factor=3.0)["hidden"][1]["kernel"]
         assert kernel.var() == pytest.approx(9 * variance, rel=0.1)
     x = jax.random.normal(jax.random.key(1), (32, 4))
     out = nets.apply(bare, x)
@@ -153,7 +159,7 @@ def test_statistics_kept_out_of_the_gradient():
         params = nets.init(jax.random.key(0), (4, 6, 3))
         rng = np.random.default_rng(0)
         batch = rng.normal(size=(8, 4)), rng.integers(0, 3, 8)
-        assert params[0]["kernel"].dtype == np.float64
+        assert params["head"]["kernel"].dtype == np.float64
         known = nets.apply(params, batch[0]).moments
         slopes = {}
         for name, options in {
@@ -167,7 +173,9 @@ def test_statistics_kept_out_of_the_gradient():
             )
         values = [float(value[0]) for value, _ in slopes.values()]
         np.testing.assert_allclose(values, values[0], rtol=1e-12)
-        full, kept_out, constant = (g[0]["kernel"] for _, g in slopes.values())
+        full, kept_out, constant = (
+            g["hidden"][0]["kernel"] for _, g in slopes.values()
+        )
         np.testing.assert_allclose(kept_out, constant, rtol=1e-9)
         assert jnp.abs(full - kept_out).max() > 1e-3
 
@@ -207,7 +215,8 @@ def test_sgd_is_its_formula():
 
 
 def test_accuracy_of_what_is_not_finite():
-    params = [{"kernel": jnp.eye(3), "bias": jnp.zeros(3)}]
+    head = {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}
+    params = {"hidden": [], "head": head}
     logits = nets.apply(params, jnp.eye(3).at[2].set(jnp.nan)).logits
     right = nets.accuracy(logits, jnp.array([0, 2, 0]))
     assert right == pytest.approx(1 / 3)

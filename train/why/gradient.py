@@ -100,14 +100,14 @@ def init(
 
     Without affine map that is the only bias, and the head has one too.
     """
+
+    def changed(layer):
+        kept = layer if affine else {"kernel": layer["kernel"]}
+        return kept | {"before": jnp.zeros_like(layer["bias"])}
+
     params = nets.init(key, sizes, norm=norm)
-    for i, layer in enumerate(params):
-        before = {"before": jnp.zeros_like(layer["bias"])}
-        if not affine:
-            params[i] = {"kernel": layer["kernel"]} | before
-        elif i < len(params) - 1:
-            params[i] = layer | before
-    return params
+    head = params["head"] if affine else changed(params["head"])
+    return {"hidden": [*map(changed, params["hidden"])], "head": head}
 
 
 @per_seed
@@ -121,7 +121,7 @@ def train(
     """
 
     def watch(_, new, __):
-        bias, head = new[0]["before"], new[-1]["kernel"]
+        bias, head = new["hidden"][0]["before"], new["head"]["kernel"]
         return {"bias": jnp.linalg.norm(bias), "head": jnp.linalg.norm(head)}
 
     params = init(setting.key, sizes, norm=norm, affine=affine)

@@ -71,14 +71,15 @@ def _start(
     setting: Setting, sizes: Sizes, norm: Norm
 ) -> tuple[list[jax.Array], nets.Loss]:
     """Returns the hidden kernels, and the loss as a function of them alone."""
-    *hidden, head = nets.init(setting.key, sizes, norm=norm)
+    params = nets.init(setting.key, sizes, norm=norm)
     whole = nets.loss_on(setting.train, norm=norm)
 
     def loss(kernels, index):
-        new = [rest | {"kernel": k} for rest, k in zip(hidden, kernels)]
-        return whole([*new, head], index)
+        pairs = zip(params["hidden"], kernels)
+        hidden = [layer | {"kernel": kernel} for layer, kernel in pairs]
+        return whole(params | {"hidden": hidden}, index)
 
-    return [layer["kernel"] for layer in hidden], loss
+    return [layer["kernel"] for layer in params["hidden"]], loss
 
 
 def _sgd(rate: Any, decay: jax.Array) -> optax.GradientTransformation:

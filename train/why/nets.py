@@ -1,7 +1,7 @@
 """Small nets as pure functions on jaxbn, and their training as one scan.
 
-Parameters are a list of layers, the head last; each has a kernel (in, out).
-All functions may be wrapped in vmap over seeds and settings.
+Parameters are {"hidden": [layer, ...], "head": layer}, and a layer a dict with
+a kernel (in, out). All functions may be wrapped in vmap over seeds and settings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import optax
 
 from jaxbn import Moments, batch_norm, normalize
 
-Params = list[dict[str, jax.Array]]
+Params = dict[str, Any]
 # (params, input of a step) -> (scalar, auxiliary).
 Loss = Callable[[Any, Any], tuple[jax.Array, Any]]
 # (h, scale, bias) -> (normalized, statistics), as `batch_norm`; or None.
@@ -54,16 +54,16 @@ def init(
     # One draw, cut up: each further one takes seconds to compile.
     *ends, total = np.cumsum([rows * columns for rows, columns in shapes])
     drawn = jnp.split(jax.random.normal(key, (total,)), ends)
-    params = []
+    layers = []
     for i, (shape, kernel) in enumerate(zip(shapes, drawn)):
         head = i == len(shapes) - 1
         variance = _VARIANCES["lecun" if head else gain](*shape)
         kernel = kernel.reshape(shape) * variance**0.5
         kernel = kernel if head else kernel * factor
-        params.append({"kernel": kernel, "bias": jnp.zeros(shape[1])})
+        layers.append({"kernel": kernel, "bias": jnp.zeros(shape[1])})
         if norm and not head:
-            params[-1]["scale"] = jnp.ones(shape[1])
-    return params
+            layers[-1]["scale"] = jnp.ones(shape[1])
+    return {"hidden": layers[:-1], "head": layers[-1]}
 
 
 def apply(
@@ -87,27 +87,31 @@ def apply(
       between: (layer number, normalized) -> what the activation is given.
     """
     found, preactivations = [], []
-    for i, layer in enumerate(params):
+
+    def through(layer, x, norm):
         h = x @ layer["kernel"]
         if "before" in layer:
             h = h + layer["before"]
         scale, bias = layer.get("scale"), layer.get("bias")
-        head = i == len(params) - 1
-        if norm and not (head and bias is not None):
-            if statistics is None:
-                h, known = norm(h, scale, bias)
-            else:
-                known = statistics[i]
-                h = normalize(h, known.mean, known.var, scale, bias)
-            found.append(known)
-        elif bias is not None:
-            h = h + bias
-        if head:
-            return Output(h, tuple(found), tuple(preactivations))
+        if not norm:
+            return h if bias is None else h + bias
+        if statistics is None:
+            h, known = norm(h, scale, bias)
+        else:
+            known = statistics[len(found)]
+            h = normalize(h, known.mean, known.var, scale, bias)
+        found.append(known)
+        return h
+
+    for i, layer in enumerate(params["hidden"]):
+        h = through(layer, x, norm)
         if between is not None:
             h = between(i, h)
         preactivations.append(h)
         x = activation(h)
+    head = params["head"]
+    logits = through(head, x, None if "bias" in head else norm)
+    return Output(logits, tuple(found), tuple(preactivations))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
