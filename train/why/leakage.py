@@ -93,13 +93,12 @@ def _numbers(found: devices.Curves, matrix: np.ndarray) -> dict[str, Any]:
         "test": found.test[:, -1],
         "same_companions": found.same,
         "mixed_companions": found.mixed,
-    }
-    return jax.device_get(numbers) | {
         "influence": matrix,
         "influence_self": np.diag(matrix).mean(),
         "influence_same_device": matrix[near].mean(),
         "influence_other_device": matrix[far].mean(),
     }
+    return {name: np.asarray(value) for name, value in numbers.items()}
 
 
 def verdict(numbers: dict[str, Any]) -> str:
