@@ -95,10 +95,9 @@ def scaled(setting: Setting, *, sizes: Sizes, norm: Norm) -> Any:
     (first, *rest), loss = _start(setting, sizes, norm)
 
     def one(factor):
+        given = [first * factor, *rest], setting.indices[0]
         slope = jax.value_and_grad(loss, has_aux=True)
-        (value, _), gradient = slope(
-            [first * factor, *rest], setting.indices[0]
-        )
+        (value, _), gradient = slope(*given)
         return {"loss": value, "gradient": jnp.linalg.norm(gradient[0])}
 
     return jax.vmap(one)(FACTORS)
