@@ -172,7 +172,12 @@ def test_every_experiment_has_a_claim(capsys):
     shown = capsys.readouterr().out
     for name in EXPERIMENTS:
         assert re.search(rf"^{name} +\w", shown, re.MULTILINE)
-        assert why.experiment(name).name == name
+        experiment = why.experiment(name)
+        assert experiment.name == name
+        stated = experiment.paragraphs()
+        assert all(stated[head] for head in ("Title", "Claim", "Published"))
+        assert len(experiment.panels) == np.prod(experiment.shape)
+        assert {panel.count(" | ") for panel in experiment.panels} == {2}
 
 
 # What the experiments find. Bands are those of all seeds that were tried.

@@ -79,9 +79,10 @@ class Experiment(NamedTuple):
 
     @property
     def claim(self) -> str:
-        return self._paragraphs()["Claim"]
+        return self.paragraphs()["Claim"]
 
-    def _paragraphs(self) -> dict[str, str]:
+    def paragraphs(self) -> dict[str, str]:
+        """Title, Claim and Published, a line each."""
         text = sys.modules[self.measure.__module__].__doc__
         lines = [" ".join(part.split()) for part in text.split("\n\n")]
         heads, _, texts = zip(*(line.partition(": ") for line in lines))
@@ -90,7 +91,7 @@ class Experiment(NamedTuple):
     def run(self, settings: Settings) -> Finding:
         """Measures on the data of settings."""
         numbers = self.measure(settings, data.load(settings))
-        text = self._paragraphs()
+        text = self.paragraphs()
         return Finding(
             self.name,
             *(text[head] for head in ("Title", "Claim", "Published")),
