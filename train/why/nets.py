@@ -1,7 +1,7 @@
 """Small nets as pure functions on jaxbn, and their training as one scan.
 
 Parameters are {"hidden": [layer, ...], "head": layer}, and a layer a dict with
-a kernel (in, out). All functions may be wrapped in vmap over seeds and settings.
+a kernel (in, out). All functions may be wrapped in vmap over seeds.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _noise(
     norm: Norm = batch_norm,
     devices: int = 1,
 ) -> dict[str, jax.Array]:
-    """Returns variance, mean over probes, and flips; a batch lies on devices."""
+    """Variance, mean over probes, and flips of a batch that lies on devices."""
 
     def apply(params, statistics, x, *, train):
         known = None if train else statistics

@@ -177,7 +177,8 @@ PANELS = (
     "change of the gradient on the line",
     "Without over with |  | ratio",
     "Noise behind batch norm | step | training accuracy (%)",
-    "Linear net: gradients before and after | layer | cosine, mean over the run",
+    "Linear net: gradients before and after | layer | "
+    "cosine, mean over the run",
     "Linear net: training | step | loss (squared error, thousands)",
 )
 EXPERIMENT = Experiment(
