@@ -13,20 +13,13 @@ import pytest
 
 from tests.helpers.command_line import run as run_command
 from train import UserError
-from train.why import (
-    EXPERIMENTS,
-    data,
-    depth,
-    gradient,
-    invariance,
-    lengths,
-    propagation,
-    tolerance,
-)
+from train.why import EXPERIMENTS, data, depth, gradient, invariance, tolerance
 from train.why import __main__ as why
+from train.why.arms import ARMS
 from train.why.data import Settings
-from train.why.experiment import Finding, number, say, span, verdict
+from train.why.experiment import Finding
 from train.why.report import write
+from train.why.words import number, say, span, verdict
 
 SEEDS = (0, 1)
 
@@ -179,7 +172,12 @@ def test_every_experiment_has_a_claim(capsys):
     shown = capsys.readouterr().out
     for name in EXPERIMENTS:
         assert re.search(rf"^{name} +\w", shown, re.MULTILINE)
-        assert why.experiment(name).name == name
+        experiment = why.experiment(name)
+        assert experiment.name == name
+        stated = experiment.paragraphs()
+        assert all(stated[head] for head in ("Title", "Claim", "Published"))
+        assert len(experiment.panels) == np.prod(experiment.shape)
+        assert {panel.count(" | ") for panel in experiment.panels} == {2}
 
 
 # What the experiments find. Bands are those of all seeds that were tried.
@@ -195,14 +193,15 @@ def test_a_bias_before_a_mean_grows_by_its_formula():
         assert np.ptp(found[f"loss_{way}"], axis=1).max() < 1e-12
 
 
-def test_weight_decay_is_a_growing_learning_rate(digits, monkeypatch):
-    monkeypatch.setattr(lengths, "HIDDEN", (24,))
-    settings = Settings(seeds=SEEDS, quick=True)
+def test_weight_decay_is_a_growing_learning_rate(digits):
     with jax.enable_x64(True):
+        setting = digits.setting(SEEDS, steps=100, batch_size=64)
         losses = {
             name: np.asarray(
-                lengths.decayed(
-                    settings, digits, **invariance.ARMS[name].options
+                invariance.decayed(
+                    setting,
+                    sizes=digits.sizes(24),
+                    **invariance.ARMS[name].options,
                 )
             )
             for name in ("with", "without")
@@ -217,23 +216,21 @@ def test_weight_decay_is_a_growing_learning_rate(digits, monkeypatch):
 
 def test_growth_of_gradients_at_the_start(digits):
     """Yang et al. (2019): 1.211 a ReLU layer, for wide nets."""
-    kernels = propagation.draw_kernels(SEEDS, 64, 256, 30)
-    rows = propagation.over_seeds(
-        propagation.gradient_norms, kernels, digits.train_x[:64], norm=True
-    )
-    got = propagation.growth(rows)
+    kernels = depth.draw_kernels(SEEDS, 64, 256, 30)
+    x, options = digits.train[0][:64], ARMS["with"].options
+    rows = np.asarray(depth.gradient_norms(kernels, x, **options))
+    got = depth.growth(rows)
     low, high = depth.BAND
     assert (low < got).all() and (got < high).all(), got
     exact = 3.0 ** -np.arange(20.0)[None]
-    np.testing.assert_allclose(propagation.growth(exact), 3.0)
+    np.testing.assert_allclose(depth.growth(exact), 3.0)
 
 
 def test_share_of_a_residual_block(digits):
     """De and Smith (2020): 1 / (l + 1)."""
-    kernels = propagation.draw_kernels(SEEDS, 64, 256, 32)
-    variance, share = propagation.over_seeds(
-        propagation.residual, kernels, digits.train_x[:128], norm=True
-    )
+    kernels = depth.draw_kernels(SEEDS, 64, 256, 32)
+    x, options = digits.train[0][:128], ARMS["with"].options
+    variance, share = map(np.asarray, depth.residual(kernels, x, **options))
     expected = 1 / (np.arange(1, 33) + 1)
     np.testing.assert_allclose(share[:, 3:], [expected[3:]] * 2, rtol=0.2)
     growth = np.diff(variance, axis=1)

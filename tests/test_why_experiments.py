@@ -10,13 +10,11 @@ import pytest
 import jaxbn
 from train.why import (
     data,
-    deep_linear,
     devices,
     landscape,
     leakage,
     lstm,
     noise,
-    noisy,
     plots,
     recurrent,
     saturation,
@@ -24,8 +22,8 @@ from train.why import (
     split,
 )
 from train.why.data import Settings
-from train.why.experiment import tally
 from train.why.report import write
+from train.why.words import tally
 
 SEEDS = (0, 1)
 
@@ -42,35 +40,21 @@ def batches(steps, size):
 # Leakage.
 
 
-def drawn(steps, evaluations):
-    found = digits()
-    train = found.train_x, found.train_y
-    test = found.test_x, found.test_y
-    parts = [
-        (
-            devices.draw(train, steps, seed=(seed, 0)),
-            devices.draw(train, evaluations, seed=(seed, 1)),
-            devices.draw(test, evaluations, seed=(seed, 2)),
-        )
-        for seed in SEEDS
-    ]
-    return train, test, jax.tree.map(lambda *a: np.stack(a), *parts)
+@functools.cache
+def even_or_odd():
+    """Of 100 steps."""
+    return leakage.prepare(digits(), SEEDS, 4 * devices.EVERY)
 
 
 @functools.cache
 def trained(arm):
-    """Of 100 steps."""
-    train, test, parts = drawn(4 * devices.EVERY, 6)
-    return devices.train(
-        data.keys(SEEDS), train, test, parts, arm=arm, evaluations=4
-    )
+    return devices.train(even_or_odd(), arm=arm)
 
 
 def test_labels_are_balanced_on_every_device():
     found = digits()
-    split = found.train_x, found.train_y
-    parts = devices.draw(split, 50, seed=(0, 0))
-    even = found.train_y[parts.indices] % 2 == 0
+    parts = devices.draw(found.train, 50, seed=(0, 0))
+    even = found.train[1][parts.indices] % 2 == 0
     assert even.shape == (50, devices.DEVICES, devices.EACH)
     np.testing.assert_array_equal(even.mean(2), 0.5)
     assert 8 < parts.offsets.std() < 12
@@ -115,22 +99,18 @@ def test_an_uneven_shard_moves_flax_alone(last):
 
 
 def test_influence_follows_the_devices():
-    _, test, parts = drawn(4 * devices.EVERY, 6)
     device = np.arange(devices.SHOWN * devices.EACH) // devices.EACH
     same = device[:, None] == device
-    curves = trained("per device")
-    alone = devices.influence("per device", curves, test, parts[2])
+    given = trained("per device"), even_or_odd()
+    alone = devices.influence("per device", *given)
     assert (alone[~same] == 0).all() and (alone[same] > 0).all()
-    together = devices.influence("synchronized", curves, test, parts[2])
+    together = devices.influence("synchronized", *given)
     assert (together > 0).all()
 
 
 def test_in_inference_nothing_is_shared():
-    _, test, parts = drawn(4 * devices.EVERY, 6)
-    curves = trained("per device")
-    matrix = devices.influence(
-        "per device", curves, test, parts[2], train=False
-    )
+    given = trained("per device"), even_or_odd()
+    matrix = devices.influence("per device", *given, train=False)
     np.testing.assert_array_equal(matrix != 0, np.eye(len(matrix), dtype=bool))
 
 
@@ -167,15 +147,15 @@ def test_ratios_compare_at_step_and_at_loss():
 def test_noise_is_that_of_algorithm_1():
     zeros, ones = (jnp.full((2000, 400), value) for value in (0.0, 1.0))
     key = jax.random.key(0)
-    m = np.asarray(noisy.noise(key, 0, zeros))
-    s = np.asarray(noisy.noise(key, 0, ones)) - m
+    m = np.asarray(landscape.noise(key, 0, zeros))
+    s = np.asarray(landscape.noise(key, 0, ones)) - m
     assert np.abs(m).max() < 0.6 and 0.19 < np.ptp(m, axis=0).min() < 0.2
     assert np.abs(m.mean(0)).max() > 0.48
     np.testing.assert_allclose(m.mean(0).std(), 1 / 12**0.5, rtol=0.1)
     np.testing.assert_allclose(s.std(0).mean(), 0.1, rtol=0.02)
     assert s.mean(0).min() > 0.98 and s.mean(0).max() < 1.27
     np.testing.assert_allclose(s.mean(), 1.125, rtol=0.01)
-    other = np.asarray(noisy.noise(key, 1, zeros))
+    other = np.asarray(landscape.noise(key, 1, zeros))
     assert np.abs(other - m).max() > 0.5
 
 
@@ -199,7 +179,7 @@ def test_sigmoids_learn_with_batch_norm_alone():
             kind="sigmoid",
             ends=(64, 10),
         )
-        for norm in (False, True)
+        for norm in (None, jaxbn.batch_norm)
     )
     assert (without.accuracy[:, -1] < 0.25).all()
     assert (with_.accuracy[:, -1] > 0.95).all()
@@ -221,7 +201,7 @@ def reference_lstm(params, x, start, *, norm):
             return h
         mean, var = h.mean(0), h.var(0)
         seen.append((name, mean, var))
-        h = (h - mean) / np.sqrt(var + lstm._EPSILON) * p[f"{name}_scale"]
+        h = (h - mean) / np.sqrt(var + lstm.EPSILON) * p[f"{name}_scale"]
         return h + p.get(f"{name}_bias", 0)
 
     def sigmoid(h):
@@ -344,10 +324,10 @@ def test_smoothness(tmp_path):
 
 @pytest.mark.slow
 def test_gradients_of_a_deep_linear_net():
-    found = deep_linear.measure(data.keys(SEEDS), quick=True)
+    found = smoothness.linear(data.keys(SEEDS), steps=90)
     assert (found["without"]["cosine"][0] > 0.9).all()
     without, with_ = (
-        found[side]["cosine"].mean(2)[..., deep_linear.SHOWN]
+        found[side]["cosine"].mean(2)[..., smoothness.SHOWN]
         for side in ("without", "with")
     )
     assert (with_ < without).all() and (with_[1] < 0.9).all()

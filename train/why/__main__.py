@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Sequence
 
 from train import UserError
+from train.files import as_user_error
 from train.why import EXPERIMENTS
 from train.why.data import NAMES, Settings
 from train.why.experiment import Experiment
@@ -29,59 +30,15 @@ def main(arguments: Sequence[str]) -> None:
     names = _known(given.names)
     if given.list:
         for name in names:
-            print(_listed(name))
+            lines = textwrap.wrap(experiment(name).claim, 66)
+            print(f"{name:<12}" + f"\n{'':<12}".join(lines))
         return
     if given.seeds < 1:
         raise UserError(f"--seeds must be at least 1; got {given.seeds}.")
-    settings = Settings(
-        data=given.data,
-        data_dir=given.data_dir,
-        seeds=tuple(range(given.seeds)),
-        quick=given.quick,
-    )
-    folder = given.out
-    if folder is None:
-        folder = pathlib.Path("runs") / time.strftime("why-%Y%m%d-%H%M%S")
-    run(names, settings, folder)
-
-
-def run(names: Sequence[str], settings: Settings, folder: pathlib.Path) -> None:
-    """Runs experiments and writes what they find; a line for each.
-
-    One that fails does not keep the others from running.
-
-    Raises:
-      UserError: the folder cannot be written, or an experiment failed, once
-        all have run.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to --out={folder}: {error.strerror}."
-        ) from error
-    failed = []
-    for name in names:
-        started = time.monotonic()
-        try:
-            finding = experiment(name).run(settings)
-            write(finding, folder, settings=settings)
-            outcome = finding.measured
-        except UserError as error:
-            failed.append(name)
-            outcome = f"failed: {error}"
-        except Exception as error:
-            failed.append(name)
-            traceback.print_exc()
-            outcome = f"failed: {type(error).__name__}, as shown above"
-        seconds = time.monotonic() - started
-        print(f"{name:<11} {seconds:5.1f} s  {outcome}", flush=True)
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(names)} experiments failed: "
-            f"{', '.join(failed)}. What the others found is in {folder}."
-        )
-    print(f"The pictures are in {folder}.")
+    seeds = tuple(range(given.seeds))
+    settings = Settings(given.data, given.data_dir, seeds, given.quick)
+    default = pathlib.Path("runs", time.strftime("why-%Y%m%d-%H%M%S"))
+    run(names, settings, given.out or default)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,11 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _known(names: Sequence[str]) -> list[str]:
-    """Returns names, or all there are.
-
-    Raises:
-      UserError: one is unknown.
-    """
+    """Returns names, or all there are; one that is unknown is a UserError."""
     for name in names:
         if name not in EXPERIMENTS:
             near = difflib.get_close_matches(name.lower(), EXPERIMENTS, n=1)
@@ -121,10 +74,38 @@ def experiment(name: str) -> Experiment:
     return importlib.import_module(f"train.why.{name}").EXPERIMENT
 
 
-def _listed(name: str) -> str:
-    lines = textwrap.wrap(experiment(name).claim, 66)
-    heads = [name] + [""] * len(lines)
-    return "\n".join(f"{h:<12}{line}" for h, line in zip(heads, lines))
+def run(names: Sequence[str], settings: Settings, folder: pathlib.Path) -> None:
+    """Runs experiments and writes what they find; a line for each.
+
+    One that fails does not keep the others from running.
+
+    Raises:
+      UserError: the folder cannot be written, or an experiment failed, once
+        all have run.
+    """
+    with as_user_error(f"--out={folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in names:
+        started = time.monotonic()
+        try:
+            finding = experiment(name).run(settings)
+            write(finding, folder, settings=settings)
+            outcome = finding.measured
+        except Exception as error:
+            failed.append(name)
+            outcome = f"failed: {error}"
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+                outcome = f"failed: {type(error).__name__}, as shown above"
+        seconds = time.monotonic() - started
+        print(f"{name:<11} {seconds:5.1f} s  {outcome}", flush=True)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(names)} experiments failed: "
+            f"{', '.join(failed)}. What the others found is in {folder}."
+        )
+    print(f"The pictures are in {folder}.")
 
 
 if __name__ == "__main__":

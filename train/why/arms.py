@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
+from jaxbn import batch_norm
 
 # One colour has one meaning in every picture. Colour-blind eyes tell all of
 # them apart (Okabe and Ito, 2008).
@@ -15,24 +15,14 @@ FOURTH = "#CC79A7"
 
 
 class Arm(NamedTuple):
-    """One of the alternatives."""
+    """One of the alternatives that an experiment compares."""
 
     label: str | None  # in legends
     color: str
     style: str = "-"  # of its lines
-    options: Mapping[str, Any] = {}  # of the function that trains it
+    options: Mapping[str, Any] = {}  # of the function that measures it
 
 
-WITHOUT = Arm("without", "#D55E00", options={"norm": False})
-WITH = Arm("with batch norm", "#0072B2", options={"norm": True})
+WITHOUT = Arm("without", "#D55E00", options={"norm": None})
+WITH = Arm("with batch norm", "#0072B2", options={"norm": batch_norm})
 ARMS = {"without": WITHOUT, "with": WITH}
-
-
-def each(
-    arms: Mapping[str, Arm], measure: Callable, *args: Any, **options: Any
-) -> dict[str, Any]:
-    """measure(*args, **options, **arm.options) of each arm, as numpy."""
-    return {
-        name: jax.device_get(measure(*args, **options, **arm.options))
-        for name, arm in arms.items()
-    }

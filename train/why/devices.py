@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxbn
-from jaxbn import diagnostics
+from jaxbn import batch_norm, diagnostics
 from train.why import nets
+from train.why.data import Examples, Setting
+from train.why.experiment import per_seed
 
 DEVICES = 8
 EACH = 8  # examples on a device
 EVERY = 25  # steps between two evaluations at the test set
 EVAL_BATCHES = 12  # batches that an evaluation takes
 SHOWN = 4  # devices in the picture of who influences whom
-
-_RATE = 0.1
-_OFFSET = 10.0  # standard deviation of what the examples of a device share
-
-Split = tuple[jax.Array, jax.Array]  # all x and all labels
+NORMS = {
+    "none": None,
+    "per device": batch_norm,
+    "shuffled": batch_norm,
+    "synchronized": functools.partial(batch_norm, axis_name="devices"),
+}
 
 
 class Batches(NamedTuple):
@@ -44,22 +47,23 @@ class Curves(NamedTuple):
     mixed: jax.Array  # () test, with those of companions from all devices
 
 
-def draw(
-    split: tuple[np.ndarray, np.ndarray], steps: int, *, seed: tuple[int, int]
-) -> Batches:
-    """Draws batches of as many even as odd labels on every device."""
+def draw(examples: Examples, steps: int, *, seed: tuple[int, int]) -> Batches:
+    """Draws batches of as many even as odd labels on every device.
+
+    An offset, of all examples of a device, has standard deviation 10.
+    """
     rng = np.random.default_rng((*seed, 3))
     size = (steps, DEVICES, EACH // 2)
-    even, odd = (np.flatnonzero(split[1] % 2 == rest) for rest in (0, 1))
+    even, odd = (np.flatnonzero(examples[1] % 2 == rest) for rest in (0, 1))
     indices = np.concatenate([rng.choice(even, size), rng.choice(odd, size)], 2)
-    offsets = rng.normal(0, _OFFSET, (steps, DEVICES, 1))
+    offsets = rng.normal(0, 10.0, (steps, DEVICES, 1))
     return Batches(indices.astype(np.int32), offsets.astype(np.float32))
 
 
-def _batch(split: Split, drawn: Batches) -> tuple[jax.Array, jax.Array]:
+def _batch(examples: Examples, drawn: Batches) -> tuple[jax.Array, jax.Array]:
     """Returns x (..., n, D + 1) and labels (..., n), 1 for even."""
-    x = split[0][drawn.indices]
-    labels = 1 - split[1][drawn.indices] % 2
+    x = examples[0][drawn.indices]
+    labels = 1 - examples[1][drawn.indices] % 2
     channel = 2.0 * labels - 1 + drawn.offsets
     return jnp.concatenate([x, channel[..., None]], -1), labels
 
@@ -68,21 +72,16 @@ def _forward(
     arm: str,
     params: nets.Params,
     x: jax.Array,
-    key: jax.Array,
-    statistics: Sequence[jaxbn.RunningStats] | None = None,
-) -> tuple[jax.Array, Any]:
+    key: Any,
+    statistics: Any = None,
+) -> tuple[jax.Array, list[jaxbn.RunningStats]]:
     """Runs devices: x (devices, n, D) to logits and statistics."""
     shuffled = arm == "shuffled" and statistics is None
-    options = {
-        "norm": arm != "none",
-        "statistics": statistics,
-        "axis_name": "devices" if arm == "synchronized" else None,
-    }
 
-    def device(x: jax.Array) -> tuple[jax.Array, Any]:
+    def device(x: jax.Array) -> Any:
         if shuffled:
             x = jaxbn.shuffle(x, key, axis_name="devices")
-        out = nets.apply(params, x, **options)
+        out = nets.apply(params, x, norm=NORMS[arm], statistics=statistics)
         logits = out.logits
         if shuffled:
             logits = jaxbn.unshuffle(logits, key, axis_name="devices")
@@ -91,95 +90,70 @@ def _forward(
     return jax.vmap(device, axis_name="devices")(x)
 
 
-@functools.partial(jax.jit, static_argnames=("arm", "evaluations"))
-def train(
-    keys: jax.Array,
-    train: Split,
-    test: Split,
-    drawn: tuple[Batches, Batches, Batches],
-    *,
-    arm: str,
-    evaluations: int,
-) -> Curves:
-    """Trains a net for every seed, 25 steps before each evaluation.
+@per_seed
+def train(setting: Setting, *, arm: str) -> Curves:
+    """Trains a net, 25 steps before each evaluation.
 
     Args:
-      drawn: batches to train on, to take population statistics from, and of
-        test examples; with a leading axis S.
+      setting: its indices are three Batches: to train on, to take population
+        statistics from, and of test examples.
       arm: "none", "per device", "shuffled" or "synchronized".
-
-    Returns:
-      Curves, with a leading axis S.
     """
-    sizes = (train[0].shape[1] + 1, 64, 64, 2)
+    drawn, for_population, for_test = setting.indices
+    start, shuffles = jax.random.split(setting.key)
+    population_x, _ = _batch(setting.train, for_population)
+    test_x, test_labels = _batch(setting.test, for_test)
 
-    def one(key, drawn):
-        start, shuffles = jax.random.split(key)
-        params = nets.init(start, sizes, norm=arm != "none")
-        population_x, _ = _batch(train, drawn[1])
-        test_x, test_labels = _batch(test, drawn[2])
+    def loss(params, given):
+        step, batch = given
+        x, labels = _batch(setting.train, batch)
+        key = jax.random.fold_in(shuffles, step)
+        logits, _ = _forward(arm, params, x, key)
+        flat = logits.reshape(-1, 2), labels.reshape(-1)
+        return nets.cross_entropy(*flat), nets.accuracy(*flat)
 
-        def loss(params, given):
-            index, batch = given
-            x, labels = _batch(train, batch)
-            key = jax.random.fold_in(shuffles, index)
-            logits, _ = _forward(arm, params, x, key)
-            flat = logits.reshape(-1, 2), labels.reshape(-1)
-            right = (logits.argmax(-1) == labels).mean()
-            return nets.cross_entropy(*flat), right
+    def over_batches(arm, params, x, statistics=None):
+        return jax.vmap(
+            lambda x: _forward(arm, params, x, shuffles, statistics)
+        )(x)
 
-        def evaluate(arm, params, statistics=None):
-            logits, _ = jax.vmap(
-                lambda x: _forward(arm, params, x, shuffles, statistics)
-            )(test_x)
-            return (logits.argmax(-1) == test_labels).mean()
+    def evaluate(arm, params, statistics=None):
+        logits, _ = over_batches(arm, params, test_x, statistics)
+        return (logits.argmax(-1) == test_labels).mean()
 
-        def population(params):
-            # As a run collects them: from its own forward passes in training.
-            _, parts = jax.vmap(lambda x: _forward(arm, params, x, shuffles))(
-                population_x
-            )
-            parts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
-            return [jaxbn.pool(part) for part in parts]
+    def population(params):
+        # As a run collects them: from its own forward passes in training.
+        _, parts = over_batches(arm, params, population_x)
+        parts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
+        return [jaxbn.pool(part) for part in parts]
 
-        def interval(carry, given):
-            params, _, right = nets.descend(loss, carry[0], given, _RATE)
-            known = population(params)
-            return (params, known), (right, evaluate(arm, params, known))
+    def interval(params, given):
+        params, _, right = nets.train(loss, params, given, optax.sgd(0.1))
+        return params, (right, evaluate(arm, params, population(params)))
 
-        given = jax.tree.map(
-            lambda a: a.reshape(evaluations, EVERY, *a.shape[1:]),
-            (jnp.arange(evaluations * EVERY), drawn[0]),
-        )
-        start = (
-            params,
-            [
-                jaxbn.init_running(layer["scale"].shape)
-                for layer in params.values()
-                if "scale" in layer
-            ],
-        )
-        (params, known), (right, tested) = jax.lax.scan(interval, start, given)
-        same = mixed = evaluate(arm, params)
-        if arm == "per device":
-            mixed = evaluate("shuffled", params)
-        return Curves(params, known, right.reshape(-1), tested, same, mixed)
-
-    return jax.vmap(one)(keys, drawn)
+    sizes = (test_x.shape[-1], 64, 64, 2)
+    params = nets.init(start, sizes, norm=NORMS[arm])
+    numbered = jnp.arange(len(drawn.indices)), drawn
+    intervals = nets.intervals(numbered, EVERY)
+    params, (right, tested) = jax.lax.scan(interval, params, intervals)
+    same = mixed = evaluate(arm, params)
+    if arm == "per device":
+        mixed = evaluate("shuffled", params)
+    known = population(params)
+    return Curves(params, known, right.reshape(-1), tested, same, mixed)
 
 
 def influence(
-    arm: str, curves: Curves, test: Split, drawn: Batches, *, train: bool = True
+    arm: str, curves: Curves, setting: Setting, *, train: bool = True
 ) -> np.ndarray:
-    """How far logits of one example move with the pixels of another.
+    """How far logits of one example move with the pixels of another: (B, B).
 
-    Of `train`'s curves; with train False, with population statistics.
-
-    Returns:
-      (B, B), of the first seed and batch, on four devices.
+    Of `train`'s curves, on the first seed and test batch, on four devices; with
+    train False, with population statistics.
     """
     state = jax.tree.map(lambda a: a[0], (curves.params, curves.statistics))
-    x, _ = _batch(test, Batches(*(a[0, 0, :SHOWN] for a in drawn)))
+    drawn = Batches(*(a[0, 0, :SHOWN] for a in setting.indices[2]))
+    x, _ = _batch(setting.test, drawn)
 
     def apply(params, statistics, flat, train):
         known = None if train else statistics

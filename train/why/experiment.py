@@ -1,16 +1,46 @@
-"""The frame of all experiments: claim, measure, verdict and picture."""
+"""The frame of all experiments: arms and seeds, claim, verdict and picture."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 from matplotlib.figure import Figure
 
 from train.why import data
-from train.why.data import Settings
+from train.why.arms import Arm
+from train.why.data import Setting, Settings
+
+
+def each(
+    arms: Mapping[str, Arm], measure: Callable, *args: Any, **options: Any
+) -> dict[str, Any]:
+    """measure(*args, **options, **arm.options) of each arm, as numpy."""
+    return {
+        name: jax.device_get(measure(*args, **options, **arm.options))
+        for name, arm in arms.items()
+    }
+
+
+def per_seed(measure: Callable) -> Callable:
+    """Compiles measure(run, *shared, **static) for all seeds.
+
+    run is a Setting, of which measure sees the key and the indices of one seed,
+    or a tree with a leading axis of seeds; results are stacked. Static are the
+    arguments that are keyword-only.
+    """
+
+    def every(run: Any, *shared: Any, **static: Any) -> Any:
+        one = functools.partial(measure, **static)
+        own = Setting(0, 0, None, None) if isinstance(run, Setting) else 0
+        return jax.vmap(one, (own, *(None for _ in shared)))(run, *shared)
+
+    static = inspect.getfullargspec(measure).kwonlyargs
+    return jax.jit(every, static_argnames=static)
 
 
 class Finding(NamedTuple):
@@ -28,29 +58,43 @@ class Finding(NamedTuple):
 class Experiment(NamedTuple):
     """A published claim and how it is measured again.
 
-    The first four fields are those of `Finding`.
+    The docstring of the module that defines measure is a title, and paragraphs
+    "Claim: ..." and "Published: ...", as in `Finding`.
     """
 
-    name: str
-    title: str
-    claim: str
-    published: str
     # (settings, data) -> numbers; trains the arms.
     measure: Callable[[Settings, data.Data], dict[str, Any]]
     # numbers -> what was measured and whether the claim held.
     verdict: Callable[[dict[str, Any]], str]
-    # (axes, numbers): draws into the axes of all panels.
-    draw: Callable[[Sequence[Any], dict[str, Any]], None]
+    # (axes of all panels, numbers): draws.
+    draw: Callable[[Any, dict[str, Any]], None]
     panels: tuple[str, ...]  # "title | x axis | y axis" of each
     shape: tuple[int, int]  # rows and columns of panels
     size: tuple[float, float]  # inches, without the caption
     grid: Mapping[str, Any] = {}  # further options of `Figure.subplots`
 
+    @property
+    def name(self) -> str:
+        return self.measure.__module__.rpartition(".")[2]
+
+    @property
+    def claim(self) -> str:
+        return self.paragraphs()["Claim"]
+
+    def paragraphs(self) -> dict[str, str]:
+        """Title, Claim and Published, a line each."""
+        text = sys.modules[self.measure.__module__].__doc__
+        lines = [" ".join(part.split()) for part in text.split("\n\n")]
+        heads, _, texts = zip(*(line.partition(": ") for line in lines))
+        return {"Title": lines[0].rstrip("."), **dict(zip(heads, texts))}
+
     def run(self, settings: Settings) -> Finding:
         """Measures on the data of settings."""
         numbers = self.measure(settings, data.load(settings))
+        text = self.paragraphs()
         return Finding(
-            *self[:4],
+            self.name,
+            *(text[head] for head in ("Title", "Claim", "Published")),
             self.verdict(numbers),
             numbers,
             functools.partial(self.picture, numbers),
@@ -66,64 +110,3 @@ class Experiment(NamedTuple):
             axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
             if axes.get_legend_handles_labels()[0] and not axes.get_legend():
                 axes.legend()
-
-
-class _Words:
-    """A value, or a tree of values, as `say` formats it."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __getitem__(self, key: Any) -> _Words:
-        return _Words(self.value[key])
-
-    def __format__(self, spec: str) -> str:
-        if isinstance(self.value, str):
-            return self.value
-        named = {"max": number, "tally": tally, "verdict": verdict}
-        if spec in named:
-            value = np.max(self.value) if spec == "max" else self.value
-            return named[spec](value)
-        if spec == "percent":
-            return span(100 * np.asarray(self.value), ".0f")
-        return span(self.value, spec or ".3g")
-
-
-def say(template: str, **values: Any) -> str:
-    """`str.format` for arrays with a value a seed.
-
-    A number format, as in {x:.2f}, gives the range over seeds (`span`);
-    {x:percent} gives that of 100 x; {x:max} the largest (`number`);
-    {x:tally} and {x:verdict} count on how many seeds x is true.
-    """
-    return template.format(**{key: _Words(v) for key, v in values.items()})
-
-
-def span(values: Any, spec: str = ".3g") -> str:
-    """Words for the range of values: "0.98 to 1.02", or one number."""
-    array = np.asarray(values, float)
-    low, high = format(array.min(), spec), format(array.max(), spec)
-    return low if low == high else f"{low} to {high}"
-
-
-def number(value: Any) -> str:
-    """Words for one number: three digits, an exponent where it is needed."""
-    value = float(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.3g}"
-    return f"{value:.1e}"
-
-
-def verdict(holds: Any) -> str:
-    """Says on how many seeds a claim held: a sentence of its own."""
-    holds = np.asarray(holds, bool)
-    if not holds.any():
-        return f"This did NOT reproduce here: 0 of {holds.size} seeds."
-    only = "" if holds.all() else "only "
-    return f"This held on {only}{holds.sum()} of {holds.size} seeds."
-
-
-def tally(holds: Any) -> str:
-    """Says within a sentence on how many seeds a claim held."""
-    count = f"{int(np.sum(holds))} of {np.size(holds)} seeds"
-    return count if np.any(holds) else f"NOT reproduced, {count}"

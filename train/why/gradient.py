@@ -1,6 +1,12 @@
-"""Gradients that take the batch statistics for constants.
+"""Statistics kept out of the gradient.
 
-The reason that batch norm is a layer and not a rescaling between steps.
+Claim: A gradient step that takes the statistics for constants moves what
+normalization then undoes: a bias grows for ever while the loss stays where it
+is, and with variances in it models blow up (Ioffe and Szegedy 2015, section 2).
+
+Published: for xhat = x - mean(x), x = u + b, the bias grows indefinitely while
+the loss remains fixed; no figures. From the gradient follows b = 2 lr k mean(t)
+after k steps on mean((xhat - t)^2).
 """
 
 from __future__ import annotations
@@ -10,39 +16,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from jaxbn import moments
+from jaxbn import moments, normalize
 from train.why import nets, plots
-from train.why.arms import FOURTH, THEORY, WITH, WITHOUT, Arm, each
+from train.why.arms import FOURTH, THEORY, WITH, WITHOUT, Arm
 from train.why.data import Data, Setting, Settings
-from train.why.experiment import Experiment, say
+from train.why.experiment import Experiment, each, per_seed
+from train.why.nets import Norm, Sizes
+from train.why.words import say
 
 MINIMAL_RATE, MINIMAL_STEPS = 0.1, 100
-HIDDEN, BATCH = (64, 64), 128
 # Whether there is an affine map behind batch norm -> learning rate, steps.
 # Without it the logits are normalized too: nothing else can absorb a change.
 RUNS = {"bare": (False, 0.5, 600), "affine": (True, 0.1, 500)}
 RISE = 1.2  # times the lowest loss, beyond the noise of batches
 SMOOTH = 20  # steps that a loss is averaged over
+
+
+def keep_out(h: jax.Array, scale: Any, bias: Any) -> Any:
+    """Batch norm that takes mean and variance for constants, which is wrong."""
+    known = jax.lax.stop_gradient(moments(h))
+    return normalize(h, known.mean, known.var, scale, bias), known
+
+
 # A plain net with free logits is no match for one without them.
 BARE_ARMS = {
-    "inside": Arm("statistics in the gradient", WITH.color),
-    "outside": Arm(
-        "statistics kept out", FOURTH, options={"stop_statistics": True}
-    ),
+    "inside": WITH._replace(label="statistics in the gradient"),
+    "outside": Arm("statistics kept out", FOURTH, options={"norm": keep_out}),
 }
-ARMS = BARE_ARMS | {
-    "without": Arm("without batch norm", WITHOUT.color, options={"norm": False})
-}
+ARMS = BARE_ARMS | {"without": WITHOUT._replace(label="without batch norm")}
 
 
 def measure(settings: Settings, data: Data) -> dict[str, Any]:
     numbers: dict[str, Any] = {"minimal": minimal(settings.seeds)}
     for name, (affine, rate, steps) in RUNS.items():
         steps = 300 if settings.quick else steps
-        setting = data.setting(settings.seeds, steps=steps, batch_size=BATCH)
-        given = setting, data.sizes(*HIDDEN), affine, rate
-        numbers[name] = each(ARMS if affine else BARE_ARMS, train, *given)
+        setting = data.setting(settings.seeds, steps=steps, batch_size=128)
+        arms, sizes = ARMS if affine else BARE_ARMS, data.sizes(64, 64)
+        options = {"sizes": sizes, "affine": affine, "rate": rate}
+        numbers[name] = each(arms, train, setting, **options)
     return numbers | {"summary": _summary(numbers)}
 
 
@@ -58,19 +71,15 @@ def minimal(seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
     """
 
     def descend(u, t, outside):
-        def loss(b):
+        def loss(b, _):
             x = u + b
             mean = moments(x[:, None]).mean[0]
             mean = jnp.where(outside, jax.lax.stop_gradient(mean), mean)
-            return jnp.square(x - mean - t).mean()
+            return jnp.square(x - mean - t).mean(), None
 
-        def step(b, _):
-            value, slope = jax.value_and_grad(loss)(b)
-            new = b - MINIMAL_RATE * slope
-            return new, (new, value)
-
+        steps, sgd = jnp.arange(MINIMAL_STEPS), optax.sgd(MINIMAL_RATE)
         start = jnp.zeros((), u.dtype)
-        return jax.lax.scan(step, start, length=MINIMAL_STEPS)[1]
+        return nets.train(loss, start, steps, sgd, watch=lambda _, b, __: b)
 
     drawn = [np.random.default_rng(seed) for seed in seeds]
     u = np.stack([rng.normal(size=64) for rng in drawn])
@@ -79,48 +88,48 @@ def minimal(seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
     with jax.enable_x64(True):
         every = jax.jit(jax.vmap(descend, (0, 0, None)))
         for arm, outside in (("inside", False), ("outside", True)):
-            found[arm], found[f"loss_{arm}"] = jax.device_get(
-                every(u, t, outside)
-            )
+            _, losses, bias = jax.device_get(every(u, t, outside))
+            found |= {arm: bias, f"loss_{arm}": losses}
     return found
 
 
-def train(
-    setting: Setting,
-    sizes: tuple[int, ...],
-    affine: bool,
-    rate: float,
-    *,
-    norm: bool = True,
-    stop_statistics: bool = False,
-) -> dict[str, jax.Array]:
-    """Trains a net a seed; all (S, steps).
+def init(
+    key: jax.Array, sizes: Sizes, *, norm: Norm, affine: bool
+) -> nets.Params:
+    """Draws a net with a bias before batch norm, of all layers but the head.
 
-    Returns:
-      loss; bias, norm of the first layer's bias before batch norm; head, norm
-      of the head's kernel.
+    Without affine map that is the only bias, and the head has one too.
     """
-    loss = nets.loss_of(
-        norm=norm,
-        stop_statistics=stop_statistics,
-        norm_logits=norm and not affine,
+
+    def changed(layer):
+        kept = layer if affine else {"kernel": layer["kernel"]}
+        return kept | {"before": jnp.zeros_like(layer["bias"])}
+
+    params = nets.init(key, sizes, norm=norm)
+    head = params["head"] if affine else changed(params["head"])
+    return {"hidden": [*map(changed, params["hidden"])], "head": head}
+
+
+@per_seed
+def train(
+    setting: Setting, *, sizes: Sizes, norm: Norm, affine: bool, rate: float
+) -> dict[str, jax.Array]:
+    """Returns what each step leaves behind, all (steps,).
+
+    loss; bias, norm of the first layer's bias before batch norm; head, norm of
+    the head's kernel.
+    """
+
+    def watch(_, new, __):
+        bias, head = new["hidden"][0]["before"], new["head"]["kernel"]
+        return {"bias": jnp.linalg.norm(bias), "head": jnp.linalg.norm(head)}
+
+    params = init(setting.key, sizes, norm=norm, affine=affine)
+    loss = nets.loss_on(setting.train, norm=norm)
+    _, losses, kept = nets.train(
+        loss, params, setting.indices, optax.sgd(rate), watch=watch
     )
-
-    def watch(_, new):
-        return {
-            "bias": jnp.linalg.norm(new["layer0"]["before"]),
-            "head": jnp.linalg.norm(new["head"]["kernel"]),
-        }
-
-    def one(key, indices, examples):
-        params = nets.init(key, sizes, norm=norm, affine=affine, before=True)
-        _, losses, kept = nets.sgd(
-            loss, params, examples, indices, rate, watch=watch
-        )
-        return {"loss": losses, **kept}
-
-    every = jax.jit(jax.vmap(one, (0, 0, None)))
-    return every(setting.keys, setting.indices, setting.train)
+    return {"loss": losses, **kept}
 
 
 def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -160,17 +169,16 @@ def verdict(numbers: dict[str, Any]) -> str:
         "moves by {minimal_loss_change:max}; with the full gradient it stays "
         "at {minimal_inside:max}. A net without affine map whose statistics "
         "are kept out gets to loss {bare_outside_lowest:.2f} and is back at "
-        "{bare_outside_last:.2f} after {steps_bare:.0f} steps (done right: "
+        "{bare_outside_last:.2f} after {steps[bare]:.0f} steps (done right: "
         "{bare_inside_last:.2f}), its head {bare_outside_head:.1f} times as "
         "long (right: {bare_inside_head:.2f}). {holds:verdict} With scale and "
         "bias behind batch norm the loss rose again on {blown} seeds: it ends "
         "at {affine_outside_last:.2g} (right: {affine_inside_last:.2g}) after "
-        "{steps_affine:.0f} steps, |b| at {affine_outside_bias:.1f}.",
+        "{steps[affine]:.0f} steps, |b| at {affine_outside_bias:.1f}.",
         **found,
         holds=holds,
         blown=f"{blown.sum()} of {blown.size}",
-        steps_bare=numbers["bare"]["inside"]["loss"].shape[1],
-        steps_affine=numbers["affine"]["inside"]["loss"].shape[1],
+        steps={name: numbers[name]["inside"]["loss"].shape[1] for name in RUNS},
     )
 
 
@@ -196,29 +204,12 @@ def draw(axes: Any, numbers: dict[str, Any]) -> None:
         place.set_ylim(0)
 
 
+PANELS = (
+    "One bias before one mean | step k | bias b",
+    "Net without scale and bias: its parameters | step | norm",
+    "Net without scale and bias: its loss | step | training loss (nats)",
+    "Net with scale and bias: its loss | step | training loss (nats)",
+)
 EXPERIMENT = Experiment(
-    "gradient",
-    "Statistics kept out of the gradient",
-    claim=(
-        "A gradient step that takes the statistics for constants moves what "
-        "normalization then undoes: a bias grows for ever while the loss stays "
-        "where it is, and with variances in it models blow up (Ioffe and "
-        "Szegedy 2015, section 2)."
-    ),
-    published=(
-        "for xhat = x - mean(x), x = u + b, the bias grows indefinitely while "
-        "the loss remains fixed; no figures. From the gradient follows b = 2 "
-        "lr k mean(t) after k steps on mean((xhat - t)^2)."
-    ),
-    measure=measure,
-    verdict=verdict,
-    draw=draw,
-    panels=(
-        "One bias before one mean | step k | bias b",
-        "Net without scale and bias: its parameters | step | norm",
-        "Net without scale and bias: its loss | step | training loss (nats)",
-        "Net with scale and bias: its loss | step | training loss (nats)",
-    ),
-    shape=(2, 2),
-    size=(9, 6.2),
+    measure, verdict, draw, PANELS, shape=(2, 2), size=(9, 6.2)
 )

@@ -1,64 +1,153 @@
-"""Under batch norm the length of a kernel is a learning rate, not a function.
+"""The length of a kernel under batch norm.
 
-In float64, but for the long runs, so
-that what is exact shows as exact.
+Claim: The loss does not depend on the length of a kernel before batch norm, and
+its gradient goes with 1/length (Ioffe and Szegedy 2015, 3.3). So weight decay
+is an exponentially growing learning rate (Li and Arora 2019), and each step
+comes to turn kernels by the same angle, whatever the loss (Wan et al. 2021).
+
+Published: the loss at a W is that at W, its gradient 1/a of that at W, exactly;
+SGD with decay wd has the losses of SGD with rate lr (1 - lr wd)^(-2t - 1); the
+angle tends to sqrt(2 lr wd) after about 1/(lr wd) steps.
+
+Only hidden kernels are trained; in float64, but for the long runs, so that what
+is exact shows as exact.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
-from jaxbn.diagnostics import equilibrium_angle
-from train.why import plots
-from train.why.arms import THEORY, WITH, WITHOUT, Arm, each
-from train.why.data import Data, Settings
-from train.why.experiment import Experiment, say
-from train.why.lengths import FACTORS, angles, decayed, horizon, scaled
+from jaxbn import batch_norm
+from jaxbn.diagnostics import angular_update, equilibrium_angle
+from train.why import nets, plots
+from train.why.arms import THEORY, WITH, WITHOUT, Arm
+from train.why.data import Data, Setting, Settings
+from train.why.experiment import Experiment, each, per_seed
+from train.why.nets import Norm, Sizes
+from train.why.words import say
 
-# Learning rate and weight decay of the runs towards equilibrium.
+FACTORS = np.logspace(-2, 2, 17)  # on the first kernel
+UNIT = 8  # the factor 1
+DECAY_RATE, DECAY = 0.1, 0.05  # learning rate and weight decay
+# Both, of the runs towards equilibrium.
 PAIRS = ((0.1, 0.05), (0.3, 0.02), (0.3, 0.05))
-
+EXACT = {"norm": functools.partial(batch_norm, epsilon=0.0)}
 ARMS = {
-    "with": WITH._replace(
-        label="with batch norm, epsilon 0",
-        options={"norm": True, "epsilon": 0.0},
-    ),
-    "epsilon": WITH._replace(
-        label="with batch norm, epsilon 1e-5",
-        style=":",
-        options={"norm": True, "epsilon": 1e-5},
-    ),
-    "without": WITHOUT._replace(options={"norm": False, "epsilon": 0.0}),
+    "with": WITH._replace(label="with batch norm, epsilon 0", options=EXACT),
+    "epsilon": WITH._replace(label="with batch norm, epsilon 1e-5", style=":"),
+    "without": WITHOUT,
 }
 
 
 def measure(settings: Settings, data: Data) -> dict[str, Any]:
     pairs = PAIRS[2:] if settings.quick else PAIRS
+    make = functools.partial(data.setting, settings.seeds, batch_size=64)
+    sizes = data.sizes(64, 64)
     with jax.enable_x64(True):
+        short = make(steps=100 if settings.quick else 400)
         numbers = {
             "factors": FACTORS,
-            "scaled": each(ARMS, scaled, settings, data),
-            "decay": each(ARMS, decayed, settings, data),
+            "scaled": each(ARMS, scaled, short, sizes=sizes),
+            "decay": each(ARMS, decayed, short, sizes=sizes),
         }
+    long = make(steps=max(horizon(*pair) for pair in pairs))
     numbers["pairs"] = pairs
-    numbers["angles"] = {
-        name: angles(settings, data, pairs, norm=name == "with")
-        for name in ("with", "without")
-    }
+    numbers["angles"] = {}
+    for name in ("with", "without"):
+        norm = batch_norm if name == "with" else None
+        turn = functools.partial(angles, long, sizes=sizes, norm=norm)
+        turned = jax.vmap(turn)(np.array(pairs, np.float32))
+        numbers["angles"][name] = np.asarray(turned)
     return numbers | _summary(numbers)
+
+
+def _start(
+    setting: Setting, sizes: Sizes, norm: Norm
+) -> tuple[list[jax.Array], nets.Loss]:
+    """Returns the hidden kernels, and the loss as a function of them alone."""
+    params = nets.init(setting.key, sizes, norm=norm)
+    whole = nets.loss_on(setting.train, norm=norm)
+
+    def loss(kernels, index):
+        pairs = zip(params["hidden"], kernels)
+        hidden = [layer | {"kernel": kernel} for layer, kernel in pairs]
+        return whole(params | {"hidden": hidden}, index)
+
+    return [layer["kernel"] for layer in params["hidden"]], loss
+
+
+def _sgd(rate: Any, decay: jax.Array) -> optax.GradientTransformation:
+    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate))
+
+
+@per_seed
+def scaled(setting: Setting, *, sizes: Sizes, norm: Norm) -> Any:
+    """Loss of a new net, and norm of the gradient of the first kernel.
+
+    At each of FACTORS times that kernel: (factors,) each.
+    """
+    (first, *rest), loss = _start(setting, sizes, norm)
+
+    def one(factor):
+        given = [first * factor, *rest], setting.indices[0]
+        slope = jax.value_and_grad(loss, has_aux=True)
+        (value, _), gradient = slope(*given)
+        return {"loss": value, "gradient": jnp.linalg.norm(gradient[0])}
+
+    return jax.vmap(one)(FACTORS)
+
+
+@per_seed
+def decayed(setting: Setting, *, sizes: Sizes, norm: Norm) -> jax.Array:
+    """Losses with weight decay, and with the rate in its place: (2, steps)."""
+    t = np.arange(len(setting.indices))
+    growing = DECAY_RATE * (1 - DECAY_RATE * DECAY) ** (-2.0 * t - 1)
+    rates = np.stack([np.full(len(t), DECAY_RATE), growing])
+
+    def one(rates, decay):
+        kernels, loss = _start(setting, sizes, norm)
+        sgd = _sgd(lambda step: rates[step], decay)
+        return nets.train(loss, kernels, setting.indices, sgd)[1]
+
+    return jax.vmap(one)(rates, np.array([DECAY, 0.0]))
+
+
+def horizon(rate: float, decay: float) -> int:
+    """Steps after which equilibrium has long been reached."""
+    return round(8 / (rate * decay))
+
+
+@per_seed
+def angles(
+    setting: Setting, pair: jax.Array, *, sizes: Sizes, norm: Norm
+) -> jax.Array:
+    """Angle of each step of a kernel, in radians: (steps, layers).
+
+    Root mean square over channels.
+    """
+
+    def watch(old, new, _):
+        turned = [angular_update(old, new, path=(i,)) for i in range(len(old))]
+        return jnp.stack([jnp.sqrt(jnp.square(a).mean()) for a in turned])
+
+    kernels, loss = _start(setting, sizes, norm)
+    sgd = _sgd(*pair)
+    return nets.train(loss, kernels, setting.indices, sgd, watch=watch)[2]
 
 
 def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
     """What the caption says, a number a seed."""
-    unit = np.searchsorted(FACTORS, 1 - 1e-9)
     found = {}
     for name, rows in numbers["scaled"].items():
         loss, gradient = rows["loss"], rows["gradient"]
-        change = np.abs(loss - loss[:, [unit]]).max(1)
-        expected = gradient[:, [unit]] / FACTORS
+        change = np.abs(loss - loss[:, [UNIT]]).max(1)
+        expected = gradient[:, [UNIT]] / FACTORS
         found[f"loss_change_{name}"] = change
         found[f"gradient_error_{name}"] = np.abs(gradient / expected - 1).max(1)
     for name, losses in numbers["decay"].items():
@@ -83,18 +172,14 @@ def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
 def _course(
     pair: tuple[float, float], turned: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Angle over that of equilibrium, smoothed.
+    """steps * lr * wd (60,), and the angle over that of equilibrium (S, 60).
 
     Root mean square over layers and a sixtieth of the run.
-
-    Returns:
-      (steps * lr * wd (60,), ratio (S, 60)).
     """
     steps = horizon(*pair)
     width = max(steps // 60, 1)
-    square = np.square(turned[:, : steps // width * width]).mean(2)
-    square = square.reshape(len(square), -1, width).mean(2)
-    time = (np.arange(square.shape[1]) + 0.5) * width * np.prod(pair)
+    ends, square = plots.by_steps(np.square(turned[:, :steps]).mean(2), width)
+    time = (ends / width - 0.5) * width * np.prod(pair)
     return time, np.sqrt(square) / equilibrium_angle(*pair)
 
 
@@ -132,8 +217,7 @@ def draw(axes: Any, numbers: dict[str, Any]) -> None:
         apart = np.maximum(np.abs(losses[:, 0] - losses[:, 1]), 1e-17)
         line = arm._replace(label=None)
         plots.lines(decay, np.arange(apart.shape[1]), apart, line, lw=1)
-    middle = numbers["scaled"]["with"]["gradient"][0]
-    unit = middle[len(middle) // 2]
+    unit = numbers["scaled"]["with"]["gradient"][0, UNIT]
     plots.theory(gradient, FACTORS, unit / FACTORS, "1/a")
     for name, runs in numbers["angles"].items():
         for pair, style, turned in zip(
@@ -151,33 +235,16 @@ def draw(axes: Any, numbers: dict[str, Any]) -> None:
     angle.set_ylim(0)
 
 
-_FACTOR = "factor a on the first kernel"
+PANELS = (
+    "Loss of a new net, its first kernel scaled | factor a on the first kernel "
+    "| loss (nats)",
+    "Gradient of that kernel | factor a on the first kernel | "
+    "norm of the kernel's gradient",
+    "Weight decay or a growing learning rate | step | "
+    "|difference of losses| (nats)",
+    "Angle by which a step turns the kernels | steps x lr x wd | "
+    "angle / sqrt(2 lr wd)",
+)
 EXPERIMENT = Experiment(
-    "invariance",
-    "The length of a kernel under batch norm",
-    claim=(
-        "The loss does not depend on the length of a kernel before batch norm, "
-        "and its gradient goes with 1/length (Ioffe and Szegedy 2015, 3.3). So "
-        "weight decay is an exponentially growing learning rate (Li and Arora "
-        "2019), and each step comes to turn kernels by the same angle, "
-        "whatever the loss (Wan et al. 2021)."
-    ),
-    published=(
-        "the loss at a W is that at W, its gradient 1/a of that at W, exactly; "
-        "SGD with decay wd has the losses of SGD with rate lr (1 - lr wd)^(-2t "
-        "- 1); the angle tends to sqrt(2 lr wd) after about 1/(lr wd) steps."
-    ),
-    measure=measure,
-    verdict=verdict,
-    draw=draw,
-    panels=(
-        f"Loss of a new net, its first kernel scaled | {_FACTOR} | loss (nats)",
-        f"Gradient of that kernel | {_FACTOR} | norm of the kernel's gradient",
-        "Weight decay or a growing learning rate | step | "
-        "|difference of losses| (nats)",
-        "Angle by which a step turns the kernels | steps x lr x wd | "
-        "angle / sqrt(2 lr wd)",
-    ),
-    shape=(2, 2),
-    size=(9, 6.6),
+    measure, verdict, draw, PANELS, shape=(2, 2), size=(9, 6.6)
 )

@@ -1,4 +1,18 @@
-"""What a net reads from the statistics of its companions, and where."""
+"""Who shares statistics, and what leaks through them.
+
+Claim: Where every device normalizes its own examples, a net reads from their
+common statistics what single examples do not show; it stops looking at the
+example, and fails where the companions are others.
+
+Published: Mask R-CNN with batch norm in its heads, one image on a GPU, box AP:
+per GPU 30.7, shuffled 41.7, synchronized 41.7, without 41.1 (Wu and Johnson
+2021, Rethinking Batch in BatchNorm, Table 6). He et al. (2020), MoCo, shuffle
+for the same reason.
+
+The task is whether a label is even. An extra channel holds (2 even - 1) +
+offset, with one offset for all examples of a device, as all crops of an image
+share its light. Half of the examples of each device are even.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +24,10 @@ from matplotlib.colors import PowerNorm
 
 from train.why import devices, plots
 from train.why.arms import FOURTH, THIRD, WITH, WITHOUT, Arm
-from train.why.data import Data, Settings, keys
+from train.why.data import Data, Setting, Settings, keys
 from train.why.devices import DEVICES, EACH, EVAL_BATCHES, EVERY, SHOWN
-from train.why.experiment import Experiment, say
+from train.why.experiment import Experiment
+from train.why.words import say
 
 COLORS = {
     "none": WITHOUT.color,
@@ -22,39 +37,36 @@ COLORS = {
 }
 
 
-def measure(settings: Settings, data: Data) -> dict[str, Any]:
-    """Trains with statistics per device, shuffled, synchronized, or none.
+def prepare(data: Data, seeds: tuple[int, ...], steps: int) -> Setting:
+    """Draws what `devices.train` takes."""
+    parts = [(data.train, steps), *((part, EVAL_BATCHES) for part in data[:2])]
+    drawn = [
+        tuple(
+            devices.draw(*part, seed=(seed, i)) for i, part in enumerate(parts)
+        )
+        for seed in seeds
+    ]
+    drawn = jax.tree.map(lambda *a: np.stack(a), *drawn)
+    return Setting(keys(seeds), drawn, data.train, data.test)
 
-    The task is whether a label is even. An extra channel holds
-    (2 even - 1) + offset, with one offset of standard deviation 10 for all
-    examples of a device, as all crops of an image share its light. Half of
-    the examples of each device are even.
-    """
+
+def measure(settings: Settings, data: Data) -> dict[str, Any]:
+    """Trains with statistics per device, shuffled, synchronized, or none."""
     steps = 100 if settings.quick else 400
     if settings.data != "digits":
         steps *= 5
-    parts = (
-        (data.train, steps),
-        (data.train, EVAL_BATCHES),
-        (data.test, EVAL_BATCHES),
-    )
-    drawn = [
-        [devices.draw(*part, seed=(seed, i)) for i, part in enumerate(parts)]
-        for seed in settings.seeds
-    ]
-    drawn = jax.tree.map(lambda *a: np.stack(a), *map(tuple, drawn))
-    given = keys(settings.seeds), data.train, data.test, drawn
+    setting = prepare(data, settings.seeds, steps)
     numbers: dict[str, Any] = {
         "chance": 0.5,
         "devices": DEVICES,
         "examples_per_device": EACH,
     }
     for arm in COLORS:
-        curves = devices.train(*given, arm=arm, evaluations=steps // EVERY)
-        shared = arm, curves, data.test, drawn[2]
-        numbers[arm] = _numbers(curves, devices.influence(*shared))
+        curves = devices.train(setting, arm=arm)
+        given = arm, curves, setting
+        numbers[arm] = _numbers(curves, devices.influence(*given))
         if arm == "per device":
-            alone = devices.influence(*shared, train=False)
+            alone = devices.influence(*given, train=False)
             others = alone[~np.eye(len(alone), dtype=bool)]
             numbers["influence_in_inference"] = float(others.max())
     test = {arm: numbers[arm]["test"] for arm in COLORS}
@@ -74,18 +86,19 @@ def _numbers(found: devices.Curves, matrix: np.ndarray) -> dict[str, Any]:
     device = np.arange(SHOWN * EACH) // EACH
     far = device[:, None] != device
     near = ~far & ~np.eye(len(far), dtype=bool)
-    return {
-        "train_accuracy": np.asarray(found.train),
-        "test_accuracy": np.asarray(found.test),
-        "train": np.asarray(found.train[:, -EVERY:].mean(1)),
-        "test": np.asarray(found.test[:, -1]),
-        "same_companions": np.asarray(found.same),
-        "mixed_companions": np.asarray(found.mixed),
+    numbers = {
+        "train_accuracy": found.train,
+        "test_accuracy": found.test,
+        "train": found.train[:, -EVERY:].mean(1),
+        "test": found.test[:, -1],
+        "same_companions": found.same,
+        "mixed_companions": found.mixed,
         "influence": matrix,
         "influence_self": np.diag(matrix).mean(),
         "influence_same_device": matrix[near].mean(),
         "influence_other_device": matrix[far].mean(),
     }
+    return {name: np.asarray(value) for name, value in numbers.items()}
 
 
 def verdict(numbers: dict[str, Any]) -> str:
@@ -100,13 +113,11 @@ def verdict(numbers: dict[str, Any]) -> str:
         "companions from all devices {a[mixed_companions]:.2f}. An example "
         "moves logits on other devices by {a[influence_other_device]:max} per "
         "device, {b[influence_other_device]:max} synchronized; in inference "
-        "any by {inference:max}. The gap is the widest, and the test the "
-        "worst, per device: {holds:tally}.",
+        "any by {n[influence_in_inference]:max}. The gap is the widest, and "
+        "the test the worst, per device: {n[holds]:tally}.",
         n=numbers,
         a=numbers["per device"],
         b=numbers["synchronized"],
-        inference=numbers["influence_in_inference"],
-        holds=numbers["holds"],
     )
 
 
@@ -121,8 +132,8 @@ def draw(axes: Any, numbers: dict[str, Any]) -> None:
             100 * numbers[arm]["train_accuracy"], EVERY
         )
         test = 100 * numbers[arm]["test_accuracy"]
-        gap = {"color": color, "alpha": 0.1, "lw": 0, "label": "gap"}
-        below[i].fill_between(steps, train.mean(0), test.mean(0), **gap)
+        gap = {"color": color, "alpha": 0.1, "label": "gap"}
+        plots.shade(below[i], steps, train.mean(0), test.mean(0), **gap)
         plots.band(below[i], steps, train, Arm("training batches", color, "--"))
         plots.band(below[i], steps, test, Arm("test images", color))
         plots.level(below[i], 50)
@@ -151,29 +162,17 @@ def _draw_influence(axes: Any, matrix: np.ndarray, most: float) -> Any:
 
 
 _BY = "by an example on device"
+PANELS = (
+    f"no batch norm | {_BY} | logits of an example on",
+    *(f"{arm} | {_BY} | " for arm in list(COLORS)[1:]),
+    " | step | accuracy (%)",
+    *[" | step | "] * 3,
+)
 EXPERIMENT = Experiment(
-    "leakage",
-    "Who shares statistics, and what leaks through them",
-    claim=(
-        "Where every device normalizes its own examples, a net reads from "
-        "their common statistics what single examples do not show; it stops "
-        "looking at the example, and fails where the companions are others."
-    ),
-    published=(
-        "Mask R-CNN with batch norm in its heads, one image on a GPU, box AP: "
-        "per GPU 30.7, shuffled 41.7, synchronized 41.7, without 41.1 (Wu and "
-        "Johnson 2021, Rethinking Batch in BatchNorm, Table 6). He et al. "
-        "(2020), MoCo, shuffle for the same reason."
-    ),
-    measure=measure,
-    verdict=verdict,
-    draw=draw,
-    panels=(
-        f"no batch norm | {_BY} | logits of an example on",
-        *(f"{arm} | {_BY} | " for arm in list(COLORS)[1:]),
-        " | step | accuracy (%)",
-        *[" | step | "] * 3,
-    ),
+    measure,
+    verdict,
+    draw,
+    PANELS,
     shape=(2, 4),
     size=(10.5, 5.6),
     grid={"height_ratios": (1.2, 1)},

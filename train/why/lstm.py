@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import jaxbn
 
 UNITS = 48
-
-_EPSILON = 1e-3
+EPSILON = 1e-3
 
 
 class Lstm(NamedTuple):
@@ -24,28 +23,21 @@ class Lstm(NamedTuple):
 
 
 def init(
-    key: jax.Array,
-    inputs: int,
-    classes: int,
-    *,
-    norm: bool,
-    scale: float | jax.Array = 0.1,
+    key: jax.Array, inputs: int, classes: int, *, norm: bool, scale: float = 0.1
 ) -> dict[str, jax.Array]:
     """Draws the parameters; the forget gate's bias starts at 1."""
     keys = jax.random.split(key, 3)
     gates = 4 * UNITS
+    hidden = jax.random.orthogonal(keys[1], UNITS, (4,)).transpose(1, 0, 2)
     params = {
         "input": jax.random.normal(keys[0], (inputs, gates)) / inputs**0.5,
-        "hidden": jax.random.orthogonal(keys[1], UNITS, (4,))
-        .transpose(1, 0, 2)
-        .reshape(UNITS, gates),
+        "hidden": hidden.reshape(UNITS, gates),
         "bias": jnp.zeros(gates).at[UNITS : 2 * UNITS].set(1),
         "head": jax.random.normal(keys[2], (UNITS, classes)) / UNITS**0.5,
         "head_bias": jnp.zeros(classes),
     }
     if norm:
-        sizes = {"input": gates, "hidden": gates, "cell": UNITS}
-        for name, size in sizes.items():
+        for name, size in ("input", gates), ("hidden", gates), ("cell", UNITS):
             params[f"{name}_scale"] = jnp.full(size, scale)
         params["cell_bias"] = jnp.zeros(UNITS)
     return params
@@ -77,41 +69,37 @@ def apply(
     """
     norm = "input_scale" in params
 
-    def normal(name, h, known, bias=None):
+    def normal(name, h, known):
         """Returns h normalized, and the moments of it where it is a batch."""
         if not norm:
             return h, None
-        scale = params[f"{name}_scale"]
+        affine = params[f"{name}_scale"], params.get(f"{name}_bias")
         if known is None:
-            return jaxbn.batch_norm(h, scale, bias, epsilon=_EPSILON)
+            return jaxbn.batch_norm(h, *affine, epsilon=EPSILON)
         mean, var, _ = known
-        h = jaxbn.normalize(h, mean, var, scale, bias, epsilon=_EPSILON)
-        return h, None
+        return jaxbn.normalize(h, mean, var, *affine, epsilon=EPSILON), None
 
     def step(carry, given):
         hidden, cell = carry
-        gates, known, perturbation = given
-        of_hidden, of_cell = (None, None) if known is None else known
+        gates, (of_hidden, of_cell), perturbation = given
         more, first = normal("hidden", hidden @ params["hidden"], of_hidden)
         input_gate, forget_gate, output_gate, candidate = jnp.split(
             gates + more, 4, axis=-1
         )
         cell = jax.nn.sigmoid(forget_gate) * cell
         cell += jax.nn.sigmoid(input_gate) * jnp.tanh(candidate)
-        normalized, second = normal(
-            "cell", cell, of_cell, params.get("cell_bias")
-        )
+        normalized, second = normal("cell", cell, of_cell)
         hidden = jax.nn.sigmoid(output_gate) * jnp.tanh(normalized)
         if perturbation is not None:
             hidden += perturbation
         return (hidden, cell), (first, second)
 
     # The input's contribution needs no hidden state: all steps at once.
-    of_input, *known = statistics or (None,)
+    of_input, *known = statistics or (None, None, None)
     gates, first = jax.vmap(functools.partial(normal, "input"))(
         x @ params["input"], of_input
     )
-    given = gates + params["bias"], tuple(known) or None, perturbation
+    given = gates + params["bias"], tuple(known), perturbation
     carry = start, jnp.zeros_like(start)
     (hidden, _), rest = jax.lax.scan(step, carry, given)
     logits = hidden @ params["head"] + params["head_bias"]

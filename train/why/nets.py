@@ -1,7 +1,7 @@
 """Small nets as pure functions on jaxbn, and their training as one scan.
 
-Parameters are {"layer0": ..., "layer1": ..., "head": ...}, each with a kernel.
-Training, and all else here, may be wrapped in vmap over seeds and settings.
+Parameters are {"hidden": [layer, ...], "head": layer}, and a layer a dict with
+a kernel (in, out). All functions may be wrapped in vmap over seeds.
 """
 
 from __future__ import annotations
@@ -11,12 +11,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
-from jaxbn import Moments, batch_norm, moments, normalize
+from jaxbn import Moments, batch_norm, normalize
 
-Params = dict[str, dict[str, jax.Array]]
-# (params, batch_stats, batch) -> (scalar, new batch_stats), in training mode.
-Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
+Params = dict[str, Any]
+# (params, input of a step) -> (scalar, auxiliary).
+Loss = Callable[[Any, Any], tuple[jax.Array, Any]]
+# (h, scale, bias) -> (normalized, statistics), as `batch_norm`; or None.
+Norm = Callable[..., tuple[jax.Array, Moments]] | None
+Sizes = tuple[int, ...]  # of the input, of the hidden layers and of the logits
+
+_VARIANCES = {
+    "he": lambda rows, _: 2 / rows,
+    "lecun": lambda rows, _: 1 / rows,
+    "glorot": lambda rows, columns: 2 / (rows + columns),
+}
 
 
 class Output(NamedTuple):
@@ -27,114 +38,80 @@ class Output(NamedTuple):
 
 def init(
     key: jax.Array,
-    sizes: Sequence[int],
+    sizes: Sizes,
     *,
-    norm: bool = True,
-    affine: bool = True,
-    before: bool = False,
+    norm: Norm = batch_norm,
     gain: str = "he",
     factor: float | jax.Array = 1.0,
-    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Params:
-    """Draws parameters; the kernels do not depend on the other options.
+    """Draws parameters; the kernels do not depend on norm.
 
-    Args:
-      key: random.
-      sizes: of the input, of the hidden layers and of the logits.
-      norm, affine: hidden layers have a bias with affine, a scale with both.
-      before: hidden layers have a bias "before" that is added ahead of the
-        normalization; the head too without affine, in place of its bias.
-      gain: "he", "lecun" or "glorot": hidden kernels have variance 2 / in,
-        1 / in or 2 / (in + out). The head's is 1 / in.
-      factor: times the hidden kernels.
-      dtype: of all.
+    gain is "he", "lecun" or "glorot": hidden kernels have variance 2 / in,
+    1 / in or 2 / (in + out), times factor^2. The head's is 1 / in. With norm
+    hidden layers have a scale.
     """
-    params = {}
+    shapes = list(zip(sizes, sizes[1:]))
     # One draw, cut up: each further one takes seconds to compile.
-    total = sum(a * b for a, b in zip(sizes, sizes[1:]))
-    drawn = jax.random.normal(key, (total,), dtype)
-    for i, (rows, columns) in enumerate(zip(sizes, sizes[1:])):
-        head = i == len(sizes) - 2
-        variance = {
-            "he": 2 / rows,
-            "lecun": 1 / rows,
-            "glorot": 2 / (rows + columns),
-        }["lecun" if head else gain]
-        kernel, drawn = jnp.split(drawn, [rows * columns])
-        kernel = kernel.reshape(rows, columns)
-        layer = {"kernel": kernel * variance**0.5}
-        if not head:
-            layer["kernel"] = layer["kernel"] * jnp.asarray(factor, dtype)
-        if affine or (head and not before):
-            layer["bias"] = jnp.zeros(columns, dtype)
-        if norm and affine and not head:
-            layer["scale"] = jnp.ones(columns, dtype)
-        if before and not (affine and head):
-            layer["before"] = jnp.zeros(columns, dtype)
-        params["head" if head else f"layer{i}"] = layer
-    return params
-
-
-def layers(params: Params) -> tuple[str, ...]:
-    """Names of the layers from the input to the head."""
-    return (*(f"layer{i}" for i in range(len(params) - 1)), "head")
+    *ends, total = np.cumsum([rows * columns for rows, columns in shapes])
+    drawn = jnp.split(jax.random.normal(key, (total,)), ends)
+    layers = []
+    for i, (shape, kernel) in enumerate(zip(shapes, drawn)):
+        head = i == len(shapes) - 1
+        variance = _VARIANCES["lecun" if head else gain](*shape)
+        kernel = kernel.reshape(shape) * variance**0.5
+        kernel = kernel if head else kernel * factor
+        layers.append({"kernel": kernel, "bias": jnp.zeros(shape[1])})
+        if norm and not head:
+            layers[-1]["scale"] = jnp.ones(shape[1])
+    return {"hidden": layers[:-1], "head": layers[-1]}
 
 
 def apply(
     params: Params,
     x: jax.Array,
     *,
-    norm: bool = True,
+    norm: Norm = batch_norm,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
-    epsilon: float = 1e-5,
-    stop_statistics: bool = False,
-    norm_logits: bool = False,
     statistics: Sequence[Any] | None = None,
-    axis_name: str | None = None,
     between: Callable[[int, jax.Array], jax.Array] | None = None,
 ) -> Output:
     """kernel, batch norm, activation, layer by layer; the head is linear.
 
     Args:
-      params: of `init`.
+      params: of `init`. What a layer has as "before" is added ahead of the
+        normalization. A head without bias is normalized too.
       x: (B, D).
-      norm: normalizes the hidden layers.
+      norm: of hidden layers, with the statistics of the batch.
       activation: between layers.
-      epsilon: of batch norm.
-      stop_statistics: takes mean and variance for constants, which is wrong.
-      norm_logits: normalizes the logits too, without scale.
-      statistics: mean and var of each normalized layer, as in inference.
-      axis_name: over which a batch is synchronized.
+      statistics: mean and var of each layer in place of those, as in inference.
       between: (layer number, normalized) -> what the activation is given.
     """
     found, preactivations = [], []
-    for i, name in enumerate(layers(params)):
-        layer = params[name]
+
+    def through(layer, x, norm):
         h = x @ layer["kernel"]
         if "before" in layer:
             h = h + layer["before"]
-        head = name == "head"
         scale, bias = layer.get("scale"), layer.get("bias")
-        if norm_logits if head else norm:
-            given = {"scale": scale, "bias": bias, "epsilon": epsilon}
-            if statistics is None and not stop_statistics:
-                h, known = batch_norm(h, axis_name=axis_name, **given)
-            else:
-                if statistics is not None:
-                    known = statistics[len(found)]
-                else:
-                    known = jax.lax.stop_gradient(moments(h))
-                h = normalize(h, known.mean, known.var, **given)
-            found.append(known)
-        elif bias is not None:
-            h = h + bias
-        if head:
-            break
+        if not norm:
+            return h if bias is None else h + bias
+        if statistics is None:
+            h, known = norm(h, scale, bias)
+        else:
+            known = statistics[len(found)]
+            h = normalize(h, known.mean, known.var, scale, bias)
+        found.append(known)
+        return h
+
+    for i, layer in enumerate(params["hidden"]):
+        h = through(layer, x, norm)
         if between is not None:
             h = between(i, h)
         preactivations.append(h)
         x = activation(h)
-    return Output(h, tuple(found), tuple(preactivations))
+    head = params["head"]
+    logits = through(head, x, None if "bias" in head else norm)
+    return Output(logits, tuple(found), tuple(preactivations))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -143,108 +120,52 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(log_p, labels[:, None], -1).mean()
 
 
-def loss_of(**options: Any) -> Loss:
-    """Cross-entropy of `apply` with these options, as jaxbn.diagnostics takes.
+def loss_on(examples: tuple[jax.Array, jax.Array], **options: Any) -> Loss:
+    """(params, indices of a batch) -> (cross-entropy, accuracy) of `apply`."""
 
-    batch_stats is passed on unchanged; `population` finds the statistics to
-    evaluate with.
-    """
-
-    def loss(params, batch_stats, batch):
-        x, labels = batch
+    def loss(params, index):
+        x, labels = (a[index] for a in examples)
         logits = apply(params, x, **options).logits
-        return cross_entropy(logits, labels), batch_stats
+        return cross_entropy(logits, labels), accuracy(logits, labels)
 
     return loss
 
 
-def population(params: Params, x: jax.Array, **options: Any) -> tuple:
-    """Moments of each layer over all of x, for `apply(statistics=...)`."""
-    return apply(params, x, **options).moments
-
-
-def accuracy(
-    params: Params, x: jax.Array, labels: jax.Array, **options: Any
-) -> jax.Array:
-    """Share of right answers, (); a net that is not finite has none right."""
-    logits = apply(params, x, **options).logits
-    right = jnp.argmax(logits, -1) == labels
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Share of right answers, (); what is not finite is none."""
+    right = logits.argmax(-1) == labels
     return (right & jnp.isfinite(logits).all(-1)).mean()
 
 
-def descend(
-    loss: Callable[[Any, Any], tuple[jax.Array, Any]],
-    params: Any,
-    inputs: Any,
-    learning_rate: float | jax.Array,
-) -> tuple[Any, jax.Array, Any]:
-    """params -= learning_rate gradient, a step for each input, as one scan.
-
-    Args:
-      loss: (params, input) -> (scalar, auxiliary).
-      params: any tree.
-      inputs: tree with a leading axis T.
-      learning_rate: of all steps.
-
-    Returns:
-      (params, losses (T,), auxiliary with a leading axis T).
-    """
-
-    def step(params, given):
-        found, gradient = jax.value_and_grad(loss, has_aux=True)(params, given)
-        new = jax.tree.map(lambda p, g: p - learning_rate * g, params, gradient)
-        return new, found
-
-    params, (losses, auxiliary) = jax.lax.scan(step, params, inputs)
-    return params, losses, auxiliary
-
-
-def sgd(
+def train(
     loss: Loss,
     params: Any,
-    data: tuple[jax.Array, jax.Array],
-    indices: jax.Array,
-    learning_rate: float | jax.Array,
+    inputs: Any,
+    optimizer: optax.GradientTransformation,
     *,
-    weight_decay: float | jax.Array = 0.0,
-    momentum: float | jax.Array = 0.0,
-    watch: Callable[[Any, Any], Any] | None = None,
+    watch: Callable[..., Any] = lambda old, new, auxiliary: auxiliary,
 ) -> tuple[Any, jax.Array, Any]:
-    """params -= learning_rate (gradient + weight_decay params), as one scan.
+    """A step of the optimizer for each of inputs, as one scan.
 
-    Args:
-      loss: (params, batch_stats, (x, labels)) -> (scalar, batch_stats).
-      params: any tree; decay acts on all of it.
-      data: all x and all labels.
-      indices: (T, B), which examples each step sees.
-      learning_rate: one, or (T,).
-      weight_decay: coefficient of half the squared norm.
-      momentum: of the heavy ball.
-      watch: (params before the step, after it) -> what to keep of each step.
+    watch is called with the parameters before the step, after it, and the
+    auxiliary output of loss.
 
     Returns:
-      (params, losses (T,), watched with a leading axis T or None).
+      (params, losses (T,), what watch returned, with a leading axis T).
     """
-    rates = jnp.broadcast_to(learning_rate, indices.shape[:1])
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def step(carry, given):
-        params, velocity = carry
-        index, rate = given
-        batch = jax.tree.map(lambda a: a[index], data)
-        (value, _), gradient = value_and_grad(params, (), batch)
+        params, state = carry
+        found, gradient = jax.value_and_grad(loss, has_aux=True)(params, given)
+        updates, state = optimizer.update(gradient, state, params)
+        new = optax.apply_updates(params, updates)
+        return (new, state), (found[0], watch(params, new, found[1]))
 
-        def accelerate(v, g, p):
-            return momentum * v + g + weight_decay * p
-
-        def move(p, v):
-            return p - (rate * v).astype(p.dtype)
-
-        velocity = jax.tree.map(accelerate, velocity, gradient, params)
-        new = jax.tree.map(move, params, velocity)
-        kept = None if watch is None else watch(params, new)
-        return (new, velocity), (value, kept)
-
-    start = params, jax.tree.map(jnp.zeros_like, params)
-    (params, _), (losses, kept) = jax.lax.scan(step, start, (indices, rates))
+    start = params, optimizer.init(params)
+    (params, _), (losses, kept) = jax.lax.scan(step, start, inputs)
     return params, losses, kept
+
+
+def intervals(inputs: Any, steps: int) -> Any:
+    """Cuts a leading axis T into (T / steps, steps)."""
+    return jax.tree.map(lambda a: a.reshape(-1, steps, *a.shape[1:]), inputs)

@@ -1,4 +1,14 @@
-"""The noise that the other examples of a batch add to one's logits."""
+"""Companions as noise, and who counts as one.
+
+Claim: With batch norm, what a net says of an example depends on its companions
+in the batch: a regularizing noise whose variance falls as one over the number
+of examples that are normalized together.
+
+Published: The net "no longer produces deterministic values for a given training
+example", which regularizes it (Ioffe and Szegedy 2015, section 3.4). The mean
+of n values has variance sigma^2 / n, and n of a pool of P drawn without
+replacement (1 - n/P) of that.
+"""
 
 from __future__ import annotations
 
@@ -7,121 +17,105 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from jaxbn import diagnostics
+from jaxbn import batch_norm, diagnostics
 from train.why import nets, plots
-from train.why.arms import ARMS, FOURTH, THEORY, WITH, WITHOUT, Arm, each
+from train.why.arms import ARMS, FOURTH, THEORY, WITH, WITHOUT, Arm
 from train.why.data import Data, Setting, Settings
-from train.why.experiment import Experiment, number, say
+from train.why.experiment import Experiment, each, per_seed
+from train.why.nets import Norm, Sizes
+from train.why.words import number, say
 
 DEVICES = 8
 EACH = 16  # examples on a device
 STRAIGHT = (16, 128)  # batch sizes between which n V is compared
 BAND = 0.15  # that n V may depart there from its mean
+SYNCHRONIZED = {"norm": functools.partial(batch_norm, axis_name="devices")}
 ON_DEVICES = {
-    "per device": Arm(f"{DEVICES} devices of {EACH}, per device", FOURTH, "s"),
+    "per device": Arm("8 devices of 16, per device", FOURTH, "s", WITH.options),
     "synchronized": Arm(
-        f"{DEVICES} devices of {EACH}, synchronized",
-        THEORY,
-        "D",
-        {"axis_name": "devices"},
+        "8 devices of 16, synchronized", THEORY, "D", SYNCHRONIZED
     ),
 }
-
+# Examples that are normalized together.
+COUNTED = {"per device": EACH, "synchronized": DEVICES * EACH}
 _SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
-_RATE = 0.1
-_BATCH = 128
-_PROBES = 32
 
 
 def measure(settings: Settings, data: Data) -> dict[str, Any]:
     """Trains, then normalizes test images with companions drawn at random."""
     sizes = _SIZES[2:7] if settings.quick else _SIZES
-    draws = 24 if settings.quick else 96
     steps = 100 if settings.quick else 300
-    setting = data.setting(settings.seeds, steps=steps, batch_size=_BATCH)
+    setting = data.setting(settings.seeds, steps=steps, batch_size=128)
     trained = each(ARMS, _train, setting, sizes=data.sizes(64, 64))
-    keys = setting.keys
-    pool = data.train_x[:: max(1, len(data.train_x) // 1400)]
-    probes = data.test_x[:: len(data.test_x) // _PROBES][:_PROBES]
-    found = functools.partial(_noise, pool=pool, probes=probes, draws=draws)
+    pool, probes = (
+        x[:: max(1, len(x) // count)]
+        for (x, _), count in zip(data[:2], (1400, 32))
+    )
+    draws = 24 if settings.quick else 96
+
+    def found(keys, net, **options):
+        given = (keys, net), probes[:32], pool
+        return jax.device_get(_noise(*given, draws=draws, **options))
+
+    keys = setting.key
     curve = [found(keys, trained["with"], batch_size=n) for n in sizes]
-    whole = DEVICES * EACH
+    whole = {"batch_size": DEVICES * EACH}
     # Companions of their own: with those of the curve they would agree anyhow.
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, whole)
-    found = functools.partial(found, keys, batch_size=whole)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, DEVICES * EACH)
     numbers = {
         "batch_sizes": sizes,
         "pool": len(pool),
         "devices": DEVICES,
         "examples_per_device": EACH,
         **{k: np.stack([row[k] for row in curve], 1) for k in curve[0]},
-        **each(ON_DEVICES, found, trained["with"], devices=DEVICES),
-        "without": jax.device_get(found(trained["without"], norm=False)),
+        **each(
+            ON_DEVICES, found, keys, trained["with"], devices=DEVICES, **whole
+        ),
+        "without": found(keys, trained["without"], norm=None, **whole),
     }
     return numbers | {"summary": _summary(numbers)}
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "sizes"))
-def _train(
-    setting: Setting, *, norm: bool, sizes: tuple[int, ...]
-) -> tuple[nets.Params, Any]:
-    """Returns parameters and population statistics, one a seed."""
-
-    def one(key, indices):
-        params = nets.init(key, sizes, norm=norm)
-        loss = nets.loss_of(norm=norm)
-        params, _, _ = nets.sgd(loss, params, setting.train, indices, _RATE)
-        return params, nets.population(params, setting.train[0], norm=norm)
-
-    return jax.vmap(one)(setting.keys, setting.indices)
+@per_seed
+def _train(setting: Setting, *, norm: Norm, sizes: Sizes) -> Any:
+    """Returns parameters and population statistics."""
+    params = nets.init(setting.key, sizes, norm=norm)
+    loss = nets.loss_on(setting.train, norm=norm)
+    params, _, _ = nets.train(loss, params, setting.indices, optax.sgd(0.1))
+    return params, nets.apply(params, setting.train[0], norm=norm).moments
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("batch_size", "draws", "norm", "devices", "axis_name"),
-)
+@per_seed
 def _noise(
-    keys: jax.Array,
-    trained: tuple[nets.Params, Any],
-    *,
-    pool: jax.Array,
+    run: Any,
     probes: jax.Array,
-    draws: int,
+    pool: jax.Array,
+    *,
     batch_size: int,
-    norm: bool = True,
-    devices: int | None = None,
-    axis_name: str | None = None,
+    draws: int,
+    norm: Norm = batch_norm,
+    devices: int = 1,
 ) -> dict[str, jax.Array]:
-    """Returns variance, mean over probes, and flips: (seeds,) each.
-
-    Of a batch on one device or, where axis_name is "devices", synchronized
-    over several.
-    """
+    """Variance, mean over probes, and flips of a batch that lies on devices."""
 
     def apply(params, statistics, x, *, train):
-        if not train or devices is None:
-            known = None if train else statistics
-            return nets.apply(params, x, norm=norm, statistics=known).logits
+        known = None if train else statistics
+        options = {"norm": norm, "statistics": known}
+        parts = x.reshape(devices if train else 1, -1, x.shape[-1])
         logits = jax.vmap(
-            lambda part: nets.apply(params, part, axis_name=axis_name).logits,
+            lambda part: nets.apply(params, part, **options).logits,
             axis_name="devices",
-        )(x.reshape(devices, -1, x.shape[-1]))
+        )(parts)
         return logits.reshape(len(x), -1)
 
-    def one(key, trained):
-        noise = diagnostics.companion_noise(
-            apply,
-            *trained,
-            probes,
-            pool,
-            batch_size=batch_size,
-            draws=draws,
-            key=key,
-        )
-        return {"variance": noise.variance.mean(), "flips": noise.flips}
-
-    return jax.vmap(one)(keys, trained)
+    key, trained = run
+    options = {"batch_size": batch_size, "draws": draws, "key": key}
+    found = diagnostics.companion_noise(
+        apply, *trained, probes, pool, **options
+    )
+    return {"variance": found.variance.mean(), "flips": found.flips}
 
 
 def _inside(sizes: np.ndarray) -> np.ndarray:
@@ -130,19 +124,17 @@ def _inside(sizes: np.ndarray) -> np.ndarray:
 
 def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
     """How straight the line is, and where devices lie on it, (S,) each."""
-    sizes = np.asarray(numbers["batch_sizes"])
-    product = sizes * numbers["variance"]
-    inside = _inside(sizes)
-    typical = product[:, inside].mean(1)
-    off = np.abs(product[:, inside] / typical[:, None] - 1).max(1)
-    ratio = {}
-    for arm, n in (("per device", EACH), ("synchronized", DEVICES * EACH)):
-        on_line = numbers["variance"][:, list(sizes).index(n)]
-        ratio[arm] = numbers[arm]["variance"] / on_line
+    sizes, variance = np.asarray(numbers["batch_sizes"]), numbers["variance"]
+    product = sizes * variance
+    typical = product[:, _inside(sizes)].mean(1)
+    off = np.abs(product[:, _inside(sizes)] / typical[:, None] - 1).max(1)
     return {
         "product_off_by": off,
         "smallest_over_typical": product[:, 0] / typical,
-        "device_over_batch": ratio,
+        "device_over_batch": {
+            arm: numbers[arm]["variance"] / variance[:, list(sizes).index(n)]
+            for arm, n in COUNTED.items()
+        },
         "holds": off < BAND,
     }
 
@@ -172,10 +164,9 @@ def draw(axes: Any, numbers: dict[str, Any]) -> None:
         plots.lines(place, sizes, values, WITH._replace(label=None), lw=1)
         plots.lines(place, sizes, values.mean(0)[None], mean, ms=4, alpha=1)
         for name, arm in ON_DEVICES.items():
-            n = EACH if name == "per device" else DEVICES * EACH
             value = unit * numbers[name][key].mean()
             options = {"ms": 11, "mfc": "none", "mew": 2, "alpha": 1}
-            plots.lines(place, [n], [[value]], arm, **options)
+            plots.lines(place, [COUNTED[name]], [[value]], arm, **options)
         place.set_xscale("log", base=2)
         place.set_xticks(sizes, [f"{n:.0f}" for n in sizes])
     axes[0].semilogy()
@@ -190,28 +181,11 @@ def draw(axes: Any, numbers: dict[str, Any]) -> None:
 
 
 _N = "n, examples normalized together"
+PANELS = (
+    f"Variance of the logits over companions | {_N} | "
+    "variance V (logits squared)",
+    f"Predictions that companions change | {_N} | share of predictions (%)",
+)
 EXPERIMENT = Experiment(
-    "noise",
-    "Companions as noise, and who counts as one",
-    claim=(
-        "With batch norm, what a net says of an example depends on its "
-        "companions in the batch: a regularizing noise whose variance falls "
-        "as one over the number of examples that are normalized together."
-    ),
-    published=(
-        'The net "no longer produces deterministic values for a given training '
-        'example", which regularizes it (Ioffe and Szegedy 2015, section 3.4). '
-        "The mean of n values has variance sigma^2 / n, and n of a pool of P "
-        "drawn without replacement (1 - n/P) of that."
-    ),
-    measure=measure,
-    verdict=verdict,
-    draw=draw,
-    panels=(
-        f"Variance of the logits over companions | {_N} | "
-        "variance V (logits squared)",
-        f"Predictions that companions change | {_N} | share of predictions (%)",
-    ),
-    shape=(1, 2),
-    size=(10, 4.2),
+    measure, verdict, draw, PANELS, shape=(1, 2), size=(10, 4.2)
 )

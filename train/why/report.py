@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import json
 import pathlib
 import textwrap
-from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-from train.files import write_json
+from train.files import atomic_write, write_json
 from train.why.data import Settings
 from train.why.experiment import Finding
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-
-_WIDTH = 9.0  # inches, unless the finding sets another
 _LINE = 0.185  # inches that a line of the caption takes
 _STYLE = {
     "axes.spines.top": False,
@@ -38,26 +33,23 @@ def write(
 ) -> pathlib.Path:
     """Writes FOLDER/NAME.png and FOLDER/NAME.json; returns the former.
 
-    Both appear in one piece. In the JSON an array is a list, and what is not
-    finite is null.
+    In the JSON an array is a list, and what is not finite is null.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{finding.name}.png"
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        finding.draw(figure)
+        _add_caption(figure, finding)
+        with atomic_write(path) as file:
+            figure.savefig(file, dpi=150)
     record = finding._asdict()
     del record["draw"]
     if settings is not None:
         record["settings"] = settings._asdict()
-    path = folder / f"{finding.name}.png"
-    partial = folder / f"{finding.name}.partial.png"
-    with plt.rc_context(_STYLE):
-        figure = plt.figure(figsize=(_WIDTH, 4), layout="constrained")
-        try:
-            finding.draw(figure)
-            _add_caption(figure, finding)
-            figure.savefig(partial, dpi=150)
-        finally:
-            plt.close(figure)
-    partial.replace(path)
-    write_json(path.with_suffix(".json"), _plain(record))
+    text = json.dumps(record, default=lambda array: np.asarray(array).tolist())
+    plain = json.loads(text, parse_constant=lambda not_finite: None)
+    write_json(path.with_suffix(".json"), plain)
     return path
 
 
@@ -79,26 +71,11 @@ def _add_caption(figure: Figure, finding: Finding) -> None:
     figure.get_layout_engine().set(
         rect=(0.01, below / total, 0.98, height / total)
     )
-    font = {"fontsize": 13, "fontweight": "bold"}
-    y = 1 - 0.13 / total
-    figure.text(0.5, y, finding.title, ha="center", va="top", **font)
+    font = {"ha": "center", "va": "top", "fontsize": 13, "fontweight": "bold"}
+    figure.text(0.5, 1 - 0.13 / total, finding.title, **font)
     y = below - 0.1
     for head, lines in blocks.items():
         font = {"va": "top", "fontsize": 9, "linespacing": 1.32}
         figure.text(0.18 / width, y / total, head, fontweight="bold", **font)
         figure.text(1.3 / width, y / total, "\n".join(lines), **font)
         y -= _LINE * len(lines)
-
-
-def _plain(value: Any) -> Any:
-    """value in the types of JSON; what is not finite is None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, str) or value is None:
-        return value
-    value = np.asarray(value).tolist()
-    if isinstance(value, list):
-        return _plain(value)
-    return value if math.isfinite(value) else None

@@ -1,20 +1,32 @@
-"""Units that are driven to where their activation is flat."""
+"""Where sigmoids and tanhs are flat.
+
+Claim: Without batch norm the inputs of sigmoids and tanhs drift to where these
+are flat, and gradients vanish; batch norm keeps them where they bend.
+
+Published: Inception with sigmoids is never above chance (0.1%) without batch
+norm and reaches 69.8% with it; percentiles of a sigmoid's input stay put with
+it and wander without (Ioffe and Szegedy 2015, section 4.2.2 and figure 1). The
+last hidden layer of a sigmoid net is soon driven towards 0, and with five
+layers never comes back (Glorot and Bengio 2010, section 3.1).
+"""
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxbn import diagnostics
 from train.why import nets, plots
-from train.why.arms import ARMS, each
+from train.why.arms import ARMS
 from train.why.data import Data, Setting, Settings
-from train.why.experiment import Experiment, say
+from train.why.experiment import Experiment, each, per_seed
+from train.why.nets import Norm
+from train.why.words import say
 
 FLAT = 0.1  # a unit is saturated where its slope is below that of its largest
 # |input| with that slope: tanh' = 1 / cosh(h)^2, and a sigmoid is a tanh of
@@ -35,9 +47,7 @@ KINDS = {
     "sigmoid": Kind(jax.nn.sigmoid, 2 * _BEND, 5, 1.0),
     "tanh": Kind(jnp.tanh, _BEND, 8, 0.1),
 }
-
 _FACTORS = (1.0, 3.0)  # times the usual weights at the start, for tanh
-_BATCH = 64
 _EVERY = 25  # steps between two probes
 _EXAMPLES = 512  # training images of a probe
 _PERCENTILES = (15, 50, 85)
@@ -55,12 +65,10 @@ class Probes(NamedTuple):
 def measure(settings: Settings, data: Data) -> dict[str, Any]:
     """Trains a sigmoid net, and tanh nets from usual and large weights."""
     steps = 300 if settings.quick else 1000
-    setting = data.setting(settings.seeds, steps=steps, batch_size=_BATCH)
-    ends = data.sizes()
-    sigmoid = each(ARMS, train, setting, 1.0, kind="sigmoid", ends=ends)
-    tanh = [
-        each(ARMS, train, setting, factor, kind="tanh", ends=ends)
-        for factor in _FACTORS
+    setting = data.setting(settings.seeds, steps=steps, batch_size=64)
+    runs = [
+        each(ARMS, train, setting, factor, kind=kind, ends=data.sizes())
+        for kind, factor in (("sigmoid", 1.0), *(("tanh", f) for f in _FACTORS))
     ]
     numbers: dict[str, Any] = {
         "steps": np.arange(0, steps, _EVERY),
@@ -70,51 +78,40 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
         "chance": 1 / data.num_classes,
     }
     for arm in ARMS:
-        both = jax.tree.map(lambda *a: np.stack(a), *(t[arm] for t in tanh))
-        numbers[arm] = {
-            "sigmoid": sigmoid[arm]._asdict(),
-            "tanh": both._asdict(),
-        }
+        sigmoid, *tanh = (run[arm] for run in runs)
+        both = jax.tree.map(lambda *a: np.stack(a), *tanh)
+        numbers[arm] = {"sigmoid": sigmoid._asdict(), "tanh": both._asdict()}
     return numbers | {"summary": _summary(numbers)}
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "kind", "ends"))
+@per_seed
 def train(
-    setting: Setting,
-    factor: jax.Array,
-    *,
-    norm: bool,
-    kind: str,
-    ends: tuple[int, int],
+    setting: Setting, factor: Any, *, norm: Norm, kind: str, ends: tuple
 ) -> Probes:
-    """Trains a net a seed from weights of factor times the usual size."""
+    """Trains from weights of factor times the usual size."""
     activation, limit, depth, rate = KINDS[kind]
     options = {"norm": norm, "activation": activation}
-    loss = nets.loss_of(**options)
-    sizes = (ends[0], *[64] * depth, ends[1])
-    shown = tuple(
+    x, labels = (
         a[:: max(1, len(a) // _EXAMPLES)][:_EXAMPLES] for a in setting.train
     )
+    slope = jax.grad(activation)
+    loss = nets.loss_on(setting.train, **options)
 
     def interval(params, indices):
-        x, labels = shown
-        logits, _, preactivations = nets.apply(params, x, **options)
-        slopes = jax.vmap(jax.grad(activation))(preactivations[-1].reshape(-1))
+        logits, _, inputs = nets.apply(params, x, **options)
         seen = Probes(
             (logits.argmax(-1) == labels).mean(),
-            diagnostics.activation_stats(preactivations, limit=limit).saturated,
-            jnp.percentile(preactivations[-1], jnp.asarray(_PERCENTILES)),
-            slopes.mean() / jax.grad(activation)(0.0),
+            diagnostics.activation_stats(inputs, limit=limit).saturated,
+            jnp.percentile(inputs[-1], jnp.asarray(_PERCENTILES)),
+            jax.vmap(slope)(inputs[-1].reshape(-1)).mean() / slope(0.0),
         )
-        params, _, _ = nets.sgd(loss, params, setting.train, indices, rate)
-        return params, seen
+        return nets.train(loss, params, indices, optax.sgd(rate))[0], seen
 
-    def one(key, indices):
-        params = nets.init(key, sizes, norm=norm, gain="lecun", factor=factor)
-        indices = indices.reshape(-1, _EVERY, indices.shape[-1])
-        return jax.lax.scan(interval, params, indices)[1]
-
-    return jax.vmap(one)(setting.keys, setting.indices)
+    sizes = (ends[0], *[64] * depth, ends[1])
+    start = {"norm": norm, "gain": "lecun", "factor": factor}
+    params = nets.init(setting.key, sizes, **start)
+    intervals = nets.intervals(setting.indices, _EVERY)
+    return jax.lax.scan(interval, params, intervals)[1]
 
 
 def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +169,7 @@ def draw(axes: Any, numbers: dict[str, Any]) -> None:
         plots.band(accuracy, steps, 100 * sigmoid["accuracy"], arm)
         low, median, high = sigmoid["inputs"].mean(0).T
         inputs.plot(steps, median, color=arm.color, label=arm.label)
-        inputs.fill_between(steps, low, high, color=arm.color, alpha=0.2, lw=0)
+        plots.shade(inputs, steps, low, high, color=arm.color)
         for factor, share, style in zip(
             _FACTORS, 100 * tanh["saturated"], ("--", "-")
         ):
@@ -191,31 +188,12 @@ def draw(axes: Any, numbers: dict[str, Any]) -> None:
     inputs.text(steps[-1], limit + 0.06, text, **place)
 
 
+PANELS = (
+    "Five sigmoid layers: training | step | training accuracy (%)",
+    "Input of the last sigmoids: median, 15% to 85% | step | input",
+    "Eight tanh layers: saturated units | step | share, all layers (%)",
+    "The same after training, layer by layer | layer | share (%)",
+)
 EXPERIMENT = Experiment(
-    "saturation",
-    "Where sigmoids and tanhs are flat",
-    claim=(
-        "Without batch norm the inputs of sigmoids and tanhs drift to where "
-        "these are flat, and gradients vanish; batch norm keeps them where "
-        "they bend."
-    ),
-    published=(
-        "Inception with sigmoids is never above chance (0.1%) without batch "
-        "norm and reaches 69.8% with it; percentiles of a sigmoid's input stay "
-        "put with it and wander without (Ioffe and Szegedy 2015, section 4.2.2 "
-        "and figure 1). The last hidden layer of a sigmoid net is soon driven "
-        "towards 0, and with five layers never comes back (Glorot and Bengio "
-        "2010, section 3.1)."
-    ),
-    measure=measure,
-    verdict=verdict,
-    draw=draw,
-    panels=(
-        "Five sigmoid layers: training | step | training accuracy (%)",
-        "Input of the last sigmoids: median, 15% to 85% | step | input",
-        "Eight tanh layers: saturated units | step | share, all layers (%)",
-        "The same after training, layer by layer | layer | share (%)",
-    ),
-    shape=(2, 2),
-    size=(10.5, 6.2),
+    measure, verdict, draw, PANELS, shape=(2, 2), size=(10.5, 6.2)
 )

@@ -1,50 +1,79 @@
-"""How far a gradient can be trusted, at equal step and at equal loss."""
+"""How far a gradient can be trusted.
+
+Claim: Batch norm makes the loss smoother along the gradient, and that, not less
+internal covariate shift, is why it helps: noise behind batch norm does little
+harm, and the shift can even be larger with it.
+
+Published: VGG on CIFAR-10: a smaller loss range and effective beta at each
+step, and a predictiveness (change of the gradient) that is smaller by close to
+two orders of magnitude; almost the same accuracy with noise behind batch norm,
+while the same noise keeps a plain net from training at all. A linear net of 25
+layers: gradients before and after the step of earlier layers are almost
+uncorrelated with batch norm and the same without (Santurkar et al. 2018,
+figures 1, 2 and 4, appendix A).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
-from train.why import deep_linear, landscape, noisy, plots
-from train.why.arms import ARMS, FOURTH, THEORY, THIRD, Arm, each
+from train.why import landscape, plots
+from train.why.arms import ARMS, FOURTH, THEORY, THIRD, Arm
 from train.why.data import Data, Settings
-from train.why.experiment import Experiment, say
-from train.why.landscape import MEASURES, MOMENTS
+from train.why.experiment import Experiment, each
+from train.why.landscape import MEASURES, MOMENTS, NOISY_ARMS
+from train.why.words import say
 
-RATE = 0.1
-BATCH = 128
-DEPTH = 8  # hidden layers of 64
-
+SHOWN = 16  # the layer of the linear net with figures, counted from 0
 _PREDICTIVENESS = MEASURES.index("predictiveness")
-_EARLY = slice(25, 35)  # steps
 
 
 def measure(settings: Settings, data: Data) -> dict[str, Any]:
     """Probes nets of eight layers, noisy batch norm, and a deep linear net."""
     steps = 160 if settings.quick else 240
-    setting = data.setting(settings.seeds, steps=steps, batch_size=BATCH)
-    sizes = data.sizes(*[64] * DEPTH)
-    probes = each(ARMS, landscape.probe, setting, RATE, sizes=sizes)
+    setting = data.setting(settings.seeds, steps=steps, batch_size=128)
+    sizes = data.sizes(*[64] * 8)
+    probes = each(ARMS, landscape.probe, setting, sizes=sizes)
     numbers = {
         **{name: found._asdict() for name, found in probes.items()},
         "ratios": landscape.ratios(probes["without"], probes["with"]),
-        "noisy": each(noisy.ARMS, noisy.train, setting, RATE, sizes=sizes),
-        "deep_linear": deep_linear.measure(setting.keys, quick=settings.quick),
+        "noisy": each(NOISY_ARMS, landscape.train, setting, sizes=sizes),
+        "deep_linear": linear(setting.key, steps=90 if settings.quick else 300),
         "chance": 1 / data.num_classes,
     }
     return numbers | {"holds": _holds(numbers)}
 
 
+def linear(keys: jax.Array, *, steps: int) -> dict[str, Any]:
+    """Results of `landscape.linear`, (rates, seeds, ...) of both arms."""
+    rates, every = landscape.LINEAR_RATES, landscape.INTERVAL
+
+    def both(**options: Any) -> Any:
+        return jax.vmap(lambda rate: landscape.linear(keys, rate, **options))(
+            np.array(rates, np.float32)
+        )
+
+    found = each(ARMS, both, intervals=steps // every)
+    return {"rates": rates, "steps": steps, "every": every, **found}
+
+
+def _cosine(numbers: dict[str, Any]) -> dict[str, np.ndarray]:
+    """In layer SHOWN of the linear net, mean over the run: (rates, S)."""
+    found = {arm: numbers["deep_linear"][arm]["cosine"] for arm in ARMS}
+    return {arm: rows.mean(2)[..., SHOWN] for arm, rows in found.items()}
+
+
+def _accuracy(numbers: dict[str, Any], steps: slice) -> dict[str, np.ndarray]:
+    return {a: rows[:, steps].mean(1) for a, rows in numbers["noisy"].items()}
+
+
 def _holds(numbers: dict[str, Any]) -> dict[str, np.ndarray]:
     """Which claims held, on which seeds."""
-    ratios, noise = numbers["ratios"], numbers["noisy"]
-    last = {arm: values[:, -10:].mean(1) for arm, values in noise.items()}
-    linear = numbers["deep_linear"]
-    cosine = {
-        side: linear[side]["cosine"].mean(2)[..., deep_linear.SHOWN]
-        for side in ARMS
-    }
+    ratios, cosine = numbers["ratios"], _cosine(numbers)
+    last = _accuracy(numbers, slice(-10, None))
     return {
         "equal loss": ratios["equal loss"][:, _PREDICTIVENESS] > 1,
         "first step": ratios["first step"][:, _PREDICTIVENESS] > 1,
@@ -57,7 +86,7 @@ def _holds(numbers: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def verdict(numbers: dict[str, Any]) -> str:
-    ratios, linear = numbers["ratios"], numbers["deep_linear"]
+    ratios = numbers["ratios"]
     columns = {
         moment: ", ".join(f"{{r[{moment}][{i}]}}" for i in range(len(MEASURES)))
         for moment in MOMENTS
@@ -71,7 +100,7 @@ def verdict(numbers: dict[str, Any]) -> str:
     moments = "; ".join(f"{moment} {text}" for moment, text in columns.items())
     accuracy = "; ".join(
         f"{arm} {{early[{arm}]:percent}}, {{late[{arm}]:percent}}"
-        for arm in noisy.ARMS
+        for arm in NOISY_ARMS
     )
     return say(
         f"{', '.join(MEASURES)}, each without over with batch norm: {moments}. "
@@ -81,17 +110,14 @@ def verdict(numbers: dict[str, Any]) -> str:
         "behind batch norm costs less than two points: "
         "{holds[noise is harmless]:tally}; it keeps the plain net at chance: "
         "{holds[noise stops the plain net]:tally}. Cosine in layer "
-        f"{deep_linear.SHOWN + 1} of the linear net "
+        f"{SHOWN + 1} of the linear net "
         "{cosine[without]:.2f} without, {cosine[with]:.2f} with; lower with at "
         "both rates: {holds[more shift]:tally}.",
         r={moment: values.T for moment, values in ratios.items()},
         holds=numbers["holds"],
-        early={k: v[:, _EARLY].mean(1) for k, v in numbers["noisy"].items()},
-        late={k: v[:, -10:].mean(1) for k, v in numbers["noisy"].items()},
-        cosine={
-            arm: linear[arm]["cosine"].mean(2)[..., deep_linear.SHOWN]
-            for arm in ARMS
-        },
+        early=_accuracy(numbers, slice(25, 35)),
+        late=_accuracy(numbers, slice(-10, None)),
+        cosine=_cosine(numbers),
     )
 
 
@@ -106,7 +132,7 @@ def draw(axes: Any, numbers: dict[str, Any]) -> None:
         by_loss.plot(losses.T, values.T, color=arm.color, **dots)
         by_loss.plot([], [], "o", color=arm.color, ms=4, label=arm.label)
         _draw_linear(shift, training, numbers["deep_linear"], name)
-    for name, arm in noisy.ARMS.items():
+    for name, arm in NOISY_ARMS.items():
         steps, means = plots.by_steps(100 * numbers["noisy"][name], 10)
         plots.band(noise, steps, means, arm)
     _draw_ratios(ratios, numbers["ratios"])
@@ -122,7 +148,7 @@ def draw(axes: Any, numbers: dict[str, Any]) -> None:
 def _draw_linear(
     shift: Any, training: Any, found: dict[str, Any], name: str
 ) -> None:
-    layers = np.arange(1, deep_linear.LAYERS + 1)
+    layers = np.arange(1, landscape.LAYERS + 1)
     for i, style in enumerate(("--", "-")):
         label = f"{ARMS[name].label}, rate {found['rates'][i]:.0e}"
         line = ARMS[name]._replace(label=label, style=style)
@@ -145,37 +171,16 @@ def _draw_ratios(axes: Any, ratios: dict[str, np.ndarray]) -> None:
     axes.semilogy()
 
 
+PANELS = (
+    "At equal step | step | change of the gradient on the line",
+    "At equal loss | training loss (nats), falls to the right | "
+    "change of the gradient on the line",
+    "Without over with |  | ratio",
+    "Noise behind batch norm | step | training accuracy (%)",
+    "Linear net: gradients before and after | layer | "
+    "cosine, mean over the run",
+    "Linear net: training | step | loss (squared error, thousands)",
+)
 EXPERIMENT = Experiment(
-    "smoothness",
-    "How far a gradient can be trusted",
-    claim=(
-        "Batch norm makes the loss smoother along the gradient, and that, not "
-        "less internal covariate shift, is why it helps: noise behind batch "
-        "norm does little harm, and the shift can even be larger with it."
-    ),
-    published=(
-        "VGG on CIFAR-10: a smaller loss range and effective beta at each "
-        "step, and a predictiveness (change of the gradient) that is smaller "
-        "by close to two orders of magnitude; almost the same accuracy with "
-        "noise behind batch norm, while the same noise keeps a plain net from "
-        "training at all. A linear net of 25 layers: gradients before and "
-        "after the step of earlier layers are almost uncorrelated with batch "
-        "norm and the same without (Santurkar et al. 2018, figures 1, 2 and 4, "
-        "appendix A)."
-    ),
-    measure=measure,
-    verdict=verdict,
-    draw=draw,
-    panels=(
-        "At equal step | step | change of the gradient on the line",
-        "At equal loss | training loss (nats), falls to the right | "
-        "change of the gradient on the line",
-        "Without over with |  | ratio",
-        "Noise behind batch norm | step | training accuracy (%)",
-        "Linear net: gradients before and after | layer | "
-        "cosine, mean over the run",
-        "Linear net: training | step | loss (squared error, thousands)",
-    ),
-    shape=(2, 3),
-    size=(11, 6.4),
+    measure, verdict, draw, PANELS, shape=(2, 3), size=(11, 6.4)
 )
