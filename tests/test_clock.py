@@ -13,8 +13,9 @@ import time
 import pytest
 
 from tests.helpers.command_line import ROOT
+from tests.helpers.made_runs import open_report
 from train import clock, output
-from train.report import NullReport, Report
+from train.report import NullReport
 
 
 class Terminal:
@@ -62,10 +63,6 @@ def screen(text):
     return lines
 
 
-def open_report(path, **options):
-    return Report(path, epochs=2, images_per_epoch=10, done=0, **options)
-
-
 def test_seconds_run_and_the_line_is_erased():
     with a_terminal() as terminal:
         with clock.show("reading digits"):
@@ -109,18 +106,18 @@ def test_without_a_terminal_only_what_took_long(
     with clock.show("compiling"):
         pass
     assert capsys.readouterr().out == ""
-    with open_report(tmp_path) as report:
+    with open_report(tmp_path, epochs=2) as report:
         with report.clock("compiling", done="compiled"):
             pass
         assert capsys.readouterr().out == "compiled in 0 s\n"
-    with NullReport(done=0).clock("compiling", done="compiled"):
+    with NullReport(None, done=0).clock("compiling", done="compiled"):
         pass
     assert capsys.readouterr().out == ""
 
 
 def test_a_clock_in_the_progress_bar(tmp_path):
     with a_terminal() as terminal:
-        with open_report(tmp_path) as report:
+        with open_report(tmp_path, epochs=2) as report:
             report.say("headline")
             with report.clock("compiling"):
                 terminal.until("compiling (1 s):   0%")
@@ -135,7 +132,7 @@ def test_a_clock_in_the_progress_bar(tmp_path):
 
 def test_an_exit_ends_the_line_of_the_bar(tmp_path):
     with a_terminal() as terminal:
-        with open_report(tmp_path):
+        with open_report(tmp_path, epochs=2):
             clock.end_line()
             assert terminal.text.endswith("\n")
         written = terminal.text

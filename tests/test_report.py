@@ -7,8 +7,9 @@ import types
 
 import pytest
 
+from tests.helpers.made_runs import open_report
 from tests.helpers.recipes import small_config
-from train import loop, output, report, seeds, summary
+from train import loop, output, seeds, summary
 from train.recipe import Steps
 
 RECORD = {
@@ -18,15 +19,8 @@ RECORD = {
 }
 
 
-def open_report(path, **options):
-    tested = range(1, 201)
-    given = {"tested": tested, "done": 0, "images": 2000, "images_done": 0}
-    given |= options
-    return report.Report(path, **given)
-
-
 def test_an_epoch_fits_a_line(tmp_path, capsys):
-    with open_report(tmp_path, label="seed 3/5") as made:
+    with open_report(tmp_path, epochs=200, label="seed 3/5") as made:
         made.add(RECORD)
     assert capsys.readouterr().out == (
         "seed 3/5 epoch 164/200  train 2.2733 17.90%  test 1.7606 55.56%  "

@@ -12,7 +12,7 @@ import pytest
 from tensorboardX import record_writer
 
 from configs import digits
-from tests.helpers.made_runs import make_run
+from tests.helpers.made_runs import make_run, open_report
 from train import (
     UserError,
     cifar,
@@ -20,7 +20,6 @@ from train import (
     compare,
     data,
     files,
-    report,
     trained_run,
     workdir,
 )
@@ -172,16 +171,6 @@ def test_records_of_any_kind(text, tmp_path):
     refused(RECORDS[text], workdir.read_records, run)
     refused(RECORDS[text], open_report, run, done=3)
     assert (run / "metrics.jsonl").read_text() == text + "\n"
-
-
-def open_report(run, *, done, epochs=5):
-    return report.Report(
-        run,
-        tested=range(1, epochs + 1),
-        done=done,
-        images=10 * epochs,
-        images_done=10 * done,
-    )
 
 
 def test_epochs_without_a_record_are_named(tmp_path, capsys):

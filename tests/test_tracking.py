@@ -10,6 +10,7 @@ import pytest
 from tensorboardX import record_writer
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from tests.helpers.made_runs import open_report
 from tests.helpers.recipes import small_config
 from tests.helpers.runs import end, one_line, start
 from train import (
@@ -25,11 +26,6 @@ from train.meter import MAX_IN_FLIGHT, Meter
 from train.state import Sums
 
 
-def open_report(path, **options):
-    given = {"epochs": 5, "images_per_epoch": 10, "done": 0, **options}
-    return report.Report(path, **given)
-
-
 def record_of(number, step, **changes):
     record = {"epoch": number, "step": step, "train_loss": 1.0}
     record |= {"train_accuracy": 0.5, "test_loss": 1.0, "test_accuracy": 0.5}
@@ -37,7 +33,7 @@ def record_of(number, step, **changes):
 
 
 def sums_of(loss, count=2):
-    return Sums(np.float32(loss * count), 0.0, np.float32(count), 0.0)
+    return Sums(np.float32(loss * count), 0.0, np.float32(count), 0.0, 0.0)
 
 
 def events_of(folder):
@@ -101,9 +97,9 @@ def test_meter_hands_on_what_it_fetches_in_order():
     seen = []
     meter = Meter(step=6, fetched=lambda step, sums: seen.append((step, sums)))
     for i in range(MAX_IN_FLIGHT):
-        meter.add(Sums(*jnp.array([i, 0, 1, 0.0])), 2)
+        meter.add(Sums(*jnp.array([i, 0, 1, 0, 0.0])), 2)
     assert seen == []  # nothing is waited for
-    meter.add(Sums(*jnp.array([99, 0, 1, 0.0])), 3)
+    meter.add(Sums(*jnp.array([99, 0, 1, 0, 0.0])), 3)
     assert [step for step, _ in seen] == [8]
     assert meter.sums()[0] == sum(range(MAX_IN_FLIGHT)) + 99
     assert [step for step, _ in seen] == [*range(8, 23, 2), 25]

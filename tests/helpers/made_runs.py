@@ -1,8 +1,9 @@
-"""The files of a run, without running it."""
+"""The files of a run, and its report, without running it."""
 
 import json
 
 from configs import digits
+from train.report import Report
 from train.workdir import open_workdir
 
 
@@ -34,3 +35,9 @@ def make_run(workdir, accuracies, *, finished=True, **changes):
         }
         (workdir / "summary.json").write_text(json.dumps(summary))
     return workdir
+
+
+def open_report(path, *, epochs=5, done=0, **options):
+    """The report of a run of ten images in each epoch, all of them tested."""
+    given = {"images": 10 * epochs, "images_done": 10 * done, **options}
+    return Report(path, tested=range(1, epochs + 1), done=done, **given)
