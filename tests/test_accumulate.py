@@ -39,7 +39,9 @@ def test_convolutions_equal_the_whole_batch():
     assert_close(in_rows(got), expected(conv), 1e-10)
 
 
-@pytest.mark.parametrize("microbatches", (1, 4))
+@pytest.mark.parametrize(
+    "microbatches", [1, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_any_number_of_microbatches(microbatches):
     step = jit(exact_step(microbatches=microbatches))
     with jax.enable_x64(True):
@@ -218,7 +220,9 @@ class Layer(nn.Module):
         return x + jnp.sin(h), h.sum(-1)
 
 
-@pytest.mark.parametrize("check_vma", (None, True))
+@pytest.mark.parametrize(
+    "check_vma", [pytest.param(None, marks=pytest.mark.slow), True]
+)
 def test_scanned_layers(check_vma):
     names = ("micro",) if check_vma is None else BOTH
 

@@ -76,7 +76,9 @@ def test_apart():
         assert_close(grads, mean, 1e-12)
 
 
-@pytest.mark.parametrize("check_vma", (True, False))
+@pytest.mark.parametrize(
+    "check_vma", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_apart_in_shard_map(check_vma):
     """Microbatches apart, each over all devices."""
     params, _, batch = problem()

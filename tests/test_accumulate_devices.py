@@ -68,7 +68,13 @@ def test_shard_map(sizes, names, check_vma):
         assert body.startswith("ENTRY") or " all-reduce(" not in body
 
 
-@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(AxisType.Auto, marks=pytest.mark.slow),
+        AxisType.Explicit,
+    ],
+)
 def test_global_arrays(kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     with jax.enable_x64(True), jax.set_mesh(mesh):
@@ -127,7 +133,14 @@ def expected_in_pairs(devices):
         return jax.device_get(jit(step)(*problem()))
 
 
-@pytest.mark.parametrize("check_vma", (None, True, False))
+@pytest.mark.parametrize(
+    "check_vma",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        True,
+        pytest.param(False, marks=pytest.mark.slow),
+    ],
+)
 def test_groups_of_microbatches(check_vma):
     devices = 1 if check_vma is None else 4
 
@@ -169,6 +182,7 @@ def expected_in_runs(length):
         return jax.device_get(jit(step)(*problem()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", (2, 16))
 def test_runs_of_neighbours(length):
     """Of fewer, and of more examples than there are microbatches."""

@@ -42,6 +42,7 @@ def log_of(line):
         return file.read()
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_and_started_again_end_well(tmp_path):
     epochs = LONG.replace("10000", "20")
     once = "--config.checkpoint_every=0"

@@ -96,6 +96,7 @@ def undisturbed(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_that_suffers_ends_bit_for_bit_as_one_that_did_not(
     undisturbed, tmp_path
 ):

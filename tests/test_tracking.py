@@ -155,6 +155,7 @@ def test_resumed_report_has_no_point_twice(tmp_path, monkeypatch):
     assert accuracies == [32, 64]
 
 
+@pytest.mark.slow  # for reports the next one shows the same
 def test_resumed_run_has_no_point_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "STEPS", 2)
     config = small_config(checkpoint_every=3)  # epochs of 4 steps
