@@ -17,6 +17,8 @@ from tests.helpers.accumulation import (
     jit,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 
 def rows_and_shared(axis_name, x, y, key):
     """Every collective, with and without derivative."""

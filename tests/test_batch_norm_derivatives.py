@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 
 import jaxbn
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
 
 EPSILON = 1e-5
 

@@ -15,6 +15,8 @@ import jaxbn.nnx
 from jaxbn import convert, doctor, precise
 from jaxbn.testing import assert_shard_invariant
 
+pytestmark = pytest.mark.sample(2)
+
 
 @pytest.fixture(scope="module")
 def batches():

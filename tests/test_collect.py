@@ -13,6 +13,8 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import convert, doctor, precise
 
+pytestmark = pytest.mark.sample(2)
+
 AXES = {"params": 0, "batch_stats": 0}
 
 

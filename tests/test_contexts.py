@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn.linen import BatchNorm
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(3)]
 
 N, CHANNELS, STEPS = 16, 3, 2
 MODULE = BatchNorm(axis_name="data", use_running_average=False)

@@ -16,6 +16,8 @@ import pytest
 from jaxbn import convert
 from tests.helpers.flax_models import Block, data, std
 
+pytestmark = pytest.mark.sample(2)
+
 KEY = jax.random.key(0)
 MUTABLE = dict(mutable=["batch_stats"])
 JitBlock = nn.jit(Block)

@@ -16,6 +16,8 @@ from jaxbn import convert
 from tests.helpers import custom_norms
 from tests.helpers.flax_models import Block, C, data, program, std
 
+pytestmark = pytest.mark.sample(2)
+
 KEY = jax.random.key(0)
 
 

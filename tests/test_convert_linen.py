@@ -30,6 +30,8 @@ from tests.helpers.flax_models import (
     program,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 
 class LinenTest(parameterized.TestCase):
     @parameterized.parameters(*MODELS)

@@ -31,6 +31,8 @@ from tests.helpers.folding import (
 )
 from train.resnet import ResNet
 
+pytestmark = pytest.mark.sample(2)
+
 # A layer, the axes of the features in its kernel, the input, what it is called.
 LAYERS = {
     "conv": (

@@ -25,6 +25,8 @@ from tests.helpers.folding import (
     normal,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 
 class ContextTest(parameterized.TestCase):
     @classmethod

@@ -18,6 +18,8 @@ from tests.helpers.folding import (
     normal,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 
 def siamese(pair):
     conv, conv_norm = nn.Conv(5, (3, 3)), norm("conv_norm")

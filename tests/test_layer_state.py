@@ -16,6 +16,8 @@ import jaxbn.linen
 import jaxbn.nnx
 from tests.helpers.layers import draw, linen_layer, nnx_layer
 
+pytestmark = pytest.mark.sample(3)
+
 NAMED = ["batch_stats", "batch_moments"]
 
 

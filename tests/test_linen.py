@@ -16,7 +16,7 @@ import jaxbn
 from jaxbn.linen import BatchNorm
 from tests.helpers import reference
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(3)]
 
 
 def draw(*shape, dtype=jnp.float32):

@@ -77,7 +77,7 @@ def test_images_of_another_kind(run):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "says how images are normalized. Give the command of the run"),
+        (None, "which says how images are normalized. Rerun the training"),
         ("{", "preprocessing.json"),
         ('{"image_shape": [8, 8, 1]}', "preprocessing.json is damaged"),
     ],

@@ -12,7 +12,7 @@ from absl.testing import parameterized
 import jaxbn
 from jaxbn import Moments
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
 
 
 def draw(shape, *, offset=0.0, dtype=np.float32):

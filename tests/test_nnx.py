@@ -16,6 +16,8 @@ from jaxbn.nnx import BatchNorm
 from tests.helpers import reference
 from tests.helpers.nnx_layers import NOISE, draw, make, running, stats
 
+pytestmark = pytest.mark.sample(3)
+
 OPTIONS = (
     {},
     {"axis": 1, "features": 4},

@@ -8,7 +8,7 @@ from absl.testing import parameterized
 
 import jaxbn
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
 
 
 class NormalizeTest(parameterized.TestCase):

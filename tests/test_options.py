@@ -20,6 +20,8 @@ from tests.helpers.layers import (
     nnx_layer,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 NAN, INF = float("nan"), float("inf")
 
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn._passes import Passes, centered_moments
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
 
 CHANNELS = 4
 WHOLE = P()

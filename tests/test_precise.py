@@ -17,7 +17,7 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import precise
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
 
 
 class Net(nn.Module):

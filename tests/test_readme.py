@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.sample(3)
+
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",

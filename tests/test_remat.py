@@ -18,6 +18,8 @@ import jaxbn
 import jaxbn.nnx
 from jaxbn.linen import BatchNorm
 
+pytestmark = pytest.mark.sample(2)
+
 WIDTH, WIDE = 4, 16
 SHAPE = (16, 4, 4, WIDE)
 NOTHING = jax.checkpoint_policies.nothing_saveable

@@ -48,8 +48,8 @@ def test_traces_are_not_written_through_a_link(name, run, elsewhere):
     path = run / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(elsewhere)
-    refused(f"{path}{LINK}", trace.Trace, run / "profile", print)
-    trace.Trace(None, print)
+    refused(f"{path}{LINK}", trace.Trace, run / "profile", print, 9)
+    trace.Trace(None, print, 9)
 
 
 def test_a_link_to_nothing_is_one_too(run):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn import Moments, RunningStats
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
 
 
 def test_one_and_ten_steps_match_the_recurrence():

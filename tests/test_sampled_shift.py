@@ -14,7 +14,7 @@ from jaxbn import _passes
 from jaxbn._reduction import Reduction
 from jaxbn.testing import float64_reference
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(4)]
 
 SHARE = _passes.LARGEST_SHIFT
 CHANNELS = 3

@@ -25,7 +25,7 @@ from tests.helpers.contexts import (
     problem,
 )
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
 
 
 def assert_matches_float64(got, arguments, labels):

@@ -12,6 +12,8 @@ import jaxbn.precise
 from jaxbn import Scope
 from tests.helpers.layers import draw, linen_layer, nnx_layer
 
+pytestmark = pytest.mark.sample(4)
+
 N, C = 8, 3
 IDS = np.arange(N) % 2
 

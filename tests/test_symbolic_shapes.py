@@ -14,6 +14,8 @@ import jaxbn.nnx
 from jaxbn import Scope
 from jaxbn.linen import BatchNorm
 
+pytestmark = pytest.mark.sample(2)
+
 N, C = 16, 6
 IDS = np.arange(N) % 2
 

@@ -9,7 +9,7 @@ from jax.experimental.jet import jet
 import jaxbn
 from tests.helpers.layers import linen_layer
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(3)]
 
 WRAPPERS = {
     "eager": lambda f: f,

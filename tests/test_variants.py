@@ -30,6 +30,8 @@ from tests.helpers.variants import (
     in_shard_map,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 
 @pytest.fixture(scope="module")
 def data():

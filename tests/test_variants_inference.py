@@ -17,6 +17,8 @@ from tests.helpers.variants import (
     batches,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 
 @pytest.fixture(scope="module")
 def data():
