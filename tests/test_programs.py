@@ -122,8 +122,11 @@ def draws_of(run, batch):
     [
         {"data_on_device": False, "steps_per_dispatch": 1},
         {"steps_per_dispatch": 6},
-        {"microbatches": 2},
-        {"data_on_device": False, "steps_per_dispatch": 4},
+        pytest.param({"microbatches": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {"data_on_device": False, "steps_per_dispatch": 4},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
