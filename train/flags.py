@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import defaults
 from configs.ranges import RANGES
 from train import UserError, config_checks, config_files, descriptions, output
+from train.allocator import keep_freed_memory
 from train.config_files import CONFIGS
 from train.workdir import check_name
 
@@ -94,6 +95,7 @@ def parse(
 
 def simulate(devices: int) -> None:
     """Simulates CPU devices; call before the first use of any device."""
+    keep_freed_memory()
     # With fewer threads than twice the number of devices, collectives
     # deadlock. XLA reads this when it starts.
     threads = max(int(os.environ["NPROC"]), 2 * devices)
