@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from tests.helpers import reference
 
-pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(3)]
 
 EPSILON = 1e-5
 CHANNELS = 5

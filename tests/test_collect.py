@@ -13,7 +13,7 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import convert, doctor, precise
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(3)
 
 AXES = {"params": 0, "batch_stats": 0}
 

@@ -18,7 +18,7 @@ import jaxbn.nnx
 from jaxbn import Scope
 from jaxbn.linen import BatchNorm
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(3)
 
 N, C = 16, 6
 IDS = np.arange(N) % 2

@@ -31,7 +31,7 @@ from tests.helpers.folding import (
 )
 from train.resnet import ResNet
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(3)
 
 # A layer, the axes of the features in its kernel, the input, what it is called.
 LAYERS = {

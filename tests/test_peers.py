@@ -20,7 +20,7 @@ import jaxbn
 import jaxbn.linen
 from tests.bench import layers, measure, sections, sharded
 
-pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(3)]
 
 FLAX = ("flax fast", "flax stable", "nnx")
 FAST = ("flax fast", "nnx", "haiku")

@@ -27,7 +27,7 @@ from tests.helpers.contexts import (
 )
 from tests.helpers.layers import draw, linen_layer, nnx_layer
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(3)
 
 IDS = np.arange(8) % 2
 SHIFT = np.float32(1 + IDS[:, None])  # with a bias of 1 and 2

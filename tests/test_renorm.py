@@ -26,7 +26,7 @@ from tests.helpers.contexts import (
     step,
 )
 
-pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(3)]
 
 R_MAX, D_MAX = 1.5, 0.4
 EPSILON = 1e-5

@@ -25,7 +25,7 @@ from tests.helpers.contexts import (
     problem,
 )
 
-pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(3)]
 
 
 def assert_matches_float64(got, arguments, labels):

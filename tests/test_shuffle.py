@@ -16,7 +16,7 @@ from jaxbn._shuffle import shuffle, unshuffle
 from jaxbn.testing import collectives
 from tests.helpers import reference
 
-pytestmark = [pytest.mark.optimized, pytest.mark.sample(2)]
+pytestmark = [pytest.mark.optimized, pytest.mark.sample(3)]
 
 DEVICES = 8
 there = functools.partial(shuffle, axis_name="data")

@@ -30,7 +30,7 @@ from tests.helpers.variants import (
     in_shard_map,
 )
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(3)
 
 
 @pytest.fixture(scope="module")
