@@ -310,7 +310,7 @@ def test_workdirs_by_name(tmp_path):
     code, _, error = end(start(""))
     assert code == 1 and "--workdir= is empty" in one_line(error)
     code, _, error = end(start(tmp_path / "a[1]"))
-    assert code == 1 and "would be taken for a pattern" in one_line(error)
+    assert code == 1 and "would be treated as a glob pattern" in one_line(error)
     assert not [*tmp_path.iterdir()]
     home = {"HOME": str(tmp_path)}
     process = start("~/run", "--config.epochs=1", environment=home)

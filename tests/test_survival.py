@@ -108,7 +108,7 @@ def test_a_run_that_suffers_ends_bit_for_bit_as_one_that_did_not(
     process.terminate()
     code, _, error = end(process)
     assert code == 75, error
-    assert "rerun the same command to resume" in error
+    assert f"rerun the same command with --workdir={workdir} to resume" in error
     stopped = steps_of(workdir)[-1]
     assert f"saved at step {stopped};" in error
 
