@@ -162,7 +162,7 @@ def test_a_training_step_sends_two_a_layer_and_the_gradient():
         where=np.ones(8, bool),
     )
     feed = Feed(None, batch, 0)
-    program = make_train_program(recipe, topology, feed, size=1)
+    program = make_train_program(recipe, topology, feed, num_batches=1)
     got = collectives(program, state, feed, 0, 0)
     layers = 7
     assert set(got) == {"all-reduce"}

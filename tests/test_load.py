@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.recipes import make_tiny, small_config
+from tests.helpers import tiny_network
+from tests.helpers.recipes import small_config
 from train import UserError, data, export, load, loop, networks, trained_run
 
 # What a user writes who has JAX and none of this code.
@@ -57,7 +58,7 @@ def test_the_network_answers_as_in_the_run(run, images, monkeypatch):
 
 def test_a_mesh_that_is_not_there(tmp_path, monkeypatch):
     """Statistics over an axis of the run's mesh; it is loaded without."""
-    monkeypatch.setattr(networks, "make", make_tiny)
+    monkeypatch.setattr(networks, "make", tiny_network.make)
     changes = {"mesh": "replica=2,data", "norm_axes": "replica"}
     loop.train(small_config(epochs=1, **changes), tmp_path)
     assert load.load(tmp_path).step == 4

@@ -205,7 +205,7 @@ def test_one_device_waits_for_no_other():
         run = Run(small(dtype="float16"), devices)
         feed = run.pipeline.abstract_feed(1, train=True)
         lowered = make_train_program(
-            run.recipe, run.experiment.topology, feed, size=1
+            run.recipe, run.experiment.topology, feed, num_batches=1
         ).lower(run.programs.abstract_state, feed, 0, 0)
         return lowered.as_text().count("all_reduce")
 
@@ -221,7 +221,11 @@ def test_the_program_that_a_gpu_gets():
     @functools.cache
     def text(phase):
         program = make_train_program(
-            run.recipe, run.experiment.topology, feed, size=6, phase=phase
+            run.recipe,
+            run.experiment.topology,
+            feed,
+            num_batches=6,
+            phase=phase,
         )
         traced = program.trace(run.programs.abstract_state, feed, 0, 0)
         return traced.lower(lowering_platforms=("cuda",)).as_text()

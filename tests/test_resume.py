@@ -6,7 +6,8 @@ import chex
 import jax
 import pytest
 
-from tests.helpers.recipes import make_tiny, small_config
+from tests.helpers import tiny_network
+from tests.helpers.recipes import small_config
 from train import Stopped, load, loop, networks, report, signals
 from train.session import make_session
 
@@ -29,7 +30,7 @@ def made(request, tmp_path_factory):
     )
     workdir = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "make", make_tiny)
+        patch.setattr(networks, "make", tiny_network.make)
         session = make_session(config)
         yield config, session, workdir, loop.train(config, workdir, session)
 

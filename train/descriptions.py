@@ -37,9 +37,8 @@ def configs() -> str:
     """
     described = []
     for name in config_files.names():
-        first, *paragraphs = _docstring(config_files.CONFIGS / name).split(
-            "\n\n"
-        )
+        text = _docstring(config_files.CONFIGS / name)
+        first, *paragraphs = text.split("\n\n")
         lines = [f"configs/{name}", f"  {first}"]
         for paragraph, after in zip(paragraphs, [*paragraphs[1:], ""]):
             table = paragraph.startswith("|")
@@ -48,11 +47,7 @@ def configs() -> str:
                 if table
                 else _sentences(paragraph, introduces=after.startswith("|"))
             )
-        commands = re.findall(
-            r"^ *(python -m train .*)$",
-            _docstring(config_files.CONFIGS / name),
-            re.M,
-        )
+        commands = re.findall(r"^ *(python -m train .*)$", text, re.M)
         lines += [f"  {command}" for command in commands]
         described.append(output.wrap("\n".join(lines)))
     return "\n\n".join(described)

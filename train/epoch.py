@@ -78,22 +78,27 @@ class EpochRunner:
             stop=steps.of(epoch),
             timer=self._timer,
         )
-        for size, feed in feeds:
-            state = self._dispatch(state, size, feed, epoch, meter)
+        for num_batches, feed in feeds:
+            state = self._dispatch(state, num_batches, feed, epoch, meter)
             self._interrupt.unsaved(True)
             if self._unread is not None:
                 self._read(*self._unread, state)
                 self._skipped += self._unread[0].nonfinite
                 self._unread = None
             self._check(meter, state, epoch)
-            batch += size
+            batch += num_batches
             watchdog.beat(f"training in epoch {epoch + 1}")
-            self._images += size * self._config.batch_size
-            self._report.advance(size * self._config.batch_size)
+            self._images += num_batches * self._config.batch_size
+            self._report.advance(num_batches * self._config.batch_size)
             done = epoch * steps.per_epoch + batch
             self._remaining_time.step(done)
             self._maybe_save(
-                state, Progress(epoch, batch), meter, done, size, test=test
+                state,
+                Progress(epoch, batch),
+                meter,
+                done,
+                num_batches,
+                test=test,
             )
         if not test:
             self._unread = meter, epoch
@@ -120,9 +125,9 @@ class EpochRunner:
     def test(self, variables: dict[str, Any]) -> dict[str, float]:
         """Returns loss and accuracy on the test split, by record key."""
         meter = Meter()
-        for size, feed in self._pipeline.test_feeds():
+        for num_batches, feed in self._pipeline.test_feeds():
             watchdog.beat("testing")
-            meter.add(self._programs.test(size)(variables, feed))
+            meter.add(self._programs.test(num_batches)(variables, feed))
         loss, accuracy = meter.means()
         tested = {"test_loss": loss, "test_accuracy": accuracy}
         if self._experiment.recipe.test_time_augmentation:
@@ -131,15 +136,20 @@ class EpochRunner:
         return tested
 
     def _dispatch(
-        self, state: TrainState, size: int, feed: Feed, epoch: int, meter: Meter
+        self,
+        state: TrainState,
+        num_batches: int,
+        feed: Feed,
+        epoch: int,
+        meter: Meter,
     ) -> TrainState:
         """Dispatches training steps on some batches."""
         phase = self._experiment.recipe.phase(epoch)
-        program = self._programs.train(size, phase)
+        program = self._programs.train(num_batches, phase)
         with self._timer.measure("steps"), self._trace.step(meter.sums):
             seed, number = np.int32(self._config.seed), np.int32(epoch)
             state, sums = program(state, feed, seed, number)
-            meter.add(sums, size)
+            meter.add(sums, num_batches)
         return state
 
     def _read(
@@ -157,13 +167,13 @@ class EpochRunner:
         progress: Progress,
         meter: Meter,
         done: int,
-        size: int,
+        num_batches: int,
         *,
         test: bool,
     ) -> None:
         """Saves a checkpoint if one is due or a signal was received."""
         every = self._config.checkpoint_every
-        due = every and done // every > (done - size) // every
+        due = every and done // every > (done - num_batches) // every
         # A collective decision: every process must call it every time.
         stop = self._checkpoints.preempted() or self._interrupt.requested
         if not stop and not due:

@@ -50,6 +50,17 @@ def build_experiment(
             lazy=jax.process_count() > 1,
             download=download,
         )
+    return make_experiment(config, topology, dataset)
+
+
+def make_experiment(
+    config: ConfigDict, topology: Topology, dataset: data.Dataset
+) -> Experiment:
+    """Builds schedule and recipe for given devices and data.
+
+    Raises:
+      UserError: the config does not fit the devices or the data.
+    """
     steps = count_steps(config, dataset)
     schedule = make_schedule(
         config, steps=steps.total, steps_per_epoch=steps.per_epoch

@@ -15,11 +15,9 @@ from ml_collections import ConfigDict
 
 from train import UserError, data
 from train.augment import to_float
-from train.experiment import Experiment
+from train.experiment import Experiment, make_experiment
 from train.files import as_user_error, exists, read_json, write_json
-from train.recipe import count_steps, make_recipe
-from train.schedules import make_schedule
-from train.state import Recipe, abstract_state
+from train.state import abstract_state
 from train.topology import Topology
 from train.trained_run import read_config, restore, use_one_axis
 from train.workdir import with_advice
@@ -127,7 +125,8 @@ def load(run: str | pathlib.Path, *, best: bool = False) -> Trained:
     """
     run = pathlib.Path(run)
     config, preprocess = read_config(run), read_preprocessing(run)
-    recipe, topology = inference_recipe(config, preprocess)
+    experiment = inference_experiment(config, preprocess)
+    recipe, topology = experiment.recipe, experiment.topology
     like = abstract_state(recipe, preprocess.image_shape, topology)
     state, _ = restore(run, like, best=best)
     return Trained(
@@ -139,10 +138,10 @@ def load(run: str | pathlib.Path, *, best: bool = False) -> Trained:
     )
 
 
-def inference_recipe(
+def inference_experiment(
     config: ConfigDict, preprocess: Preprocessing
-) -> tuple[Recipe, Topology]:
-    """Returns the recipe of a run on a single device, without its data."""
+) -> Experiment:
+    """Returns the components of a run on a single device, without its data."""
     # Of the data only sizes are read, and its pixels are known.
     blank = data.Split(
         np.zeros((1, *preprocess.image_shape), np.uint8),
@@ -153,11 +152,7 @@ def inference_recipe(
         (1,), ("data",), (AxisType.Auto,), devices=jax.local_devices()[:1]
     )
     use_one_axis(config)
-    topology, steps = Topology(mesh), count_steps(config, dataset)
-    schedule = make_schedule(
-        config, steps=steps.total, steps_per_epoch=steps.per_epoch
-    )
-    return make_recipe(config, dataset, steps, schedule, topology), topology
+    return make_experiment(config, Topology(mesh), dataset)
 
 
 def read_preprocessing(run: pathlib.Path) -> Preprocessing:

@@ -112,7 +112,7 @@ def _train(
         Trace(
             workdir / "profile" if profile else None,
             report.say,
-            session.dispatches(progress),
+            session.dispatches(progress) if profile else 0,
         ) as trace,
     ):
         report.say(headline(config, session, progress))
@@ -124,7 +124,7 @@ def _train(
         training = time.monotonic()
         if state is None:
             with timer.measure("initialize"):
-                state = programs.init(config.seed)
+                state = programs.init()(config.seed)
         runner = EpochRunner(
             config, session, report, checkpoints, timer, interrupt, trace
         )

@@ -7,8 +7,9 @@ process a whole epoch without the host. Both process the same examples.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -43,41 +44,54 @@ class Feed(NamedTuple):
     first: Any  # () int32, number of a batch
 
 
-class Pipeline(Protocol):
-    """What the training loop reads from."""
+class Pipeline(abc.ABC):
+    """What the training loop reads from.
+
+    Args:
+      config: reads batch sizes and steps_per_dispatch.
+      dataset: what to read.
+      topology: devices of a batch.
+    """
 
     on_device: bool  # whether the devices hold all images
-
-    def train_feeds(
-        self, *, seed: int, epoch: int, start: int, stop: int, timer: Timer
-    ) -> Iterator[tuple[int, Feed]]:
-        """Yields (number of batches, their Feed) for batches start..stop."""
-
-    def test_feeds(self) -> Iterator[tuple[int, Feed]]:
-        """Yields (number of batches, their Feed) for the test split."""
-
-    def train_sizes(self, batches: int) -> list[int]:
-        """Returns the number of batches of each dispatch."""
-
-    def test_sizes(self) -> list[int]:
-        """Returns the number of batches of each dispatch of the test split."""
-
-    def abstract_feed(self, size: int, *, train: bool) -> Feed:
-        """Returns shapes, dtypes and shardings of a Feed of size batches."""
-
-
-class HostPipeline:
-    """Reads batches on the host, and copies them to the devices in time."""
-
-    on_device = False
 
     def __init__(
         self, config: ConfigDict, dataset: Dataset, topology: Topology
     ):
         self._dataset, self._topology = dataset, topology
         self._size = config.batch_size
-        self._test_size = test_batch_size(config, dataset, topology)
+        # The last batch is padded anyway; round up to the devices.
+        examples = len(dataset.test.labels)
+        self._test_size = topology.padded(min(config.test_batch_size, examples))
         self._per_dispatch = config.steps_per_dispatch
+
+    @abc.abstractmethod
+    def train_feeds(
+        self, *, seed: int, epoch: int, start: int, stop: int, timer: Timer
+    ) -> Iterator[tuple[int, Feed]]:
+        """Yields (number of batches, their Feed) for batches start..stop."""
+
+    @abc.abstractmethod
+    def test_feeds(self) -> Iterator[tuple[int, Feed]]:
+        """Yields (number of batches, their Feed) for the test split."""
+
+    @abc.abstractmethod
+    def train_sizes(self, batches: int) -> list[int]:
+        """Returns the number of batches of each dispatch."""
+
+    @abc.abstractmethod
+    def test_sizes(self) -> list[int]:
+        """Returns the number of batches of each dispatch of the test split."""
+
+    @abc.abstractmethod
+    def abstract_feed(self, num_batches: int, *, train: bool) -> Feed:
+        """Returns shapes, dtypes and shardings of a Feed."""
+
+
+class HostPipeline(Pipeline):
+    """Reads batches on the host, and copies them to the devices in time."""
+
+    on_device = False
 
     def train_feeds(
         self, *, seed: int, epoch: int, start: int, stop: int, timer: Timer
@@ -111,15 +125,15 @@ class HostPipeline:
         batches = -(-len(self._dataset.test.labels) // self._test_size)
         return [1] * batches
 
-    def abstract_feed(self, size: int, *, train: bool) -> Feed:
+    def abstract_feed(self, num_batches: int, *, train: bool) -> Feed:
         rows = self._size if train else self._test_size
         shape = self._dataset.train.images.shape[1:]
-        lead = () if size == 1 else (size,)
+        lead = () if num_batches == 1 else (num_batches,)
         batch = abstract_batch(self._topology, (*lead, rows), shape)
         return Feed(None, batch, np.int32(0))
 
 
-class DevicePipeline:
+class DevicePipeline(Pipeline):
     """Keeps all images and labels on every device."""
 
     on_device = True
@@ -127,11 +141,8 @@ class DevicePipeline:
     def __init__(
         self, config: ConfigDict, dataset: Dataset, topology: Topology
     ):
-        self._dataset, self._topology = dataset, topology
-        self._size = config.batch_size
-        self._test_size = test_batch_size(config, dataset, topology)
+        super().__init__(config, dataset, topology)
         self._steps = len(dataset.train.labels) // config.batch_size
-        self._per_dispatch = config.steps_per_dispatch
         if not self._per_dispatch and jax.default_backend() == "cpu":
             # XLA runs convolutions inside loops many times slower on CPUs.
             self._per_dispatch = 1
@@ -168,8 +179,8 @@ class DevicePipeline:
     def test_sizes(self) -> list[int]:
         return self.train_sizes(len(self._test_batch.index))
 
-    def abstract_feed(self, size: int, *, train: bool) -> Feed:
-        del size  # all batches of the epoch are there
+    def abstract_feed(self, num_batches: int, *, train: bool) -> Feed:
+        del num_batches  # all batches of the epoch are there
         if not train:
             return Feed(self._test, self._test_batch, np.int32(0))
         batch = abstract_batch(self._topology, (self._steps, self._size), ())
@@ -190,21 +201,6 @@ def make_pipeline(
     """Returns the input pipeline of a config."""
     kind = DevicePipeline if config.data_on_device else HostPipeline
     return kind(config, dataset, topology)
-
-
-def test_batch_size(
-    config: ConfigDict, dataset: Dataset, topology: Topology
-) -> int:
-    """Returns the test batch size, rounded up to the devices.
-
-    The last batch is padded anyway.
-    """
-    return topology.padded(
-        min(config.test_batch_size, len(dataset.test.labels))
-    )
-
-
-test_batch_size.__test__ = False  # for pytest, where it is imported by name
 
 
 def abstract_batch(

@@ -37,7 +37,7 @@ from train.files import (
 from train.load import (
     FILE,
     Trained,
-    inference_recipe,
+    inference_experiment,
     read_preprocessing,
 )
 from train.load import load as load_run
@@ -76,7 +76,7 @@ def load(name: str) -> Trained:
         )
     folder = FOLDER / name
     config, preprocess = read_config(folder), read_preprocessing(folder)
-    recipe, _ = inference_recipe(config, preprocess)
+    recipe = inference_experiment(config, preprocess).recipe
     flat = {
         path: jnp.asarray(leaf, jnp.float32)
         for path, leaf in load_file(folder / WEIGHTS).items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,78 +39,90 @@ class Programs:
             experiment.recipe, shape, experiment.topology
         )
         self._compiled: dict[tuple[Any, ...], Any] = {}
-        # Images that initialize the network, on every device.
-        self._first = experiment.topology.replicate(
-            experiment.dataset.train.images[: experiment.recipe.init_images]
-        )
 
-    def init(self, seed: int) -> TrainState:
-        """Returns the state at step 0 on every device."""
+    @functools.cached_property
+    def _init_images(self) -> jax.Array:
+        """Images that initialize the network, on every device."""
+        images = self._experiment.dataset.train.images
+        count = self._experiment.recipe.init_images
+        return self._experiment.topology.replicate(images[:count])
+
+    def init(self) -> Callable[[int], TrainState]:
+        """Returns seed -> state at step 0 on every device."""
 
         def lower() -> Any:
             program = make_init_program(*self._static)
-            return program.lower(self._first, np.int32(0))
+            return program.lower(self._init_images, np.int32(0))
 
-        return self._get(("init",), lower)(self._first, np.int32(seed))
+        program = self._get(("init",), lower)
+        return lambda seed: program(self._init_images, np.int32(seed))
 
-    def train(self, size: int, phase: int) -> Callable[..., Any]:
-        """Returns (state, feed, seed, epoch) -> (state, Sums) of size batches.
+    def train(self, num_batches: int, phase: int) -> Callable[..., Any]:
+        """Returns (state, feed, seed, epoch) -> (state, Sums).
 
-        The state is donated.
+        Sums are over num_batches batches. The state is donated.
         """
 
         def lower() -> Any:
             number = np.int32(0)
-            feed = self._pipeline.abstract_feed(size, train=True)
+            feed = self._pipeline.abstract_feed(num_batches, train=True)
             program = make_train_program(
-                *self._static, feed, size=size, phase=phase
+                *self._static, feed, num_batches=num_batches, phase=phase
             )
             return program.lower(self.abstract_state, feed, number, number)
 
-        return self._get(("train", size, phase), lower)
+        return self._get(("train", num_batches, phase), lower)
 
-    def test(self, size: int) -> Callable[..., Any]:
-        """Returns (variables, feed) -> Sums over size batches."""
+    def test(self, num_batches: int) -> Callable[..., Any]:
+        """Returns (variables, feed) -> Sums over num_batches batches."""
 
         def lower() -> Any:
-            feed = self._pipeline.abstract_feed(size, train=False)
-            program = make_test_program(*self._static, feed, size=size)
+            feed = self._pipeline.abstract_feed(num_batches, train=False)
+            program = make_test_program(
+                *self._static, feed, num_batches=num_batches
+            )
             return program.lower(self.abstract_state.variables, feed)
 
-        return self._get(("test", size), lower)
+        return self._get(("test", num_batches), lower)
 
     def compile(self, epoch: int = 0, batch: int = 0) -> bool:
         """Compiles what a run needs from a position on; False if there."""
         before = len(self._compiled)
         if not epoch and not batch:
-            self.init(0)
-        for _, (size, phase) in self._dispatches(epoch, batch):
-            self.train(size, phase)
-        for size in self._pipeline.test_sizes():
-            self.test(size)
+            self.init()
+        for num_batches, phase in self._signatures(epoch, batch):
+            self.train(num_batches, phase)
+        for num_batches in self._pipeline.test_sizes():
+            self.test(num_batches)
         return len(self._compiled) > before
 
     def warm_up(self, epoch: int = 0, batch: int = 0) -> None:
         """Calls the programs of `compile` once: the first call is slower."""
-        state, number = self.init(0), np.int32(0)
-        for size, phase in {each for _, each in self._dispatches(epoch, batch)}:
+        state, number = self.init()(0), np.int32(0)
+        for num_batches, phase in self._signatures(epoch, batch):
             feeds = self._pipeline.train_feeds(
-                seed=0, epoch=0, start=0, stop=size, timer=Timer()
+                seed=0, epoch=0, start=0, stop=num_batches, timer=Timer()
             )
             for _, feed in feeds:
-                state, _ = self.train(size, phase)(state, feed, number, number)
-        for size, feed in self._pipeline.test_feeds():
-            jax.block_until_ready(self.test(size)(state.variables, feed))
+                state, _ = self.train(num_batches, phase)(
+                    state, feed, number, number
+                )
+        for num_batches, feed in self._pipeline.test_feeds():
+            jax.block_until_ready(self.test(num_batches)(state.variables, feed))
 
-    def _dispatches(
-        self, first: int, batch: int
-    ) -> Iterator[tuple[int, tuple[int, int]]]:
-        """Yields (epoch, (size, phase)) of the dispatches of a run."""
-        steps, recipe = self._experiment.steps, self._experiment.recipe
-        for epoch in range(first, steps.epochs):
-            left = steps.of(epoch) - (batch if epoch == first else 0)
-            for size in {*self._pipeline.train_sizes(left)}:
-                yield epoch, (size, recipe.phase(epoch))
+    def _signatures(self, epoch: int, batch: int) -> list[tuple[int, int]]:
+        """Returns the (num_batches, phase) of the dispatches that are left."""
+        epochs = {  # most epochs are alike
+            (steps, self._experiment.recipe.phase(each))
+            for each, steps in self._experiment.steps.left(epoch, batch)
+        }
+        return sorted(
+            {
+                (num_batches, phase)
+                for steps, phase in epochs
+                for num_batches in self._pipeline.train_sizes(steps)
+            }
+        )
 
     def _get(self, key: tuple[Any, ...], lower: Callable[[], Any]) -> Any:
         if key not in self._compiled:
@@ -133,7 +145,7 @@ def make_train_program(
     topology: Topology,
     feed: Feed,
     *,
-    size: int,
+    num_batches: int,
     phase: int = 0,
 ) -> Any:
     """Returns a jitted function (state, feed, seed, epoch) -> (state, Sums).
@@ -145,8 +157,8 @@ def make_train_program(
       recipe: what a step computes.
       topology: devices of the batch.
       feed: a Feed like those to process; only its structure is used.
-      size: number of batches; one program scans over more than one. Sums are
-        over all of them.
+      num_batches: one program scans over more than one. Sums are over all of
+        them.
       phase: see `Recipe.training_model`.
     """
     step = functools.partial(train_step, recipe, topology.axes, phase)
@@ -154,7 +166,7 @@ def make_train_program(
     def program(
         state: TrainState, feed: Feed, seed: jax.Array, epoch: jax.Array
     ) -> tuple[TrainState, Sums]:
-        source, batch = _batches(feed, size)
+        source, batch = _batches(feed, num_batches)
         images = batch.images if source is None else source
         draws = draw(
             recipe.augmentation,
@@ -163,7 +175,7 @@ def make_train_program(
             seed=seed,
             epoch=epoch,
         )
-        if size == 1:
+        if num_batches == 1:
             return step(state, source, batch, draws)
         state, sums = jax.lax.scan(
             lambda state, each: step(state, source, *each),
@@ -181,18 +193,18 @@ def make_train_program(
 
 
 def make_test_program(
-    recipe: Recipe, topology: Topology, feed: Feed, *, size: int
+    recipe: Recipe, topology: Topology, feed: Feed, *, num_batches: int
 ) -> Any:
     """Returns a jitted function (variables, feed) -> Sums.
 
     Args:
-      recipe, topology, feed, size: see `make_train_program`.
+      recipe, topology, feed, num_batches: see `make_train_program`.
     """
     step = functools.partial(test_step, recipe, topology.axes)
 
     def program(variables: Any, feed: Feed) -> Sums:
-        source, batch = _batches(feed, size)
-        if size == 1:
+        source, batch = _batches(feed, num_batches)
+        if num_batches == 1:
             return step(variables, source, batch)
         _, sums = jax.lax.scan(
             lambda _, each: (None, step(variables, source, each)), None, batch
@@ -205,7 +217,7 @@ def make_test_program(
     )
 
 
-def _batches(feed: Feed, size: int) -> tuple[jax.Array | None, Batch]:
+def _batches(feed: Feed, num_batches: int) -> tuple[jax.Array | None, Batch]:
     """Returns all images or None, and the batches of a dispatch.
 
     A single batch has no leading axis.
@@ -216,8 +228,8 @@ def _batches(feed: Feed, size: int) -> tuple[jax.Array | None, Batch]:
     index, where = (
         None
         if rows is None
-        else jax.lax.dynamic_slice_in_dim(rows, first, size).reshape(
-            (size, -1) if size > 1 else -1
+        else jax.lax.dynamic_slice_in_dim(rows, first, num_batches).reshape(
+            (num_batches, -1) if num_batches > 1 else -1
         )
         for rows in (batch.index, batch.where)
     )

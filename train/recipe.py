@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -110,6 +111,11 @@ class Steps(NamedTuple):
         """Returns the steps of an epoch; the last may have fewer."""
         return min(self.total - epoch * self.per_epoch, self.per_epoch)
 
+    def left(self, epoch: int, batch: int) -> Iterator[tuple[int, int]]:
+        """Yields (epoch, steps left in it) from a position to the end."""
+        for each in range(epoch, self.epochs):
+            yield each, self.of(each) - (batch if each == epoch else 0)
+
 
 def count_steps(config: ConfigDict, dataset: data.Dataset) -> Steps:
     """Returns the numbers of steps, with full batches of the training split.
@@ -182,7 +188,7 @@ def make_recipe(
         )
     examples = len(dataset.train.labels)
     return Recipe(
-        model=network(1),
+        model=network(1) if config.microbatches > 1 else trained,
         phases=phases,
         microbatches=config.microbatches,
         optimizer=make_optimizer(

@@ -23,13 +23,8 @@ class Session(NamedTuple):
 
     def dispatches(self, progress: Progress) -> int:
         """Returns the number of dispatches of training from a position on."""
-        steps = self.experiment.steps
-        left = [
-            steps.of(epoch) for epoch in range(progress.epoch, steps.epochs)
-        ]
-        if left:
-            left[0] -= progress.batch
-        return sum(len(self.pipeline.train_sizes(batches)) for batches in left)
+        left = self.experiment.steps.left(progress.epoch, progress.batch)
+        return sum(len(self.pipeline.train_sizes(steps)) for _, steps in left)
 
 
 def make_session(config: ConfigDict) -> Session:

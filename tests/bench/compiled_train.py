@@ -16,10 +16,9 @@ from tests.bench.compiled_programs import Program
 from tests.bench.gpu_nets import ResNet50
 from train.batching import Batch
 from train.data import Dataset, Split
+from train.experiment import make_experiment
 from train.pipeline import Feed, abstract_batch
 from train.programs import make_train_program
-from train.recipe import count_steps, make_recipe
-from train.schedules import make_schedule
 from train.state import Recipe, abstract_state
 from train.topology import Topology
 
@@ -64,7 +63,9 @@ def fast_epoch(mesh: Mesh, norm: str, batch: int) -> Program:
     index = abstract_batch(topology, (steps, batch), ()).index
     feed = Feed(source, Batch(None, None, index, None), np.int32(0))
     # The last phase, in which the whitening bias is frozen.
-    program = make_train_program(recipe, topology, feed, size=steps, phase=1)
+    program = make_train_program(
+        recipe, topology, feed, num_batches=steps, phase=1
+    )
     return _program(program, recipe, topology, feed, 32)
 
 
@@ -72,7 +73,7 @@ def _step(mesh: Mesh, recipe: Recipe, batch: int, side: int) -> Program:
     topology = Topology(mesh)
     rows = abstract_batch(topology, (batch * mesh.size,), (side, side, 3))
     feed = Feed(None, rows, np.int32(0))
-    program = make_train_program(recipe, topology, feed, size=1)
+    program = make_train_program(recipe, topology, feed, num_batches=1)
     return _program(program, recipe, topology, feed, side)
 
 
@@ -100,11 +101,7 @@ def _recipe(
     dataset = _dataset(side, classes)
     # On large meshes there may be no full batch; rates do not matter here.
     config.batch_size = min(config.batch_size, EXAMPLES)
-    steps = count_steps(config, dataset)
-    schedule = make_schedule(
-        config, steps=steps.total, steps_per_epoch=steps.per_epoch
-    )
-    recipe = make_recipe(config, dataset, steps, schedule, topology)
+    recipe = make_experiment(config, topology, dataset).recipe
     if norm != "stable":
         return recipe
     stable = functools.partial(recipe.model.norm, use_fast_variance=False)

@@ -93,7 +93,9 @@ class _Steps:
             np.ones(size, bool),
         )
         self._feed = Feed(None, topology.put(batch, size), np.int32(0))
-        self._step = make_train_program(recipe, topology, self._feed, size=1)
+        self._step = make_train_program(
+            recipe, topology, self._feed, num_batches=1
+        )
         init = make_init_program(recipe, topology)
         self._state = init(batch.images[:1], 0)
 

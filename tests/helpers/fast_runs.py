@@ -9,12 +9,11 @@ import numpy as np
 from configs import cifar10_94
 from tests.helpers.recipes import mesh_of
 from train import data
-from train.experiment import Experiment
+from train.experiment import make_experiment
 from train.fastnet import MIN_IMAGE_SIZE
 from train.pipeline import make_pipeline
 from train.programs import Programs
-from train.recipe import check, count_steps, make_recipe
-from train.schedules import make_schedule
+from train.recipe import check
 from train.timing import Timer
 from train.topology import Topology
 
@@ -53,13 +52,7 @@ def small(argument="", *, widths=(8, 12), **changes):
 
 def experiment_of(config, devices=1, dataset=DATASET):
     check(config)
-    topology = Topology(mesh_of(devices))
-    steps = count_steps(config, dataset)
-    schedule = make_schedule(
-        config, steps=steps.total, steps_per_epoch=steps.per_epoch
-    )
-    recipe = make_recipe(config, dataset, steps, schedule, topology)
-    return Experiment(topology, dataset, steps, schedule, recipe)
+    return make_experiment(config, Topology(mesh_of(devices)), dataset)
 
 
 class Run:
@@ -74,7 +67,7 @@ class Run:
 
     def train(self, seed=0, epochs=None):
         """Returns the states at the start and after epochs, and all Sums."""
-        states, sums = [jax.device_get(self.programs.init(seed))], []
+        states, sums = [jax.device_get(self.programs.init()(seed))], []
         steps = self.experiment.steps
         for epoch in range(epochs or steps.epochs):
             state = jax.tree.map(jnp.copy, states[-1])

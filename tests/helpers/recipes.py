@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType
@@ -37,25 +36,6 @@ def small_config(**changes):
     return config.lock()
 
 
-class Tiny(nn.Module):
-    """A network that compiles in a second."""
-
-    norm: object
-    classes: int
-
-    @nn.compact
-    def __call__(self, x, *, train):
-        x = nn.Dense(8)(x.reshape(len(x), -1))
-        x = nn.gelu(self.norm(use_running_average=not train)(x))
-        return nn.Dense(self.classes)(x)
-
-
-def make_tiny(config, *, num_classes, norm, dtype):
-    """Replaces `networks.make` in tests where the network does not matter."""
-    del config, dtype
-    return Tiny(norm, num_classes)
-
-
 def make_recipe(**changes):
     optimizer = sgd(
         lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4
@@ -87,7 +67,9 @@ def init_state(recipe, shape, mesh, seed=0):
 def train_program(recipe, mesh, steps=1):
     """Returns (state, batch, epoch) -> (state, Sums) of seed 0."""
     like = Feed(None, Batch(*[np.zeros((1, 1)[steps == 1 :])] * 4), 0)
-    program = make_train_program(recipe, Topology(mesh), like, size=steps)
+    program = make_train_program(
+        recipe, Topology(mesh), like, num_batches=steps
+    )
     return lambda state, batch, epoch: program(
         state, Feed(None, batch, 0), 0, epoch
     )
@@ -96,7 +78,7 @@ def train_program(recipe, mesh, steps=1):
 def test_program(recipe, mesh):
     """Returns (variables, batch) -> Sums."""
     like = Feed(None, Batch(*[np.zeros(1)] * 4), 0)
-    program = make_test_program(recipe, Topology(mesh), like, size=1)
+    program = make_test_program(recipe, Topology(mesh), like, num_batches=1)
     return lambda variables, batch: program(variables, Feed(None, batch, 0))
 
 

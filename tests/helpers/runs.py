@@ -19,20 +19,10 @@ runpy.run_module("train", run_name="__main__", alter_sys=True)
 """
 # A network that compiles in a second, where it does not matter which.
 TINY = """
-import flax.linen as nn
+from tests.helpers import tiny_network
 from train import networks
 
-class Tiny(nn.Module):
-    norm: object
-    classes: int
-
-    @nn.compact
-    def __call__(self, x, *, train):
-        x = nn.Dense(8)(x.reshape(len(x), -1))
-        x = nn.gelu(self.norm(use_running_average=not train)(x))
-        return nn.Dense(self.classes)(x)
-
-networks.make = lambda config, num_classes, norm, dtype: Tiny(norm, num_classes)
+networks.make = tiny_network.make
 """
 SMALL = (
     "--config.width=4",
