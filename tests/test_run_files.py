@@ -4,22 +4,31 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import stat
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from tensorboardX import record_writer
 
 from configs import digits
+from tests.helpers import tiny_network
 from tests.helpers.made_runs import make_run, open_report
+from tests.helpers.recipes import small_config
+from tests.helpers.runs import strict_json
 from train import (
     UserError,
     cifar,
     cli,
     compare,
     data,
+    evaluate,
     files,
+    loop,
+    networks,
+    seeds,
     trained_run,
     workdir,
 )
@@ -77,6 +86,53 @@ def test_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", note_replace)
     files.write_text(tmp_path / "file", "text")
     assert seen == ["file", "name", "folder"]
+
+
+# NaN and Infinity, which JSON does not have
+
+
+def test_numbers_that_are_not_finite_are_null():
+    value = {"a": [float("nan"), 1.5], "b": {"c": (float("inf"), None)}}
+    text = files.to_json(value | {"d": -float("inf")})
+    assert text == '{"a": [null, 1.5], "b": {"c": [null, null]}, "d": null}'
+
+
+def test_all_files_of_a_diverged_run_are_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(networks, "make", tiny_network.make)
+    options = {"learning_rate": 1e30, "on_nonfinite": "ignore", "seeds": 2}
+    config = small_config(epochs=2, checkpoint_every=3, **options)
+    seeds.train(config, tmp_path)
+    run = tmp_path / "seed-1"
+    evaluate.evaluate(run, trained_run.load(run))
+
+    def check():
+        texts = (run / "metrics.jsonl").read_text().splitlines()
+        records = [strict_json(text) for text in texts]
+        assert [one["test_loss"] for one in records] == [None, None]
+        found = {*tmp_path.rglob("*.json")}
+        found |= {*tmp_path.rglob("progress/metadata")}
+        read = {path: strict_json(path.read_text()) for path in found}
+        assert read[run / "summary.json"]["test_loss"] is None
+        assert read[run / "evaluation.json"]["loss"] is None
+        return read
+
+    read = check()
+    inside = read[run / "checkpoints" / "6" / "progress" / "metadata"]
+    assert inside["batch"] == 2 and None in inside["sums"]
+    # It resumes from that checkpoint, within the second epoch.
+    shutil.rmtree(run / "checkpoints" / "8")
+    (run / "summary.json").unlink()
+    one = config.copy_and_resolve_references()
+    one.update(seed=1, seeds=1)
+    summary = loop.train(one, run)
+    check()
+    # All readers have NaN again.
+    assert np.isnan(summary["test_loss"])
+    for found in (workdir.read_summary(run), *workdir.read_records(run)):
+        assert np.isnan(found["test_loss"]) and found["test_accuracy"] >= 0
+    capsys.readouterr()
+    compare.compare([tmp_path], tmp_path / "compare.png")
+    assert "nan ± nan" in capsys.readouterr().out
 
 
 # Reading
@@ -159,6 +215,8 @@ def test_configs_of_strangers(changes, message, tmp_path):
 
 RECORDS = {
     "{}": "line 1, is damaged: epoch must be a number; got None",
+    '{"epoch": 1, "step": null}': "damaged: step must be a number; got None",
+    '{"epoch": 1, "step": 4, "train_loss": null}': "damaged: train_accuracy",
     "[1]": "line 1, is damaged: expected a JSON object; got '[1]'",
     "garbage": "line 1, is damaged: Expecting value",
 }

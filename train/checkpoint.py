@@ -20,7 +20,7 @@ from train.checkpoint_checks import (
 from train.checkpoint_errors import as_user_errors, newest_step
 from train.checksums import ChecksummedPath
 from train.damaged_checkpoints import move_damaged, refuse_fresh_start
-from train.files import exists, refuse_links
+from train.files import exists, none_to_nan, nonfinite_to_none, refuse_links
 from train.retention import RetentionPolicy
 from train.state import Sums, TrainState
 from train.workdir import check_name, read_records
@@ -122,11 +122,13 @@ class Checkpoints:
         if step == self._manager.latest_step():
             return
         tree = state._asdict()
-        saved = {
-            **progress._asdict(),
-            "test_accuracy": test_accuracy,
-            "arrays": array_specs(tree),
-        }
+        saved = nonfinite_to_none(
+            {
+                **progress._asdict(),
+                "test_accuracy": test_accuracy,
+                "arrays": array_specs(tree),
+            }
+        )
         with as_user_errors(self._folder, self._manager):
             self._manager.save(
                 step,
@@ -218,9 +220,8 @@ class Checkpoints:
                 f"The checkpoint of step {step} in {self._folder} is intact but "
                 f"cannot be restored: {reason}. Nothing was moved."
             ) from error
-        progress = Progress(
-            about["epoch"], about["batch"], tuple(about["sums"])
-        )
+        sums = tuple(map(none_to_nan, about["sums"]))
+        progress = Progress(about["epoch"], about["batch"], sums)
         return TrainState(**found.state), progress
 
 

@@ -111,6 +111,10 @@ class Steps(NamedTuple):
         """Returns the steps of an epoch; the last may have fewer."""
         return min(self.total - epoch * self.per_epoch, self.per_epoch)
 
+    def before(self, epoch: int, batch: int) -> int:
+        """Returns the number of steps before a batch of an epoch."""
+        return min(epoch * self.per_epoch + batch, self.total)
+
     def left(self, epoch: int, batch: int) -> Iterator[tuple[int, int]]:
         """Yields (epoch, steps left in it) from a position to the end."""
         for each in range(epoch, self.epochs):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ import tqdm
 
 from train import UserError, clock, output
 from train.events import Events
-from train.files import as_user_error, write_text
+from train.files import as_user_error, to_json, write_text
 from train.learning_curves import draw_run
 from train.state import Sums
 from train.wandb_run import WandbRun
@@ -25,9 +24,9 @@ STEPS = 10  # at least, between two losses of steps in TensorBoard
 class NullReport:
     """Report of a process that does not write."""
 
-    def __init__(self, workdir: pathlib.Path, *, done: int, **_: Any):
+    def __init__(self, workdir: pathlib.Path, **_: Any):
         self.workdir = workdir
-        self.records: list[dict[str, float]] = [{}] * done
+        self.records: list[dict[str, float]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -218,15 +217,17 @@ class Report:
         if self._wandb is not None:
             self._wandb.log(record)
         draw_run(self.records, self.workdir / "curves.png", self._title)
-        self.say(
+        line = (
             f"epoch {record['epoch']}/{self._epochs}"
             f"  train {record['train_loss']:.4f}"
             f" {record['train_accuracy']:.2%}"
             f"  test {record['test_loss']:.4f}"
             f" {record['test_accuracy']:.2%}"
-            f"  {record['images_per_second']:,.0f} images/s"
         )
+        if "images_per_second" in record:
+            line += f"  {record['images_per_second']:,.0f} images/s"
+        self.say(line)
 
     def _write_records(self) -> None:
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        lines = "".join(to_json(record) + "\n" for record in self.records)
         write_text(self._path, lines)

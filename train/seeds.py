@@ -74,7 +74,9 @@ def _train(
     for name in ("epochs", "steps", "devices", "device_kind", "versions"):
         if name in summaries[0]:
             summary[name] = summaries[0][name]
-    summary["seconds"] = round(sum(each["seconds"] for each in summaries), 1)
+    if all("seconds" in each for each in summaries):
+        seconds = sum(each["seconds"] for each in summaries)
+        summary["seconds"] = round(seconds, 1)
     with processes.sync_errors():
         if processes.is_main():
             with as_user_error(workdir):
