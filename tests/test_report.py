@@ -64,7 +64,7 @@ def test_lines_are_wrapped_between_words(capsys):
 
 
 def test_every_line_names_its_seed(tmp_path, capsys):
-    seeds.train(small_config(epochs=1, seeds=2, seed=5), tmp_path)
+    seeds.train(small_config(epochs=1, num_seeds=2, seed=5), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     begun = [line for line in lines if not line.startswith("  ")]
     assert all(len(line) <= 80 for line in lines)

@@ -308,8 +308,8 @@ def test_command_lines(arguments, message, parse, tmp_path, monkeypatch):
             "boundaries=(5, 5) must be strictly increasing",
         ),
         (
-            {"seed": 2147483647, "seeds": 2},
-            "seed=2147483647 with seeds=2 ends at 2147483648",
+            {"seed": 2147483647, "num_seeds": 2},
+            "seed=2147483647 with num_seeds=2 ends at 2147483648",
         ),
     ],
     ids=str,

@@ -99,11 +99,11 @@ def test_numbers_that_are_not_finite_are_null():
 
 def test_all_files_of_a_diverged_run_are_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(networks, "make", tiny_network.make)
-    options = {"learning_rate": 1e30, "on_nonfinite": "ignore", "seeds": 2}
+    options = {"learning_rate": 1e30, "on_nonfinite": "ignore", "num_seeds": 2}
     config = small_config(epochs=2, checkpoint_every=3, **options)
     seeds.train(config, tmp_path)
     run = tmp_path / "seed-1"
-    evaluate.evaluate(run, trained_run.load(run))
+    evaluate.evaluate(run, trained_run.load_run(run))
 
     def check():
         texts = (run / "metrics.jsonl").read_text().splitlines()
@@ -123,7 +123,7 @@ def test_all_files_of_a_diverged_run_are_json(tmp_path, monkeypatch, capsys):
     shutil.rmtree(run / "checkpoints" / "8")
     (run / "summary.json").unlink()
     one = config.copy_and_resolve_references()
-    one.update(seed=1, seeds=1)
+    one.update(seed=1, num_seeds=1)
     summary = loop.train(one, run)
     check()
     # All readers have NaN again.
@@ -393,7 +393,7 @@ def test_a_foreign_config_downloads_to_nowhere(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cifar, "_prepare", prepares)
     load = {"data_dir": str(tmp_path), "download": False}
-    refused("cifar10 is not prepared in ", data.load, "cifar10", **load)
+    refused("cifar10 is not prepared in ", data.load_dataset, "cifar10", **load)
     assert not [*tmp_path.iterdir()]
 
     asked = {}
@@ -404,9 +404,9 @@ def test_a_foreign_config_downloads_to_nowhere(tmp_path, monkeypatch):
 
     run = make_run(tmp_path / "run", [0.5] * 3, data_dir=str(tmp_path))
     monkeypatch.setattr(trained_run, "build_experiment", note)
-    refused("enough", trained_run.load, run)
+    refused("enough", trained_run.load_run, run)
     assert asked == {"data_dir": str(tmp_path), "download": False}
-    refused("enough", trained_run.load, run, data_dir="/mine")
+    refused("enough", trained_run.load_run, run, data_dir="/mine")
     assert asked == {"data_dir": "/mine", "download": True}
 
 
@@ -416,7 +416,7 @@ def test_damaged_description_of_the_data(text, tmp_path):
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text(text, encoding="latin-1")
     (folder / "features.json").write_text("{}")
-    refused("cifar10", data.load, "cifar10", data_dir=str(tmp_path))
+    refused("cifar10", data.load_dataset, "cifar10", data_dir=str(tmp_path))
 
 
 def test_crops_that_would_hold_nothing_of_an_image():

@@ -75,7 +75,7 @@ def topology():
 @pytest.fixture(scope="module")
 def batches():
     """Four of 32 images; in the third a share of one device is white."""
-    images = data.load("digits", train_split="train[:128]").train
+    images = data.load_dataset("digits", train_split="train[:128]").train
     found = list(batching.train_batches(images, 32, seed=0, epoch=0))
     found[2].images[8:11] = 255
     return found

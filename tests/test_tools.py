@@ -172,11 +172,11 @@ def test_new_statistics_are_those_of_so_many_training_batches(made):
 
 
 def test_best_checkpoint_and_another_split(made):
-    best = trained_run.load(made.workdir, best=True)
+    best = trained_run.load_run(made.workdir, best=True)
     found = evaluate.evaluate(made.workdir, best, split="train[300:340]")
     assert (found["step"], found["epoch"]) == (4, 1)
     assert "precise" not in found
-    split = data.load("digits", test_split="train[300:340]").test
+    split = data.load_dataset("digits", test_split="train[300:340]").test
     check(found, made.logits(4, split.images), split.labels)
     # Those of the run are not read again.
     for name in ("train", "test"):
@@ -213,7 +213,7 @@ def test_what_cannot_be_evaluated(made, tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(made.saved.state, made.saved.progress)
     with pytest.raises(UserError, match="has no checkpoint with a test yet"):
-        trained_run.load(tmp_path, best=True)
+        trained_run.load_run(tmp_path, best=True)
 
 
 def test_reading_a_run_leaves_a_damaged_checkpoint_where_it_is(made, tmp_path):
@@ -225,7 +225,7 @@ def test_reading_a_run_leaves_a_damaged_checkpoint_where_it_is(made, tmp_path):
     unfinished = workdir / "checkpoints" / "12.orbax-checkpoint-tmp"
     unfinished.mkdir()
     with pytest.warns(UserWarning, match="step 10 is damaged"):
-        found = trained_run.load(workdir)
+        found = trained_run.load_run(workdir)
     assert int(found.state.step) == 8 and found.progress.epoch == 2
     assert newest.is_dir() and unfinished.is_dir()
     assert not [*workdir.glob("damaged*")]

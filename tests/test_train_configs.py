@@ -54,7 +54,7 @@ from train.workdir import open_workdir
         ({"on_nonfinite": "warn"}, "on_nonfinite='warn' is unknown"),
         ({"checkpoint_every": -1}, "checkpoint_every must be in [0, "),
         ({"microbatches": 3}, "microbatches=3 does not divide the 8 examples"),
-        ({"seeds": 0}, "seeds must be in [1, 10000]; got 0."),
+        ({"num_seeds": 0}, "num_seeds must be in [1, 10000]; got 0."),
         ({"steps_per_dispatch": -1}, "steps_per_dispatch must be in [0, "),
         ({"model": "resnext"}, "model='resnext' is unknown"),
     ],

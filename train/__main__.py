@@ -118,7 +118,7 @@ def main(config: ConfigDict) -> None:
     with processes.sync_errors():
         if given.wandb is not None and processes.is_main():
             wandb_run.require()
-    several = config.seeds > 1
+    several = config.num_seeds > 1
     summary = (seeds if several else loop).train(
         config, workdir, wandb=given.wandb
     )

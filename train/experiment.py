@@ -42,7 +42,7 @@ def build_experiment(
         config.mesh, config.batch_size, config.microbatches
     )
     with processes.sync_errors():  # each host reads its own data
-        dataset = data.load(
+        dataset = data.load_dataset(
             config.dataset,
             data_dir=config.data_dir,
             train_split=config.train_split,

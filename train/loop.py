@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from train import (
     UserError,
     clock,
-    load,
     lock,
     networks,
     processes,
@@ -21,6 +20,7 @@ from train.checkpoint import Checkpoints, Progress
 from train.checkpoint_errors import resume_hint
 from train.epoch import EpochRunner
 from train.files import write_json
+from train.preprocessing import write_preprocessing
 from train.report import NullReport, Report
 from train.session import Session, make_session, prepare
 from train.signals import Interrupt
@@ -64,7 +64,7 @@ def train(
         with processes.sync_errors():
             if processes.is_main():
                 open_workdir(workdir, config)
-                load.record(workdir, session.experiment)
+                write_preprocessing(workdir, session.experiment)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             return _train(
                 config, workdir, session, checkpoints, started, options

@@ -78,10 +78,10 @@ def check(config: ConfigDict) -> None:
 
 def check_seeds(config: ConfigDict) -> None:
     """Raises UserError unless all seeds are in range."""
-    last = config.seed + config.seeds - 1
+    last = config.seed + config.num_seeds - 1
     if not config_checks.in_range("seed", last):
         raise UserError(
-            f"seed={config.seed} with seeds={config.seeds} ends at {last}; "
+            f"seed={config.seed} with num_seeds={config.num_seeds} ends at {last}; "
             f"seeds must be in {config_checks.RANGES['seed']}."
         )
 

@@ -17,7 +17,13 @@ from train.workdir import (
 )
 
 # Fields that do not affect the result.
-IGNORED_FIELDS = ("seed", "seeds", "data_dir", "checkpoint_every", "profile")
+IGNORED_FIELDS = (
+    "seed",
+    "num_seeds",
+    "data_dir",
+    "checkpoint_every",
+    "profile",
+)
 
 
 class Run(NamedTuple):

@@ -1,4 +1,4 @@
-"""Loads a trained run from its workdir."""
+"""Loads a run from its workdir: data, model and the state of training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.workdir import check_name, with_advice
 
 
 class TrainedRun(NamedTuple):
-    """Result of `load`."""
+    """Result of `load_run`."""
 
     config: ConfigDict
     experiment: Experiment  # on the devices of this program
@@ -72,7 +72,7 @@ def use_devices(run: pathlib.Path) -> None:
     logging.set_verbosity(logging.ERROR)
 
 
-def load(
+def load_run(
     run: pathlib.Path, *, best: bool = False, data_dir: str | None = None
 ) -> TrainedRun:
     """Loads the newest checkpoint of a run, with its data and model.

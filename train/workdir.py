@@ -34,7 +34,7 @@ MACHINE_FIELDS = (
     "mesh",
     "microbatches",
     "profile",
-    "seeds",
+    "num_seeds",
     "steps_per_dispatch",
 )
 

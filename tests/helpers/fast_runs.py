@@ -45,7 +45,7 @@ def small(argument="", *, widths=(8, 12), **changes):
     config.batch_size, config.test_batch_size = 16, 10
     config.epochs = 1.5
     config.lookahead_every = 3
-    config.seeds = 1
+    config.num_seeds = 1
     config.update(changes)
     return config
 
