@@ -10,8 +10,8 @@ import pytest
 from configs import cifar10_94, cifar10_96
 from tests.helpers.fast_runs import CLASSES, Run, experiment_of, small
 from train import UserError, data, load, seeds
+from train.duration import count_steps
 from train.experiment import build_experiment
-from train.recipe import count_steps
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from tests.helpers import tiny_network
 from tests.helpers.made_runs import open_report
 from tests.helpers.recipes import small_config
 from train import loop, networks, output, report, seeds, summary
+from train.duration import Steps
 from train.meter import MAX_IN_FLIGHT
-from train.recipe import Steps
 from train.workdir import median_speed, read_records
 
 RECORD = {

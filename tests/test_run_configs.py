@@ -46,7 +46,7 @@ def test_one_table_has_every_number_and_nothing_else():
 
 
 def test_every_number_is_kept_in_its_range():
-    config_checks.check(defaults.get_config())
+    config_checks.check_fields(defaults.get_config())
     for name, value, kind in numbers():
         low, high = map(float, RANGES[name][1:-1].split(","))
         wrong = [
@@ -62,7 +62,7 @@ def test_every_number_is_kept_in_its_range():
             one = (each,) if isinstance(value, tuple) else each
             config = changed(defaults.get_config(), name, one)
             with pytest.raises(UserError, match=f"{name} must be"):
-                config_checks.check(config)
+                config_checks.check_fields(config)
         assert config_checks.in_range(name, high) == (RANGES[name][-1] == "]")
         assert config_checks.in_range(name, low) == (RANGES[name][0] == "[")
 
@@ -87,14 +87,14 @@ def test_every_number_is_kept_in_its_range():
 def test_other_fields(name, value, message):
     config = changed(digits.get_config(), name, value)
     with pytest.raises(UserError, match=re.escape(message)):
-        config_checks.check(config)
+        config_checks.check_fields(config)
 
 
 def test_a_field_that_is_gone():
     config = digits.get_config()
     del config.norm_options.ddof
     with pytest.raises(UserError, match="The config has no norm_options.ddof"):
-        config_checks.check(config)
+        config_checks.check_fields(config)
 
 
 FILES = {
@@ -320,7 +320,7 @@ def test_what_fields_ask_of_each_other(changes, message):
     config = digits.get_config()
     config.update(changes)
     with pytest.raises(UserError, match=re.escape(message)):
-        recipe.check(config)
+        recipe.check_config(config)
 
 
 @pytest.mark.parametrize(

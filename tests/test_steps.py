@@ -19,7 +19,7 @@ from tests.helpers.recipes import make_recipe as plain_recipe
 from train import batching, data, norms
 from train.augment import Augmentation
 from train.optimizer import Lookahead, sgd
-from train.state import Phase
+from train.recipe import Phase
 from train.step import augmented_images
 from train.topology import MICROBATCH_AXIS, Topology, make_topology
 

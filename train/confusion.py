@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from train import batching, data
 from train.augment import to_float
 from train.experiment import Experiment
-from train.state import Recipe
+from train.recipe import Recipe
 
 _BATCH = 1000  # examples per step
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from train import Stopped, UserError, watchdog
 from train.checkpoint import Checkpoints, Progress
 from train.checkpoint_errors import resume_hint
+from train.duration import tested_epochs
 from train.meter import Meter
 from train.nonfinite import nonfinite_error
 from train.pipeline import Feed
@@ -21,7 +22,6 @@ from train.state import Sums, TrainState
 from train.summary import RemainingTime
 from train.timing import Timer
 from train.trace import Trace
-from train.workdir import tested_epochs
 
 
 class EpochRunner:

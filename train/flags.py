@@ -81,7 +81,7 @@ def parse(
         raise UserError(
             f"Unexpected argument {rest[1]!r}; flags begin with --."
         )
-    config_checks.check(config)
+    config_checks.check_fields(config)
     if flags.FLAGS.workdir is not None:
         if not flags.FLAGS.workdir:
             raise UserError(

@@ -20,7 +20,7 @@ from train.trained_run import read_config, restore, use_one_axis
 
 
 class TrainedNetwork(NamedTuple):
-    """A network with its weights, and what to apply it to.
+    """A trained network, with the preprocessing of its images.
 
     Attributes:
       model: model.apply(variables, preprocess(images), train=False) are the

@@ -18,6 +18,7 @@ from train import (
 )
 from train.checkpoint import Checkpoints, Progress
 from train.checkpoint_errors import resume_hint
+from train.duration import tested_epochs
 from train.epoch import EpochRunner
 from train.files import write_json
 from train.preprocessing import write_preprocessing
@@ -32,7 +33,6 @@ from train.workdir import (
     check_name,
     open_workdir,
     read_summary,
-    tested_epochs,
 )
 
 

@@ -15,7 +15,8 @@ from train.augment import draw
 from train.batching import Batch
 from train.experiment import Experiment
 from train.pipeline import Feed, Pipeline
-from train.state import Recipe, Sums, TrainState, abstract_state, make_state
+from train.recipe import Recipe
+from train.state import Sums, TrainState, abstract_state, make_state
 from train.step import test_step, train_step
 from train.timing import Timer
 from train.topology import Topology

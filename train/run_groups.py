@@ -7,13 +7,12 @@ import pathlib
 from typing import Any, NamedTuple
 
 from train import UserError
+from train.duration import num_epochs, tested_epochs
 from train.trained_run import read_config
 from train.workdir import (
     missing_epochs,
-    num_epochs,
     read_records,
     read_summary,
-    tested_epochs,
 )
 
 # Fields that do not affect the result.

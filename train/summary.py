@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from train import networks
 from train.checkpoint import Progress
+from train.duration import Steps
 from train.norms import describe_statistics
-from train.recipe import Steps
 from train.report import Report
 from train.session import Session
 from train.timing import Timer

@@ -51,7 +51,7 @@ def read_config(run: pathlib.Path) -> ConfigDict:
     with with_advice("Restore it from a backup."):
         try:
             config.update(then)
-            config_checks.check(config)
+            config_checks.check_fields(config)
         except UserError as error:
             raise UserError(f"{path} is damaged: {error}") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import pathlib
 import re
 import statistics
@@ -228,22 +227,6 @@ def _check_numbers(
             raise UserError(
                 f"{where} is damaged: {name} must be a number; got {value!r}."
             )
-
-
-def num_epochs(epochs: float) -> int:
-    """Returns the number of epochs, of which the last may be a part."""
-    return math.ceil(round(epochs, 6))
-
-
-def tested_epochs(config: Any) -> list[int]:
-    """Returns the epochs, from 1, after which a run is tested and recorded.
-
-    Args:
-      config: config of the run, or the contents of its config.json.
-    """
-    last, every = num_epochs(config["epochs"]), config.get("test_every", 1)
-    tested = range(every, last, every) if every else ()
-    return [*tested, last]
 
 
 def missing_epochs(

@@ -18,7 +18,7 @@ from train.batching import Batch
 from train.optimizer import sgd
 from train.pipeline import Feed
 from train.programs import make_init_program, make_train_program
-from train.state import Recipe
+from train.recipe import Recipe
 from train.topology import Topology
 
 NORMS = ("flax", "jaxbn", "none")

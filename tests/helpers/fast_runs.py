@@ -13,7 +13,7 @@ from train.experiment import make_experiment
 from train.fastnet import MIN_IMAGE_SIZE
 from train.pipeline import make_pipeline
 from train.programs import Programs
-from train.recipe import check
+from train.recipe import check_config
 from train.timing import Timer
 from train.topology import Topology
 
@@ -51,7 +51,7 @@ def small(argument="", *, widths=(8, 12), **changes):
 
 
 def experiment_of(config, devices=1, dataset=DATASET):
-    check(config)
+    check_config(config)
     return make_experiment(config, Topology(mesh_of(devices)), dataset)
 
 
