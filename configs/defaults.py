@@ -37,8 +37,8 @@ def get_config() -> ConfigDict:
     config.norm_momentum = 0.9  # decay of the running statistics
     config.norm_epsilon = 1e-5  # added to the variance
     config.norm_options = ConfigDict()
-    # Options of jaxbn's layer; unset ones are as its defaults. How many examples
-    # share statistics, on any number of devices:
+    # Options of jaxbn's layer; unset ones are as its defaults. How many
+    # examples share statistics, on any number of devices:
     config.norm_options.normalize_over = placeholder(int)
     config.norm_options.debias = placeholder(bool)  # of running statistics
     config.norm_options.ddof = placeholder(int)  # of the running variance

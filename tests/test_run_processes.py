@@ -80,8 +80,8 @@ OTHER_CODE = (
             None,
             "The processes differ: checkpoint_every is 5 in process 0 and 3 in "
             "process 1; num_processes is 2 in process 0 and 3 in process 1; "
-            "num_seeds is 1 in process 0 and 2 in process 1. Run the same command "
-            "on all hosts",
+            "num_seeds is 1 in process 0 and 2 in process 1. Run the same "
+            "command on all hosts",
         ),
         pytest.param(
             ((), ()),

@@ -217,8 +217,8 @@ class Checkpoints:
             # Orbax's messages are long; the beginning is enough.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"The checkpoint of step {step} in {self._folder} is intact but "
-                f"cannot be restored: {reason}. Nothing was moved."
+                f"The checkpoint of step {step} in {self._folder} is intact "
+                f"but cannot be restored: {reason}. Nothing was moved."
             ) from error
         sums = tuple(map(none_to_nan, about["sums"]))
         progress = Progress(about["epoch"], about["batch"], sums)

@@ -72,12 +72,11 @@ def _tuple(name: str, value: Any, kind: type) -> None:
 
 
 def _value(name: str, value: Any, kind: type, description: str = "") -> None:
+    what = description or name
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise UserError(
-            f"{description or name} must be of type {kind.__name__}; got {value!r}."
+            f"{what} must be of type {kind.__name__}; got {value!r}."
         )
     if kind in (int, float) and not in_range(name, value):
-        raise UserError(
-            f"{description or name} must be in {RANGES[name]}; got {value}."
-        )
+        raise UserError(f"{what} must be in {RANGES[name]}; got {value}.")

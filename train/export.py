@@ -5,8 +5,9 @@ RUN is the workdir of a run or, with --out, the name of a network of
 train.pretrained. Folds batch norm into the convolutions and writes, into
 RUN/exported without --out:
 
-- program.bin: a `jax.export` program, (weights, uint8 images) -> logits, for any
-  number of images, on CPUs, GPUs and TPUs. It needs JAX alone, no model code.
+- program.bin: a `jax.export` program, (weights, uint8 images) -> logits, for
+  any number of images, on CPUs, GPUs and TPUs. It needs JAX alone, no model
+  code.
 - weights.safetensors: its weights.
 - about.json: the shape of an image, the classes, the step, the difference from
   the network that was trained.

@@ -98,7 +98,8 @@ def norm_of(
     for name in given:
         if name not in (*_GROUPED, *BatchNorm.__dataclass_fields__):
             raise UserError(
-                f"norm_options.{name} is not an option of jaxbn.linen.BatchNorm."
+                f"norm_options.{name} is not an option of "
+                "jaxbn.linen.BatchNorm."
             )
     own = {**shared, **_jaxbn_axes(config, topology, microbatches)}
     for name in own.keys() & given.keys():

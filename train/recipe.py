@@ -115,8 +115,8 @@ def check_seeds(config: ConfigDict) -> None:
     last = config.seed + config.num_seeds - 1
     if not config_checks.in_range("seed", last):
         raise UserError(
-            f"seed={config.seed} with num_seeds={config.num_seeds} ends at {last}; "
-            f"seeds must be in {config_checks.RANGES['seed']}."
+            f"seed={config.seed} with num_seeds={config.num_seeds} ends at "
+            f"{last}; seeds must be in {config_checks.RANGES['seed']}."
         )
 
 
