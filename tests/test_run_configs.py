@@ -11,7 +11,7 @@ from configs import defaults, digits
 from configs.ranges import RANGES
 from train import UserError, config_checks, config_files
 from train import flags as command_line
-from train.norms import norm_of
+from train.norms import make_norm
 from train.topology import make_topology
 
 
@@ -194,7 +194,7 @@ def test_config_files_that_are_none(tmp_path):
         "def get_config():\n"
         "    return ConfigDict({'zzz': 1})\n"
     )
-    refused("The config has no average_decay; build it on", str(other))
+    refused("The config has no affine_lr_multiplier; build it on", str(other))
 
 
 def here(after=""):
@@ -341,4 +341,4 @@ def test_options_of_the_layer(name, value, message):
         config.norm_options[name] = value
     topology = make_topology("data", config.batch_size)
     with pytest.raises(UserError, match=re.escape(message)):
-        norm_of(config, topology)
+        make_norm(config, topology)

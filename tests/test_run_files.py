@@ -174,7 +174,7 @@ def test_json_of_any_kind(name, how, tmp_path):
     run = make_run(tmp_path / "run", [0.5] * 3)
     damage(run / name, how)
     message = f"{run / name} {DAMAGED[how]}"
-    refused(message, compare.read, run)
+    refused(message, compare.read_run, run)
     if name == "config.json":
         refused(message, trained_run.read_config, run)
         refused(message, workdir.open_workdir, run, digits.get_config())
@@ -241,10 +241,14 @@ def test_epochs_without_a_record_are_named(tmp_path, capsys):
     assert "metrics.jsonl lacks epochs 2 to 3; continuing" in " ".join(
         capsys.readouterr().out.split()
     )
-    refused("metrics.jsonl lacks epochs 2 to 3. Restore it", compare.read, run)
+    refused(
+        "metrics.jsonl lacks epochs 2 to 3. Restore it", compare.read_run, run
+    )
     refused("lacks epochs 2, 3, 5, and so the result", open_report, run, done=5)
     path.write_text(lines[1] + lines[0])
-    refused("line 2, is damaged: epoch 1 follows epoch 2", compare.read, run)
+    refused(
+        "line 2, is damaged: epoch 1 follows epoch 2", compare.read_run, run
+    )
     # What a crash has left behind the checkpoint is dropped, and nothing else.
     path.write_text("".join(lines))
     with open_report(run, done=2):

@@ -283,7 +283,7 @@ def test_groups_on_a_mesh(mesh, axes, groups, microbatches):
     config = digits.get_config()
     config.update(mesh=mesh, norm_axes=axes, batch_size=16)
     topology = make_topology(mesh, 16, microbatches)
-    layer = norms.norm_of(config, topology, microbatches=microbatches)(
+    layer = norms.make_norm(config, topology, microbatches=microbatches)(
         use_running_average=False
     )
     x = np.random.default_rng(0).normal(3, 2, (16, 5)).astype(np.float32)

@@ -287,7 +287,7 @@ def test_curves_are_means_in_a_band(tmp_path):
         make_run(tmp_path / str(i), accuracies, seed=i)
         for i, accuracies in enumerate([[0.5, 0.8, 0.9], [0.7, 0.8, 1.0]])
     ]
-    groups, _ = compare.grouped([compare.read(run) for run in runs])
+    groups, _ = compare.group_runs([compare.read_run(run) for run in runs])
     figure, axes = learning_curves.plt.subplots()
     learning_curves._curve(axes, groups[0], "test_accuracy", 100, "C0", "-")
     (line,), (band,) = axes.lines, axes.collections
@@ -335,7 +335,9 @@ def test_a_run_of_before_takes_the_defaults(tmp_path):
     config = json.loads(path.read_text())
     del config["zero_init_gamma"]
     path.write_text(json.dumps(config))
-    _, differ = compare.grouped([compare.read(old), compare.read(new)])
+    _, differ = compare.group_runs(
+        [compare.read_run(old), compare.read_run(new)]
+    )
     assert differ == []
 
 

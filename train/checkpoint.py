@@ -22,7 +22,7 @@ from train.checksums import ChecksummedPath
 from train.damaged_checkpoints import move_damaged, refuse_fresh_start
 from train.files import exists, none_to_nan, nonfinite_to_none, refuse_links
 from train.retention import RetentionPolicy
-from train.state import Sums, TrainState
+from train.state import NO_SUMS, TrainState
 from train.workdir import check_name, read_records
 
 # JAX expects a step that increases over the lifetime of the process.
@@ -34,7 +34,7 @@ class Progress(NamedTuple):
 
     epoch: int = 0  # completed epochs
     batch: int = 0  # completed batches of the current epoch
-    sums: tuple[float, ...] = (0.0,) * len(Sums._fields)  # over those batches
+    sums: tuple[float, ...] = NO_SUMS  # over those batches
 
 
 class Checkpoints:

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from train import UserError, cli, output
-from train.learning_curves import draw
-from train.run_groups import Group, Run, grouped, read
+from train.learning_curves import draw_groups
+from train.run_groups import Group, Run, group_runs, read_run
 from train.workdir import median_speed
 
 
@@ -125,9 +125,9 @@ def compare(
         if path.resolve() in seen:
             raise UserError(f"{path} is given twice.")
         seen.add(path.resolve())
-    groups, differ = grouped([read(path) for path in paths])
+    groups, differ = group_runs([read_run(path) for path in paths])
     print(table(groups, differ))
-    draw(groups, out)
+    draw_groups(groups, out)
     return groups, differ
 
 

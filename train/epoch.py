@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from train import Stopped, UserError, watchdog
+from train import Stopped, watchdog
 from train.checkpoint import Checkpoints, Progress
-from train.checkpoint_errors import resume_hint
+from train.checkpoint_errors import with_resume_hint
 from train.duration import tested_epochs
 from train.meter import Meter
 from train.nonfinite import nonfinite_error
@@ -72,7 +72,7 @@ class EpochRunner:
                 self._save_tested(state, progress, record)
         with self._timer.measure("save"):
             self._checkpoints.wait()
-        self._interrupt.unsaved(False)
+        self._interrupt.set_unsaved(False)
         return state
 
     def _save_tested(
@@ -82,13 +82,10 @@ class EpochRunner:
         with self._timer.measure("save"):
             # At most one record may be ahead of the checkpoints.
             self._checkpoints.wait()
-            try:
+            with with_resume_hint(
+                self._report.workdir, lambda: self._checkpoints.newest
+            ):
                 self._report.add(record)
-            except OSError as error:
-                raise UserError(
-                    f"Cannot write to {self._report.workdir}: "
-                    f"{error.strerror}. {resume_hint(self._checkpoints.newest)}"
-                ) from error
             self._checkpoints.save(
                 state, progress, test_accuracy=record["test_accuracy"]
             )
@@ -117,7 +114,7 @@ class EpochRunner:
         for num_batches, feed in feeds:
             state = self._dispatch(state, num_batches, feed, epoch, meter)
             batch += num_batches
-            self._interrupt.unsaved(True)
+            self._interrupt.set_unsaved(True)
             if self._unread is not None:
                 self._read(*self._unread, state)
                 self._unread = None

@@ -69,7 +69,7 @@ def _run_curves(
     axis.legend(loc=corner if len(epochs) > 2 else "best")
 
 
-def draw(groups: list[Group], path: pathlib.Path) -> None:
+def draw_groups(groups: list[Group], path: pathlib.Path) -> None:
     """Plots loss and accuracy of all groups over epochs.
 
     Plots the mean of several runs, with a band of one standard deviation.

@@ -10,14 +10,13 @@ import jax
 from ml_collections import ConfigDict
 
 from train import (
-    UserError,
     clock,
     lock,
     networks,
     processes,
 )
 from train.checkpoint import Checkpoints, Progress
-from train.checkpoint_errors import resume_hint
+from train.checkpoint_errors import with_resume_hint
 from train.duration import tested_epochs
 from train.epoch import EpochRunner
 from train.files import write_json
@@ -136,13 +135,9 @@ def _train(
         if not found:  # a resumed run has measured only a part of them
             made["training_seconds"] = round(runner.seconds, 4)
             made["seconds"] = round(time.monotonic() - started, 1)
-        try:
-            write_json(workdir / "summary.json", made)
-        except OSError as error:
-            raise UserError(
-                f"Cannot write {workdir / 'summary.json'}: {error.strerror}. "
-                f"{resume_hint(checkpoints.newest)}"
-            ) from error
+        path = workdir / "summary.json"
+        with with_resume_hint(path, lambda: checkpoints.newest):
+            write_json(path, made)
         return made
 
     return processes.broadcast_from_main(summary)

@@ -52,7 +52,7 @@ def make(
         zero_init_gamma.
       num_classes: number of classes.
       norm: creates a norm layer, given use_running_average, dtype and
-        scale_init; see `train.norms.norm_of`.
+        scale_init; see `train.norms.make_norm`.
       dtype: dtype of the computation.
 
     Returns:

@@ -104,10 +104,9 @@ class Programs:
             feeds = self._pipeline.train_feeds(
                 seed=0, epoch=0, start=0, stop=num_batches, timer=Timer()
             )
+            program = self.train(num_batches, phase)
             for _, feed in feeds:
-                state, _ = self.train(num_batches, phase)(
-                    state, feed, number, number
-                )
+                state, _ = program(state, feed, number, number)
         for num_batches, feed in self._pipeline.test_feeds():
             jax.block_until_ready(self.test(num_batches)(state.variables, feed))
 

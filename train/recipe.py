@@ -21,7 +21,7 @@ from train.augment import (
 )
 from train.config_checks import one_of
 from train.duration import Steps
-from train.norms import norm_of
+from train.norms import make_norm
 from train.optimizer import OPTIMIZERS, Lookahead, make_optimizer
 from train.schedules import SCHEDULES
 from train.topology import Topology
@@ -194,7 +194,7 @@ def _make_networks(
         return networks.make(
             config,
             num_classes=num_classes,
-            norm=norm_of(config, topology, microbatches=microbatches),
+            norm=make_norm(config, topology, microbatches=microbatches),
             dtype=jnp.dtype(config.dtype),
         )
 

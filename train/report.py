@@ -86,22 +86,9 @@ class Report:
     ):
         self.workdir = workdir
         self._path = workdir / "metrics.jsonl"
-        found = read_records(workdir)
-        self.records = [one for one in found if one["epoch"] <= done]
-        epochs = tested[-1]
-        expected = [epoch for epoch in tested if epoch <= done]
-        missing = missing_epochs(self.records, expected)
-        if done == epochs and missing_epochs(self.records, [epochs]):
-            raise UserError(
-                f"{workdir} is fully trained, but {self._path.name} lacks "
-                f"{missing}, and so the result: run python -m train.evaluate "
-                f"{workdir}."
-            )
-        if len(self.records) < len(found) or not self._path.exists():
-            with as_user_error(workdir):
-                self._write_records()
+        missing = self._open_records(tested, done)
         self._events = Events(workdir, after=step)
-        self._epochs, self._title = epochs, title
+        self._epochs, self._title = tested[-1], title
         self._logged = step  # newest step whose loss is in TensorBoard
         self._unwritten: OSError | None = None  # raised in writing a step
         self._label = label and f"{label} "
@@ -122,16 +109,33 @@ class Report:
             disable=not self._live,
             dynamic_ncols=True,
         )
-        clock.below_bar(self._live)
+        clock.set_bar(self._live)
         if missing:
             self.say(f"{self._path} lacks {missing}; continuing without")
+
+    def _open_records(self, tested: Sequence[int], done: int) -> str:
+        """Reads the records; returns the epochs that lack one, as text."""
+        found = read_records(self.workdir)
+        self.records = [one for one in found if one["epoch"] <= done]
+        expected = [epoch for epoch in tested if epoch <= done]
+        missing = missing_epochs(self.records, expected)
+        if done == tested[-1] and missing_epochs(self.records, tested[-1:]):
+            raise UserError(
+                f"{self.workdir} is fully trained, but {self._path.name} lacks "
+                f"{missing}, and so the result: run python -m train.evaluate "
+                f"{self.workdir}."
+            )
+        if len(self.records) < len(found) or not self._path.exists():
+            with as_user_error(self.workdir):
+                self._write_records()
+        return missing
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._to_terminal(self._bar.close)
-        clock.below_bar(False)
+        clock.set_bar(False)
         if self._wandb is not None:
             self._wandb.finish(failed=kind is not None)
         try:

@@ -47,7 +47,7 @@ class Group(NamedTuple):
     label: str  # the differing config fields, or the directory name
 
 
-def read(path: pathlib.Path) -> Run:
+def read_run(path: pathlib.Path) -> Run:
     """Reads one run.
 
     Raises:
@@ -82,7 +82,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def grouped(runs: list[Run]) -> tuple[list[Group], list[str]]:
+def group_runs(runs: list[Run]) -> tuple[list[Group], list[str]]:
     """Groups runs by config, in order of first appearance.
 
     Unfinished runs are grouped with those of equally many epochs.

@@ -49,6 +49,9 @@ class Sums(NamedTuple):
     augmented: jax.Array  # () correct with test-time augmentation, else 0
 
 
+NO_SUMS = (0.0,) * len(Sums._fields)  # of no batches
+
+
 def make_state(
     recipe: Recipe, images: jax.Array, seed: int | jax.Array
 ) -> TrainState:

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from configs import defaults
 from train import UserError, config_checks
 from train.checkpoint import Checkpoints, Progress
+from train.cpu_devices import simulate_cpu_devices
 from train.experiment import Experiment, build_experiment
 from train.files import exists, read_json
-from train.flags import simulate
 from train.state import TrainState, abstract_state
 from train.workdir import check_name, with_advice
 
@@ -68,7 +68,7 @@ def use_devices(run: pathlib.Path) -> None:
     Raises:
       UserError: run is not a workdir.
     """
-    simulate(read_config(run).cpu_devices)
+    simulate_cpu_devices(read_config(run).cpu_devices)
     logging.set_verbosity(logging.ERROR)
 
 

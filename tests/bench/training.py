@@ -72,7 +72,7 @@ class _Steps:
             model=networks.make(
                 config,
                 num_classes=10,
-                norm=norms.norm_of(config, topology),
+                norm=norms.make_norm(config, topology),
                 dtype=jnp.dtype(dtype),
             ),
             optimizer=sgd(
