@@ -48,7 +48,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.norm_epsilon = 1e-12
     config.dtype = "float16"
 
-    config.seeds = 10
+    config.num_seeds = 10
     config.epochs = 9.9
     config.batch_size = 1024
     config.test_batch_size = 2000
@@ -62,7 +62,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.learning_rate = 11.5 / (1 + 1 / (1 - config.momentum))
     config.weight_decay = 0.0153 / 11.5
     config.decay_affine = True
-    config.bias_scale = 64.0
+    config.affine_lr_multiplier = 64.0
     config.schedule = "triangular"
     config.lookahead_every = 5
     config.on_nonfinite = "ignore"
@@ -77,7 +77,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.fastnet.head_std = 1.0
         # There, for the sum of the losses.
         config.learning_rate = 0.67 * config.batch_size
-        config.bias_scale = 0.053 / 0.67
+        config.affine_lr_multiplier = 0.053 / 0.67
         config.weight_decay = 2e-6 / 0.67
         config.triangular.start = 1.0
         config.triangular.peak = 0.0

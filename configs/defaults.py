@@ -37,8 +37,8 @@ def get_config() -> ConfigDict:
     config.norm_momentum = 0.9  # decay of the running statistics
     config.norm_epsilon = 1e-5  # added to the variance
     config.norm_options = ConfigDict()
-    # Options of jaxbn's layer; unset ones are as its defaults. How many examples
-    # share statistics, on any number of devices:
+    # Options of jaxbn's layer; unset ones are as its defaults. How many
+    # examples share statistics, on any number of devices:
     config.norm_options.normalize_over = placeholder(int)
     config.norm_options.debias = placeholder(bool)  # of running statistics
     config.norm_options.ddof = placeholder(int)  # of the running variance
@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
 
     # Optimization.
     config.seed = 0
-    config.seeds = 1  # runs with seed, seed + 1, ...: mean and deviation
+    config.num_seeds = 1  # runs, with seed, seed + 1, ...
     config.epochs = 10.0  # may be fractional
     config.batch_size = 128  # global, over all devices
     config.test_batch_size = 1000  # global, over all devices
@@ -89,7 +89,9 @@ def get_config() -> ConfigDict:
     config.nesterov = False  # whether momentum is Nesterov's
     config.weight_decay = 1e-4  # L2, multiplied by the learning rate
     config.decay_affine = False  # whether biases and scales decay as well
-    config.bias_scale = 1.0  # multiplies the rate of biases and scales
+    # Multiplies the learning rate of biases and scales; their decay per step
+    # stays the same.
+    config.affine_lr_multiplier = 1.0
     # For optimizer="muon", whose updates do not depend on the gradient's scale.
     config.muon = ConfigDict()
     config.muon.learning_rate = 0.24  # the peak, for kernels of convolutions

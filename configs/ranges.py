@@ -25,7 +25,7 @@ RANGES = {
     "fastnet.whitening_bias_epochs": "[0, 1e6]",
     # Optimization.
     "seed": "[0, 2147483647]",
-    "seeds": "[1, 10000]",
+    "num_seeds": "[1, 10000]",
     "epochs": "[1e-6, 1e6]",
     "batch_size": "[1, 1e6]",
     "test_batch_size": "[1, 1e6]",
@@ -41,7 +41,7 @@ RANGES = {
     "warmup_start": "[0, 1)",
     "momentum": "[0, 1)",
     "weight_decay": "[0, 10]",
-    "bias_scale": "(0, 1e6]",
+    "affine_lr_multiplier": "(0, 1e6]",
     "muon.learning_rate": "(0, 1e30]",
     "muon.momentum": "[0, 1)",
     "muon.iterations": "[1, 100]",

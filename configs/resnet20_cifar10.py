@@ -2,8 +2,8 @@
 
 python -m train --config configs/resnet20_cifar10.py --workdir runs/r20
 
-The paper reports 91.25%. Not yet measured here: an estimated 11 hours on two CPU
-cores.
+The paper reports 91.25%. Not yet measured here: an estimated 11 hours on two
+CPU cores.
 """
 
 from ml_collections import ConfigDict

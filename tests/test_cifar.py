@@ -35,7 +35,7 @@ def prepared(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         accept(monkeypatch, archive, num_classes)
         go_offline(monkeypatch)
-        dataset = data.load(name, data_dir=str(root))
+        dataset = data.load_dataset(name, data_dir=str(root))
     archive.unlink()
     return name, root, rows, dataset
 
@@ -43,7 +43,7 @@ def prepared(request, tmp_path_factory):
 def fails(*args, **kwargs) -> str:
     """Returns the message of the UserError that `load` raises."""
     with pytest.raises(UserError) as caught:
-        data.load(*args, **kwargs)
+        data.load_dataset(*args, **kwargs)
     message = str(caught.value)
     assert len(message.splitlines()) <= 2
     return message
@@ -78,7 +78,9 @@ def test_prepared_is_found_through_the_environment(prepared, monkeypatch):
     name, root, _, dataset = prepared
     go_offline(monkeypatch)
     monkeypatch.setenv("TFDS_DATA_DIR", str(root))
-    got = data.load(name, train_split="train[:30]", test_split="train[30:]")
+    got = data.load_dataset(
+        name, train_split="train[:30]", test_split="train[30:]"
+    )
     np.testing.assert_array_equal(got.train.images, dataset.train.images[:30])
     np.testing.assert_array_equal(got.test.images, dataset.train.images[30:])
     np.testing.assert_array_equal(got.test.labels, dataset.train.labels[30:])
@@ -93,7 +95,7 @@ def test_reading_writes_nothing(prepared):
         return {p: p.stat().st_mtime_ns for p in [root, *root.rglob("*")]}
 
     before = state()
-    data.load(name, data_dir=str(root))
+    data.load_dataset(name, data_dir=str(root))
     assert state() == before
     assert not any("incomplete" in path.name for path in before)
 
@@ -108,7 +110,10 @@ def test_earlier_download_is_used_offline(tmp_path, monkeypatch):
     archive.rename(cached)
     resource.get_info_path(cached).write_text("{}")
     go_offline(monkeypatch)
-    assert len(data.load("cifar10", data_dir=str(tmp_path)).train.labels) == 40
+    assert (
+        len(data.load_dataset("cifar10", data_dir=str(tmp_path)).train.labels)
+        == 40
+    )
 
 
 def test_wrong_archive_can_be_replaced(tmp_path, monkeypatch):
@@ -120,7 +125,10 @@ def test_wrong_archive_can_be_replaced(tmp_path, monkeypatch):
     assert URL.format(10) in message
     assert not list(tmp_path.glob("cifar10/*"))
     accept(monkeypatch, archive, 10)
-    assert len(data.load("cifar10", data_dir=str(tmp_path)).test.labels) == 10
+    assert (
+        len(data.load_dataset("cifar10", data_dir=str(tmp_path)).test.labels)
+        == 10
+    )
 
 
 def copy_of(prepared, tmp_path) -> tuple[str, pathlib.Path]:
@@ -200,8 +208,8 @@ import sys
 from train import data
 assert "tensorflow_datasets" not in sys.modules  # slow, hence imported late
 assert "sklearn" not in sys.modules
-data.load("digits")
-data.load({name!r}, data_dir={str(root)!r})
+data.load_dataset("digits")
+data.load_dataset({name!r}, data_dir={str(root)!r})
 assert not {{"tensorflow", "jax"}} & set(sys.modules)
 """
     repository = pathlib.Path(__file__).parents[1]

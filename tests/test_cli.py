@@ -136,8 +136,8 @@ def test_list_of_configs(flag):
     assert digits.splitlines()[:3] == [
         "configs/digits.py",
         "  ResNet-8 on scikit-learn's handwritten digits: no download.",
-        "  98.1 to 98.6% on the 360 test images (seeds 0 to 3) in about 20 s on "
-        "two CPU",
+        "  98.1 to 98.6% on the 360 test images (seeds 0 to 3) in about 20 s "
+        "on two CPU",
     ]
     assert "  The paper reports 91.25%. Not yet" in done.stdout
     assert "\n  28-10  96.00%  " in done.stdout

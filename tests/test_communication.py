@@ -17,8 +17,9 @@ from train.augment import Augmentation
 from train.optimizer import sgd
 from train.pipeline import Feed
 from train.programs import make_train_program
+from train.recipe import Recipe
 from train.resnet import ResNet
-from train.state import Recipe, abstract_state
+from train.state import abstract_state
 from train.topology import Topology
 
 C, FLOAT = 6, 4

@@ -11,13 +11,13 @@ from train import UserError, batching, data
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits")
+    return data.load_dataset("digits")
 
 
 def fails(*args, **kwargs) -> str:
     """Returns the message of the UserError that `load` raises."""
     with pytest.raises(UserError) as caught:
-        data.load(*args, **kwargs)
+        data.load_dataset(*args, **kwargs)
     message = str(caught.value)
     assert len(message.splitlines()) <= 2
     return message
@@ -81,14 +81,16 @@ def test_digits_classes_are_balanced(digits):
     ],
 )
 def test_split_expression(digits, expression, want):
-    got = data.load("digits", train_split=expression, test_split=expression)
+    got = data.load_dataset(
+        "digits", train_split=expression, test_split=expression
+    )
     for split in got[:2]:
         np.testing.assert_array_equal(split.images, digits.train.images[want])
         np.testing.assert_array_equal(split.labels, digits.train.labels[want])
 
 
 def test_split_sum_keeps_its_order(digits):
-    got = data.load("digits", train_split="test[:3]+train[:2]").train
+    got = data.load_dataset("digits", train_split="test[:3]+train[:2]").train
     want = [*digits.test.labels[:3], *digits.train.labels[:2]]
     np.testing.assert_array_equal(got.labels, want)
 
@@ -209,7 +211,7 @@ def test_real_cifar10():
     root = os.environ.get("TFDS_DATA_DIR")
     if not root or not pathlib.Path(root, "cifar10").is_dir():
         pytest.skip("TFDS_DATA_DIR does not point at a prepared cifar10")
-    train, test, num_classes = data.load("cifar10")
+    train, test, num_classes = data.load_dataset("cifar10")
     assert num_classes == 10
     assert train.images.shape == (50_000, 32, 32, 3)
     assert test.images.shape == (10_000, 32, 32, 3)

@@ -10,8 +10,8 @@ import pytest
 from configs import cifar10_94, cifar10_96
 from tests.helpers.fast_runs import CLASSES, Run, experiment_of, small
 from train import UserError, data, load, seeds
+from train.duration import count_steps
 from train.experiment import build_experiment
-from train.recipe import count_steps
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def digits_config(**changes):
         batch_size=64,
         test_batch_size=200,
         epochs=3.5,
-        seeds=2,
+        num_seeds=2,
         learning_rate=0.3,
         cpu_devices=8,
         widths=(8, 16, 16),
@@ -94,7 +94,7 @@ def test_the_trained_network_is_loaded_with_its_filters(finished):
     workdir, summary = finished
     trained = load.load(workdir / "seed-0")
     assert {*trained.variables} == {"params", "batch_stats", "frozen"}
-    split = data.load("digits").test
+    split = data.load_dataset("digits").test
     correct = trained.logits(split.images).argmax(-1) == split.labels
     want = summary["test_accuracy_of_seeds"][0]
     assert float(correct.mean()) == pytest.approx(want)
@@ -161,7 +161,7 @@ def test_published_rates():
     per_step = muon.learning_rate * muon.weight_decay
     np.testing.assert_allclose(per_step, 2e-6 * 2000)
     np.testing.assert_allclose(
-        muon.learning_rate * muon.bias_scale, 0.053 * 2000
+        muon.learning_rate * muon.affine_lr_multiplier, 0.053 * 2000
     )
 
 

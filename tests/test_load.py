@@ -11,7 +11,16 @@ import pytest
 
 from tests.helpers import tiny_network
 from tests.helpers.recipes import small_config
-from train import UserError, data, export, load, loop, networks, trained_run
+from train import (
+    UserError,
+    data,
+    export,
+    load,
+    loop,
+    networks,
+    preprocessing,
+    trained_run,
+)
 
 # What a user writes who has JAX and none of this code.
 CLASSIFY = """
@@ -37,12 +46,14 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images():
-    return data.load("digits", test_split="test[:100]").test
+    return data.load_dataset("digits", test_split="test[:100]").test
 
 
 def test_the_network_answers_as_in_the_run(run, images, monkeypatch):
     workdir, summary = run
-    monkeypatch.setattr(data, "load", None)  # nothing reads the data set
+    monkeypatch.setattr(
+        data, "load_dataset", None
+    )  # nothing reads the data set
     trained = load.load(workdir)
     found = trained.logits(images.images)
     assert found.shape == (100, 10) and found.dtype == np.float32
@@ -62,7 +73,7 @@ def test_a_mesh_that_is_not_there(tmp_path, monkeypatch):
     changes = {"mesh": "replica=2,data", "norm_axes": "replica"}
     loop.train(small_config(epochs=1, **changes), tmp_path)
     assert load.load(tmp_path).step == 4
-    assert trained_run.load(tmp_path).state.step == 4
+    assert trained_run.load_run(tmp_path).state.step == 4
 
 
 def test_images_of_another_kind(run):
@@ -88,7 +99,7 @@ def test_a_damaged_file_is_told(run, tmp_path, content, message):
         (run[0] / "config.json").read_bytes()
     )
     if content is not None:
-        (tmp_path / load.FILE).write_text(content)
+        (tmp_path / preprocessing.FILE).write_text(content)
     with pytest.raises(UserError, match=message):
         load.load(tmp_path)
 
@@ -134,6 +145,6 @@ def test_a_workdir_that_cannot_be_written(run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(load, "write_json", full)
+    monkeypatch.setattr(preprocessing, "write_json", full)
     with pytest.raises(UserError, match="No space left on device"):
         loop.train(small_config(epochs=1), tmp_path / "run")

@@ -172,7 +172,7 @@ def test_concurrent_writers_and_readers(cache, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-# In data.load, with CIFAR-10 prepared from a small archive
+# In data.load_dataset, with CIFAR-10 prepared from a small archive
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def prepared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         accept(monkeypatch, archive, 10)
         go_offline(monkeypatch)
-        dataset = data.load("cifar10", data_dir=str(root))
+        dataset = data.load_dataset("cifar10", data_dir=str(root))
     return root, dataset
 
 
@@ -203,7 +203,7 @@ def caches(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def load(root: pathlib.Path, **options):
-    return data.load("cifar10", data_dir=str(root), **options)
+    return data.load_dataset("cifar10", data_dir=str(root), **options)
 
 
 def assert_same(got, want):

@@ -8,9 +8,11 @@ from train import UserError, data, export, load, loop, pretrained
 
 
 def test_the_digits_network_has_its_accuracy(monkeypatch):
-    split = data.load("digits").test
-    monkeypatch.setattr(data, "load", None)  # nothing reads the data set
-    trained = pretrained.load("digits_resnet8")
+    split = data.load_dataset("digits").test
+    monkeypatch.setattr(
+        data, "load_dataset", None
+    )  # nothing reads the data set
+    trained = pretrained.load_network("digits_resnet8")
     correct = trained.logits(split.images).argmax(-1) == split.labels
     want = pretrained.results("digits_resnet8")["test_accuracy"]
     assert want > 0.97
@@ -22,7 +24,7 @@ def test_the_digits_network_has_its_accuracy(monkeypatch):
 def test_every_network_is_small_and_answers(name):
     path = pretrained.FOLDER / name / pretrained.WEIGHTS
     assert path.stat().st_size < 1_000_000
-    trained = pretrained.load(name)
+    trained = pretrained.load_network(name)
     shape = trained.preprocess.image_shape
     images = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
     logits = trained.logits(images)
@@ -38,9 +40,9 @@ def test_a_run_is_added(tmp_path, monkeypatch, capsys):
     pretrained.main([str(run), "mine"])
     assert pretrained.names() == ["mine"]
     assert pretrained.results("mine") == summary
-    trained, before = pretrained.load("mine"), load.load(run)
+    trained, before = pretrained.load_network("mine"), load.load(run)
     assert trained.step == before.step
-    images = data.load("digits", test_split="test[:50]").test.images
+    images = data.load_dataset("digits", test_split="test[:50]").test.images
     np.testing.assert_allclose(
         trained.logits(images), before.logits(images), rtol=0.05, atol=0.05
     )
@@ -58,7 +60,7 @@ def test_a_run_is_added(tmp_path, monkeypatch, capsys):
 
 def test_a_name_that_is_none():
     with pytest.raises(UserError, match="no network 'x'; there are .*digits"):
-        pretrained.load("x")
+        pretrained.load_network("x")
 
 
 def test_one_is_exported(tmp_path):

@@ -1,6 +1,6 @@
 """Runs that are interrupted after any dispatch end as if they had not been."""
 
-import json
+import re
 
 import chex
 import jax
@@ -8,8 +8,20 @@ import pytest
 
 from tests.helpers import tiny_network
 from tests.helpers.recipes import small_config
-from train import Stopped, load, loop, networks, report, signals
+from tests.helpers.runs import strict_json
+from train import (
+    Stopped,
+    compare,
+    events,
+    load,
+    loop,
+    networks,
+    report,
+    signals,
+)
 from train.session import make_session
+from train.summary import result
+from train.workdir import read_records
 
 # Four steps an epoch: a dispatch of three, and one of the rest. The last epoch
 # has two steps. Epochs 2 and 4 are tested.
@@ -37,9 +49,9 @@ def made(request, tmp_path_factory):
 
 def records_of(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = [strict_json(line) for line in lines]
     for record in records:
-        del record["images_per_second"]
+        record.pop("images_per_second", None)
     return records
 
 
@@ -72,6 +84,60 @@ def test_stopped_after_each_dispatch(made, tmp_path, monkeypatch):
     records = records_of(whole)
     best = max(records, key=lambda one: (one["test_accuracy"], one["step"]))
     assert load.load(tmp_path, best=True).step == best["step"]
+
+
+def test_no_duration_or_speed_that_was_not_measured(
+    made, tmp_path, monkeypatch, capsys
+):
+    """Stopped after each dispatch, so also at the end of each tested epoch."""
+    config, session, _, whole = made
+    absent = {"seconds", "training_seconds", "images_per_second"}
+    assert absent <= {*whole}
+    tags, write = set(), events.Events.write
+
+    def note(self, step, scalars):
+        tags.update(scalars)
+        write(self, step, scalars)
+
+    monkeypatch.setattr(events.Events, "write", note)
+    with monkeypatch.context() as patch:
+        patch.setattr(signals.Interrupt, "requested", True)
+        for _ in range(DISPATCHES):
+            with pytest.raises(Stopped):
+                loop.train(config, tmp_path, session)
+    summary = loop.train(config, tmp_path, session)
+    assert {*whole} - {*summary} == absent
+    assert result(summary).endswith(" after 4 epochs (14 steps)")
+    assert "test_loss" in tags and "images_per_second" not in tags
+    for record in read_records(tmp_path):
+        assert "images_per_second" not in record
+    assert "images/s" not in capsys.readouterr().out
+    compare.compare([tmp_path], tmp_path / "compare.png")
+    values = {}
+    for part in capsys.readouterr().out.strip().split("\n\n"):
+        head, row = (re.split("  +", line) for line in part.splitlines())
+        values |= dict(zip(head, row))
+    assert values["images/s"] == values["seconds"] == "-"
+
+
+def test_skipped_batches_are_counted_once(tmp_path, monkeypatch):
+    """The first update overflows, so all batches but the first are skipped."""
+    changes = {"on_nonfinite": "skip", "learning_rate": 1e30}
+    config = small_config(**CONFIG, **changes)
+    monkeypatch.setattr(networks, "make", tiny_network.make)
+    session = make_session(config)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    loop.train(config, whole, session)
+    with monkeypatch.context() as patch:
+        patch.setattr(signals.Interrupt, "requested", True)
+        for _ in range(DISPATCHES):
+            with pytest.raises(Stopped):
+                loop.train(config, stopped, session)
+    loop.train(config, stopped, session)
+    records = records_of(whole)
+    assert [record["skipped"] for record in records] == [7, 6]
+    assert [record["train_loss"] is None for record in records] == [True] * 2
+    assert records_of(stopped) == records
 
 
 def test_a_trace_of_a_short_run(made, tmp_path):

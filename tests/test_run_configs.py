@@ -11,7 +11,7 @@ from configs import defaults, digits
 from configs.ranges import RANGES
 from train import UserError, config_checks, config_files
 from train import flags as command_line
-from train.norms import norm_of
+from train.norms import make_norm
 from train.topology import make_topology
 
 
@@ -46,7 +46,7 @@ def test_one_table_has_every_number_and_nothing_else():
 
 
 def test_every_number_is_kept_in_its_range():
-    config_checks.check(defaults.get_config())
+    config_checks.check_fields(defaults.get_config())
     for name, value, kind in numbers():
         low, high = map(float, RANGES[name][1:-1].split(","))
         wrong = [
@@ -62,7 +62,7 @@ def test_every_number_is_kept_in_its_range():
             one = (each,) if isinstance(value, tuple) else each
             config = changed(defaults.get_config(), name, one)
             with pytest.raises(UserError, match=f"{name} must be"):
-                config_checks.check(config)
+                config_checks.check_fields(config)
         assert config_checks.in_range(name, high) == (RANGES[name][-1] == "]")
         assert config_checks.in_range(name, low) == (RANGES[name][0] == "[")
 
@@ -87,14 +87,14 @@ def test_every_number_is_kept_in_its_range():
 def test_other_fields(name, value, message):
     config = changed(digits.get_config(), name, value)
     with pytest.raises(UserError, match=re.escape(message)):
-        config_checks.check(config)
+        config_checks.check_fields(config)
 
 
 def test_a_field_that_is_gone():
     config = digits.get_config()
     del config.norm_options.ddof
     with pytest.raises(UserError, match="The config has no norm_options.ddof"):
-        config_checks.check(config)
+        config_checks.check_fields(config)
 
 
 FILES = {
@@ -194,7 +194,7 @@ def test_config_files_that_are_none(tmp_path):
         "def get_config():\n"
         "    return ConfigDict({'zzz': 1})\n"
     )
-    refused("The config has no average_decay; build it on", str(other))
+    refused("The config has no affine_lr_multiplier; build it on", str(other))
 
 
 def here(after=""):
@@ -308,8 +308,8 @@ def test_command_lines(arguments, message, parse, tmp_path, monkeypatch):
             "boundaries=(5, 5) must be strictly increasing",
         ),
         (
-            {"seed": 2147483647, "seeds": 2},
-            "seed=2147483647 with seeds=2 ends at 2147483648",
+            {"seed": 2147483647, "num_seeds": 2},
+            "seed=2147483647 with num_seeds=2 ends at 2147483648",
         ),
     ],
     ids=str,
@@ -320,7 +320,7 @@ def test_what_fields_ask_of_each_other(changes, message):
     config = digits.get_config()
     config.update(changes)
     with pytest.raises(UserError, match=re.escape(message)):
-        recipe.check(config)
+        recipe.check_config(config)
 
 
 @pytest.mark.parametrize(
@@ -341,4 +341,4 @@ def test_options_of_the_layer(name, value, message):
         config.norm_options[name] = value
     topology = make_topology("data", config.batch_size)
     with pytest.raises(UserError, match=re.escape(message)):
-        norm_of(config, topology)
+        make_norm(config, topology)

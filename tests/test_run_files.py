@@ -4,22 +4,31 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import stat
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from tensorboardX import record_writer
 
 from configs import digits
+from tests.helpers import tiny_network
 from tests.helpers.made_runs import make_run, open_report
+from tests.helpers.recipes import small_config
+from tests.helpers.runs import strict_json
 from train import (
     UserError,
     cifar,
     cli,
     compare,
     data,
+    evaluate,
     files,
+    loop,
+    networks,
+    seeds,
     trained_run,
     workdir,
 )
@@ -79,6 +88,53 @@ def test_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
     assert seen == ["file", "name", "folder"]
 
 
+# NaN and Infinity, which JSON does not have
+
+
+def test_numbers_that_are_not_finite_are_null():
+    value = {"a": [float("nan"), 1.5], "b": {"c": (float("inf"), None)}}
+    text = files.to_json(value | {"d": -float("inf")})
+    assert text == '{"a": [null, 1.5], "b": {"c": [null, null]}, "d": null}'
+
+
+def test_all_files_of_a_diverged_run_are_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(networks, "make", tiny_network.make)
+    options = {"learning_rate": 1e30, "on_nonfinite": "ignore", "num_seeds": 2}
+    config = small_config(epochs=2, checkpoint_every=3, **options)
+    seeds.train(config, tmp_path)
+    run = tmp_path / "seed-1"
+    evaluate.evaluate(run, trained_run.load_run(run))
+
+    def check():
+        texts = (run / "metrics.jsonl").read_text().splitlines()
+        records = [strict_json(text) for text in texts]
+        assert [one["test_loss"] for one in records] == [None, None]
+        found = {*tmp_path.rglob("*.json")}
+        found |= {*tmp_path.rglob("progress/metadata")}
+        read = {path: strict_json(path.read_text()) for path in found}
+        assert read[run / "summary.json"]["test_loss"] is None
+        assert read[run / "evaluation.json"]["loss"] is None
+        return read
+
+    read = check()
+    inside = read[run / "checkpoints" / "6" / "progress" / "metadata"]
+    assert inside["batch"] == 2 and None in inside["sums"]
+    # It resumes from that checkpoint, within the second epoch.
+    shutil.rmtree(run / "checkpoints" / "8")
+    (run / "summary.json").unlink()
+    one = config.copy_and_resolve_references()
+    one.update(seed=1, num_seeds=1)
+    summary = loop.train(one, run)
+    check()
+    # All readers have NaN again.
+    assert np.isnan(summary["test_loss"])
+    for found in (workdir.read_summary(run), *workdir.read_records(run)):
+        assert np.isnan(found["test_loss"]) and found["test_accuracy"] >= 0
+    capsys.readouterr()
+    compare.compare([tmp_path], tmp_path / "compare.png")
+    assert "nan ± nan" in capsys.readouterr().out
+
+
 # Reading
 
 
@@ -118,7 +174,7 @@ def test_json_of_any_kind(name, how, tmp_path):
     run = make_run(tmp_path / "run", [0.5] * 3)
     damage(run / name, how)
     message = f"{run / name} {DAMAGED[how]}"
-    refused(message, compare.read, run)
+    refused(message, compare.read_run, run)
     if name == "config.json":
         refused(message, trained_run.read_config, run)
         refused(message, workdir.open_workdir, run, digits.get_config())
@@ -159,6 +215,8 @@ def test_configs_of_strangers(changes, message, tmp_path):
 
 RECORDS = {
     "{}": "line 1, is damaged: epoch must be a number; got None",
+    '{"epoch": 1, "step": null}': "damaged: step must be a number; got None",
+    '{"epoch": 1, "step": 4, "train_loss": null}': "damaged: train_accuracy",
     "[1]": "line 1, is damaged: expected a JSON object; got '[1]'",
     "garbage": "line 1, is damaged: Expecting value",
 }
@@ -183,10 +241,14 @@ def test_epochs_without_a_record_are_named(tmp_path, capsys):
     assert "metrics.jsonl lacks epochs 2 to 3; continuing" in " ".join(
         capsys.readouterr().out.split()
     )
-    refused("metrics.jsonl lacks epochs 2 to 3. Restore it", compare.read, run)
+    refused(
+        "metrics.jsonl lacks epochs 2 to 3. Restore it", compare.read_run, run
+    )
     refused("lacks epochs 2, 3, 5, and so the result", open_report, run, done=5)
     path.write_text(lines[1] + lines[0])
-    refused("line 2, is damaged: epoch 1 follows epoch 2", compare.read, run)
+    refused(
+        "line 2, is damaged: epoch 1 follows epoch 2", compare.read_run, run
+    )
     # What a crash has left behind the checkpoint is dropped, and nothing else.
     path.write_text("".join(lines))
     with open_report(run, done=2):
@@ -335,7 +397,7 @@ def test_a_foreign_config_downloads_to_nowhere(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cifar, "_prepare", prepares)
     load = {"data_dir": str(tmp_path), "download": False}
-    refused("cifar10 is not prepared in ", data.load, "cifar10", **load)
+    refused("cifar10 is not prepared in ", data.load_dataset, "cifar10", **load)
     assert not [*tmp_path.iterdir()]
 
     asked = {}
@@ -346,9 +408,9 @@ def test_a_foreign_config_downloads_to_nowhere(tmp_path, monkeypatch):
 
     run = make_run(tmp_path / "run", [0.5] * 3, data_dir=str(tmp_path))
     monkeypatch.setattr(trained_run, "build_experiment", note)
-    refused("enough", trained_run.load, run)
+    refused("enough", trained_run.load_run, run)
     assert asked == {"data_dir": str(tmp_path), "download": False}
-    refused("enough", trained_run.load, run, data_dir="/mine")
+    refused("enough", trained_run.load_run, run, data_dir="/mine")
     assert asked == {"data_dir": "/mine", "download": True}
 
 
@@ -358,7 +420,7 @@ def test_damaged_description_of_the_data(text, tmp_path):
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text(text, encoding="latin-1")
     (folder / "features.json").write_text("{}")
-    refused("cifar10", data.load, "cifar10", data_dir=str(tmp_path))
+    refused("cifar10", data.load_dataset, "cifar10", data_dir=str(tmp_path))
 
 
 def test_crops_that_would_hold_nothing_of_an_image():

@@ -121,7 +121,7 @@ def never(monkeypatch):
 
 def two_seeds():
     config = digits.get_config()
-    config.seeds = 2
+    config.num_seeds = 2
     return config
 
 

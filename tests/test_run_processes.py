@@ -75,13 +75,13 @@ OTHER_CODE = (
         (
             (
                 ("--config.checkpoint_every=5",),
-                ("--config.seeds=2", "--num_processes=3"),
+                ("--config.num_seeds=2", "--num_processes=3"),
             ),
             None,
             "The processes differ: checkpoint_every is 5 in process 0 and 3 in "
             "process 1; num_processes is 2 in process 0 and 3 in process 1; "
-            "seeds is 1 in process 0 and 2 in process 1. Run the same command "
-            "on all hosts",
+            "num_seeds is 1 in process 0 and 2 in process 1. Run the same "
+            "command on all hosts",
         ),
         pytest.param(
             ((), ()),

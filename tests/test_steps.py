@@ -19,7 +19,7 @@ from tests.helpers.recipes import make_recipe as plain_recipe
 from train import batching, data, norms
 from train.augment import Augmentation
 from train.optimizer import Lookahead, sgd
-from train.state import Phase
+from train.recipe import Phase
 from train.step import augmented_images
 from train.topology import MICROBATCH_AXIS, Topology, make_topology
 
@@ -75,7 +75,7 @@ def topology():
 @pytest.fixture(scope="module")
 def batches():
     """Four of 32 images; in the third a share of one device is white."""
-    images = data.load("digits", train_split="train[:128]").train
+    images = data.load_dataset("digits", train_split="train[:128]").train
     found = list(batching.train_batches(images, 32, seed=0, epoch=0))
     found[2].images[8:11] = 255
     return found
@@ -283,7 +283,7 @@ def test_groups_on_a_mesh(mesh, axes, groups, microbatches):
     config = digits.get_config()
     config.update(mesh=mesh, norm_axes=axes, batch_size=16)
     topology = make_topology(mesh, 16, microbatches)
-    layer = norms.norm_of(config, topology, microbatches=microbatches)(
+    layer = norms.make_norm(config, topology, microbatches=microbatches)(
         use_running_average=False
     )
     x = np.random.default_rng(0).normal(3, 2, (16, 5)).astype(np.float32)

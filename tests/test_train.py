@@ -31,7 +31,7 @@ from train import (
 
 @pytest.fixture(scope="module")
 def images():
-    return data.load("digits", train_split="train[:256]")
+    return data.load_dataset("digits", train_split="train[:256]")
 
 
 # Steps
@@ -156,7 +156,7 @@ def test_seeds_are_runs_of_their_own(tmp_path, monkeypatch):
     ran = []
 
     def train(config, workdir, session, *, label, wandb=None):
-        ran.append((config.seed, config.seeds, label, wandb))
+        ran.append((config.seed, config.num_seeds, label, wandb))
         summary = {
             "test_accuracy": {3: 0.5, 4: 0.75, 5: 0.7}[config.seed],
             "epochs": 3,
@@ -167,18 +167,20 @@ def test_seeds_are_runs_of_their_own(tmp_path, monkeypatch):
         return summary
 
     monkeypatch.setattr(loop, "train", train)
-    got = seeds.train(small_config(seed=3, seeds=2), tmp_path, wandb="norms")
+    got = seeds.train(
+        small_config(seed=3, num_seeds=2), tmp_path, wandb="norms"
+    )
     assert ran == [(3, 1, "seed 1/2", "norms"), (4, 1, "seed 2/2", "norms")]
     assert got["test_accuracy_of_seeds"] == [0.5, 0.75]
     assert got["test_accuracy"] == 0.625
     np.testing.assert_allclose(got["test_accuracy_deviation"], 0.125 * 2**0.5)
     assert json.loads((tmp_path / "summary.json").read_text()) == got
-    seeds.train(small_config(seed=3, seeds=3), tmp_path)
+    seeds.train(small_config(seed=3, num_seeds=3), tmp_path)
     assert ran[2:] == [(5, 1, "seed 3/3", None)], (
         "what is finished is not run again"
     )
     with pytest.raises(UserError, match="with momentum=0.9 instead of 0.5"):
-        seeds.train(small_config(seed=3, seeds=3, momentum=0.5), tmp_path)
+        seeds.train(small_config(seed=3, num_seeds=3, momentum=0.5), tmp_path)
 
 
 def test_finished_run_is_not_run_again(finished):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.recipes import small_config
 from train import UserError, loop
-from train.norms import norm_of
+from train.norms import make_norm
 from train.topology import make_topology
 from train.workdir import open_workdir
 
@@ -54,7 +54,7 @@ from train.workdir import open_workdir
         ({"on_nonfinite": "warn"}, "on_nonfinite='warn' is unknown"),
         ({"checkpoint_every": -1}, "checkpoint_every must be in [0, "),
         ({"microbatches": 3}, "microbatches=3 does not divide the 8 examples"),
-        ({"seeds": 0}, "seeds must be in [1, 10000]; got 0."),
+        ({"num_seeds": 0}, "num_seeds must be in [1, 10000]; got 0."),
         ({"steps_per_dispatch": -1}, "steps_per_dispatch must be in [0, "),
         ({"model": "resnext"}, "model='resnext' is unknown"),
     ],
@@ -70,7 +70,7 @@ def test_normalize_over_that_fits_the_microbatches(over):
     config = small_config(norm_options={"normalize_over": over}, microbatches=4)
     topology = make_topology("data", config.batch_size, config.microbatches)
     for microbatches in (1, 4):
-        norm = norm_of(config, topology, microbatches=microbatches)
+        norm = make_norm(config, topology, microbatches=microbatches)
         assert norm().sharing.normalize_over == over
 
 
@@ -89,7 +89,7 @@ def test_every_documented_option_of_the_layer(name, value):
     known = [*small_config().norm_options]
     assert name in known and len(known) == 6
     config = small_config(norm_options={name: value})
-    layer = norm_of(config, make_topology("data", config.batch_size))()
+    layer = make_norm(config, make_topology("data", config.batch_size))()
     places = (layer, layer.sharing, layer.running)
     found = [getattr(p, name) for p in places if hasattr(p, name)]
     assert value in found

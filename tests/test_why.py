@@ -26,7 +26,7 @@ SEEDS = (0, 1)
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load(Settings())
+    return data.load_data(Settings())
 
 
 def finding(name="made", **changes):

@@ -30,7 +30,7 @@ SEEDS = (0, 1)
 
 @functools.cache
 def digits():
-    return data.load(Settings())
+    return data.load_data(Settings())
 
 
 def batches(steps, size):

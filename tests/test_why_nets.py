@@ -17,7 +17,7 @@ from train.why.data import Settings
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load(Settings())
+    return data.load_data(Settings())
 
 
 def test_data_is_standardized(digits):
@@ -31,7 +31,7 @@ def test_data_is_standardized(digits):
     # One unit for all pixels: those that are always white stay so.
     assert np.ptp(x[:, 0]) == 0
     with pytest.raises(UserError, match="'mnist'; choose digits or cifar10"):
-        data.load(Settings(data="mnist"))
+        data.load_data(Settings(data="mnist"))
 
 
 def test_cifar_is_averaged(monkeypatch):
@@ -49,8 +49,8 @@ def test_cifar_is_averaged(monkeypatch):
         asked[name] = options
         return images.Dataset(*parts, 10)
 
-    monkeypatch.setattr(images, "load", load)
-    found = data.load(Settings(data="cifar10", data_dir="/d", quick=True))
+    monkeypatch.setattr(images, "load_dataset", load)
+    found = data.load_data(Settings(data="cifar10", data_dir="/d", quick=True))
     assert asked["cifar10"] == {
         "data_dir": "/d",
         "train_split": "train[:4000]",

@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 
 from train import Stopped, UserError, exits, output, watchdog
 from train import flags as command_line
+from train.cpu_devices import simulate_cpu_devices
 
 _log = exits.ErrorLog()
 
@@ -88,7 +89,7 @@ _parse = functools.partial(
 
 def main(config: ConfigDict) -> None:
     """Trains and prints a one-line result."""
-    command_line.simulate(config.cpu_devices)
+    simulate_cpu_devices(config.cpu_devices)
     # Errors in threads are raised in the main thread and reported once.
     logging.set_verbosity(logging.FATAL)
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
@@ -103,7 +104,7 @@ def main(config: ConfigDict) -> None:
         given.coordinator,
         given.num_processes,
         given.process_id,
-        before_connecting=_several,
+        before_connecting=_capture_output,
     )
     if jax.distributed.is_initialized():
         _log.connected()
@@ -118,16 +119,14 @@ def main(config: ConfigDict) -> None:
     with processes.sync_errors():
         if given.wandb is not None and processes.is_main():
             wandb_run.require()
-    several = config.seeds > 1
-    summary = (seeds if several else loop).train(
-        config, workdir, wandb=given.wandb
-    )
+    train = seeds.train if config.num_seeds > 1 else loop.train
+    summary = train(config, workdir, wandb=given.wandb)
     if not processes.is_main():
         return
     output.say(f"{result(summary)}; results in {workdir}")
 
 
-def _several(process: int) -> None:
+def _capture_output(process: int) -> None:
     """Captures the output of libraries that abort if another process dies."""
     global _log
     _log = exits.ErrorLog(process)

@@ -20,9 +20,9 @@ from train.checkpoint_checks import (
 from train.checkpoint_errors import as_user_errors, newest_step
 from train.checksums import ChecksummedPath
 from train.damaged_checkpoints import move_damaged, refuse_fresh_start
-from train.files import exists, refuse_links
+from train.files import exists, none_to_nan, nonfinite_to_none, refuse_links
 from train.retention import RetentionPolicy
-from train.state import Sums, TrainState
+from train.state import NO_SUMS, TrainState
 from train.workdir import check_name, read_records
 
 # JAX expects a step that increases over the lifetime of the process.
@@ -34,7 +34,7 @@ class Progress(NamedTuple):
 
     epoch: int = 0  # completed epochs
     batch: int = 0  # completed batches of the current epoch
-    sums: tuple[float, ...] = (0.0,) * len(Sums._fields)  # over those batches
+    sums: tuple[float, ...] = NO_SUMS  # over those batches
 
 
 class Checkpoints:
@@ -122,11 +122,13 @@ class Checkpoints:
         if step == self._manager.latest_step():
             return
         tree = state._asdict()
-        saved = {
-            **progress._asdict(),
-            "test_accuracy": test_accuracy,
-            "arrays": array_specs(tree),
-        }
+        saved = nonfinite_to_none(
+            {
+                **progress._asdict(),
+                "test_accuracy": test_accuracy,
+                "arrays": array_specs(tree),
+            }
+        )
         with as_user_errors(self._folder, self._manager):
             self._manager.save(
                 step,
@@ -215,12 +217,11 @@ class Checkpoints:
             # Orbax's messages are long; the beginning is enough.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"The checkpoint of step {step} in {self._folder} is intact but "
-                f"cannot be restored: {reason}. Nothing was moved."
+                f"The checkpoint of step {step} in {self._folder} is intact "
+                f"but cannot be restored: {reason}. Nothing was moved."
             ) from error
-        progress = Progress(
-            about["epoch"], about["batch"], tuple(about["sums"])
-        )
+        sums = tuple(map(none_to_nan, about["sums"]))
+        progress = Progress(about["epoch"], about["batch"], sums)
         return TrainState(**found.state), progress
 
 

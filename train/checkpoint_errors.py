@@ -1,11 +1,11 @@
-"""Errors of orbax while writing, as UserErrors."""
+"""Errors in writing checkpoints and results, as UserErrors."""
 
 from __future__ import annotations
 
 import contextlib
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import orbax.checkpoint as ocp
 
@@ -33,6 +33,25 @@ def as_user_errors(
         raise UserError(
             f"Cannot write a checkpoint to {folder}: "
             f"{reason[0].lower() if reason else error}. {resume_hint(whole)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def with_resume_hint(
+    what: pathlib.Path, newest: Callable[[], int | None]
+) -> Iterator[None]:
+    """Turns an OSError of writing results into a UserError.
+
+    Args:
+      what: the file or directory.
+      newest: returns the step of the newest checkpoint.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {what}: {error.strerror or error}. "
+            f"{resume_hint(newest())}"
         ) from error
 
 

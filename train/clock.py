@@ -109,9 +109,9 @@ def end_line() -> None:
         output.say("")
 
 
-def below_bar(on: bool) -> None:
-    """Tells whether a progress bar is on the terminal's last line."""
-    _line.bar = on
+def set_bar(shown: bool) -> None:
+    """Sets whether a progress bar is on the terminal's last line."""
+    _line.bar = shown
 
 
 def _draw(text: str) -> None:

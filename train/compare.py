@@ -17,13 +17,15 @@ if __name__ == "__main__":
     clock.start("importing")
 
 import pathlib
-import statistics
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from train import UserError, cli, output
-from train.learning_curves import draw
-from train.run_groups import Group, Run, grouped, read
+from train.learning_curves import draw_groups
+from train.run_groups import Group, Run, group_runs, read_run
+from train.workdir import median_speed
 
 
 def table(groups: list[Group], differ: list[str]) -> str:
@@ -74,9 +76,7 @@ def _aligned(columns: list[tuple[str, ...]]) -> str:
 
 def _last(run: Run) -> dict[str, Any]:
     """Returns the results of a run after its last epoch."""
-    speeds = [record["images_per_second"] for record in run.records]
-    speed = statistics.median(speeds)
-    return {**run.summary, **run.records[-1], "images_per_second": speed}
+    return {**run.summary, **run.records[-1], **median_speed(run.records)}
 
 
 def _devices(run: Run) -> str:
@@ -91,10 +91,11 @@ def _spread(runs: list[Run], key: str, form: str, unit: float = 1.0) -> str:
     if any(key not in one for one in last):
         return "-"
     values = [unit * one[key] for one in last]
-    mean = form.format(statistics.fmean(values))
+    mean = form.format(np.mean(values))
     if len(values) == 1:
         return mean
-    return f"{mean} ± {form.format(statistics.stdev(values))}"
+    # statistics.stdev raises for NaN.
+    return f"{mean} ± {form.format(np.std(values, ddof=1))}"
 
 
 def with_extension(out: pathlib.Path) -> pathlib.Path:
@@ -124,9 +125,9 @@ def compare(
         if path.resolve() in seen:
             raise UserError(f"{path} is given twice.")
         seen.add(path.resolve())
-    groups, differ = grouped([read(path) for path in paths])
+    groups, differ = group_runs([read_run(path) for path in paths])
     print(table(groups, differ))
-    draw(groups, out)
+    draw_groups(groups, out)
     return groups, differ
 
 

@@ -15,9 +15,19 @@ from train import UserError
 _OPEN = "norm_options"
 
 
-def check(config: ConfigDict) -> None:
+def check_fields(config: ConfigDict) -> None:
     """Raises UserError if a field is unknown, missing or invalid by itself."""
     _check(config, defaults.get_config(), "")
+
+
+def one_of(key: str, value: str, known: Any) -> None:
+    """Raises UserError with a suggestion unless value is known."""
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, 1, 0)[0]
+        raise UserError(
+            f"{key}={value!r} is unknown; did you mean {near!r}? Choose from "
+            f"{', '.join(sorted(known))}."
+        )
 
 
 def in_range(name: str, value: float) -> bool:
@@ -62,12 +72,11 @@ def _tuple(name: str, value: Any, kind: type) -> None:
 
 
 def _value(name: str, value: Any, kind: type, description: str = "") -> None:
+    what = description or name
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise UserError(
-            f"{description or name} must be of type {kind.__name__}; got {value!r}."
+            f"{what} must be of type {kind.__name__}; got {value!r}."
         )
     if kind in (int, float) and not in_range(name, value):
-        raise UserError(
-            f"{description or name} must be in {RANGES[name]}; got {value}."
-        )
+        raise UserError(f"{what} must be in {RANGES[name]}; got {value}.")

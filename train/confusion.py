@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from train import batching, data
 from train.augment import to_float
 from train.experiment import Experiment
-from train.state import Recipe
+from train.recipe import Recipe
 
 _BATCH = 1000  # examples per step
 
@@ -80,20 +80,24 @@ def _step(
 
 
 def metrics(counts: Counts) -> dict[str, Any]:
+    """Returns images, loss and accuracy, in total and by class.
+
+    A class without images has neither loss nor accuracy.
+    """
     images = counts.confusion.sum(1)
     correct = counts.confusion.diagonal()
-    total = int(images.sum())
     return {
-        "images": total,
-        "loss": float(counts.loss.sum() / total),
-        "accuracy": float(correct.sum() / total),
-        "classes": [
-            {
-                "images": int(n),
-                "accuracy": float(c / n) if n else None,
-                "loss": float(loss / n) if n else None,
-            }
-            for n, c, loss in zip(images, correct, counts.loss)
-        ],
+        **_means(images.sum(), correct.sum(), counts.loss.sum()),
+        "classes": list(map(_means, images, correct, counts.loss)),
         "confusion": counts.confusion.tolist(),
+    }
+
+
+def _means(images: Any, correct: Any, loss: Any) -> dict[str, float]:
+    if not images:
+        return {"images": 0}
+    return {
+        "images": int(images),
+        "loss": float(loss / images),
+        "accuracy": float(correct / images),
     }

@@ -39,7 +39,7 @@ class _Source(NamedTuple):
     image_shape: tuple[int, ...]
 
 
-def load(
+def load_dataset(
     name: str,
     *,
     data_dir: str | None = None,

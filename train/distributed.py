@@ -158,9 +158,10 @@ def _wait_for_coordinator(host: str, port: int, limit: float) -> None:
             if time.monotonic() < limit:
                 time.sleep(0.2)
                 continue
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
                 f"Nothing listens on --coordinator={host}:{port} after "
-                f"{STARTUP_TIMEOUT} s ({getattr(error, 'strerror', None) or error}). "
+                f"{STARTUP_TIMEOUT} s ({reason}). "
                 "Start process 0 there within that time, or correct the "
                 "address."
             ) from error

@@ -26,7 +26,7 @@ from jaxbn import doctor
 from train import batching, cli
 from train.files import as_user_error, atomic_write
 from train.step import augmented_images
-from train.trained_run import TrainedRun, load, use_devices
+from train.trained_run import TrainedRun, load_run, use_devices
 
 # How to read it, after the legend of the table.
 _PICTURE = """\
@@ -51,13 +51,13 @@ def examine(
       run: the workdir.
       batches: number of batches to read.
       data_dir: TFDS data directory; None uses that of the run, see
-        `train.trained_run.load`.
+        `train.trained_run.load_run`.
 
     Raises:
       UserError: run has no checkpoint, or cannot be written to.
     """
     with clock.show(f"loading {run}"):
-        saved = load(run, data_dir=data_dir)
+        saved = load_run(run, data_dir=data_dir)
     with clock.show(f"examining {batches} batches"):
         report = doctor.examine(
             saved.experiment.recipe.model,

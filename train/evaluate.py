@@ -22,7 +22,7 @@ from typing import Any
 from train import UserError, cli, data, output
 from train.confusion import make_counter, metrics
 from train.files import as_user_error, write_json
-from train.trained_run import TrainedRun, load, use_devices
+from train.trained_run import TrainedRun, load_run, use_devices
 from train.weight_average import precise_statistics
 
 
@@ -37,7 +37,7 @@ def evaluate(
 
     Args:
       run: the workdir.
-      saved: result of `load` for it.
+      saved: result of `load_run` for it.
       split: TFDS split expression; None is the test split of the run.
       precise: number of training batches to recompute the running statistics
         over; 0 skips this.
@@ -91,13 +91,13 @@ def _examples(saved: TrainedRun, split: str) -> data.Split:
         return dataset.test
     if split == config.train_split:
         return dataset.train
-    return data.load(
+    return data.load_dataset(
         config.dataset,
         data_dir=config.data_dir,
         train_split=split,
         test_split=split,
         lazy=True,  # both splits are the same: read it once
-        download=False,  # `load` has read it already
+        download=False,  # `load_run` has read it already
     ).test
 
 
@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--precise must be at least 1; got {given.precise}")
     use_devices(given.run)
     with clock.show(f"loading {given.run}"):
-        saved = load(given.run, best=given.best, data_dir=given.data_dir)
+        saved = load_run(given.run, best=given.best, data_dir=given.data_dir)
     evaluate(given.run, saved, split=given.split, precise=given.precise)
     print(f"Wrote {given.run / 'evaluation.json'}.")
 

@@ -121,7 +121,7 @@ class ErrorLog:
         self._connecting = False
 
     def finish(self, code: int) -> None:
-        """Sets the exit code, which an abort in JAX's shutdown does not change."""
+        """Sets the exit code, also of an abort within JAX's shutdown."""
         self._finished = code
 
     def lost(self, error: str) -> NoReturn:

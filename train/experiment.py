@@ -9,9 +9,9 @@ import optax
 from ml_collections import ConfigDict
 
 from train import data, processes
-from train.recipe import Steps, check, count_steps, make_recipe
+from train.duration import Steps, count_steps
+from train.recipe import Recipe, check_config, make_recipe
 from train.schedules import make_schedule
-from train.state import Recipe
 from train.topology import Topology, make_topology
 
 
@@ -37,12 +37,12 @@ def build_experiment(
     Raises:
       UserError: the config is invalid, with what to change.
     """
-    check(config)
+    check_config(config)
     topology = make_topology(
         config.mesh, config.batch_size, config.microbatches
     )
     with processes.sync_errors():  # each host reads its own data
-        dataset = data.load(
+        dataset = data.load_dataset(
             config.dataset,
             data_dir=config.data_dir,
             train_split=config.train_split,

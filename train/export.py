@@ -5,8 +5,9 @@ RUN is the workdir of a run or, with --out, the name of a network of
 train.pretrained. Folds batch norm into the convolutions and writes, into
 RUN/exported without --out:
 
-- program.bin: a `jax.export` program, (weights, uint8 images) -> logits, for any
-  number of images, on CPUs, GPUs and TPUs. It needs JAX alone, no model code.
+- program.bin: a `jax.export` program, (weights, uint8 images) -> logits, for
+  any number of images, on CPUs, GPUs and TPUs. It needs JAX alone, no model
+  code.
 - weights.safetensors: its weights.
 - about.json: the shape of an image, the classes, the step, the difference from
   the network that was trained.
@@ -40,13 +41,13 @@ from train.files import (
     refuse_links,
     write_json,
 )
-from train.load import Trained, load
+from train.load import TrainedNetwork, load
 from train.trained_run import use_devices
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-def export(trained: Trained, out: pathlib.Path) -> dict[str, Any]:
+def export(trained: TrainedNetwork, out: pathlib.Path) -> dict[str, Any]:
     """Writes the files into a folder; returns the contents of about.json.
 
     Args:
@@ -90,7 +91,7 @@ def export(trained: Trained, out: pathlib.Path) -> dict[str, Any]:
     return about
 
 
-def folded_network(trained: Trained) -> Folded:
+def folded_network(trained: TrainedNetwork) -> Folded:
     """Returns the network of inference without its batch normalization."""
     shape = (2, *trained.preprocess.image_shape)
     return fold(
@@ -124,7 +125,7 @@ def main(arguments: list[str]) -> None:
     if given.out is None:
         refuse_links(out)  # the workdir may not be trusted
     if shipped:
-        trained = pretrained.load(str(given.run))
+        trained = pretrained.load_network(str(given.run))
     else:
         use_devices(given.run)
         trained = load(given.run, best=given.best)

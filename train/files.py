@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from train import UserError
@@ -56,8 +57,35 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes value as JSON atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Writes value as JSON atomically; see `to_json`."""
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Returns value as JSON, with null for numbers that are not finite.
+
+    JSON has no NaN or Infinity. Python would write them nevertheless, and
+    other programs could not read the file.
+    """
+    return json.dumps(nonfinite_to_none(value), indent=indent, allow_nan=False)
+
+
+def nonfinite_to_none(
+    value: Any, *, default: Callable[[Any], Any] | None = None
+) -> Any:
+    """Returns a JSON value with None for numbers that are not finite.
+
+    Args:
+      value: what json.dumps can convert.
+      default: as of json.dumps.
+    """
+    text = json.dumps(value, default=default)
+    return json.loads(text, parse_constant=lambda _: None)
+
+
+def none_to_nan(value: float | None) -> float:
+    """Returns a number that `nonfinite_to_none` may have replaced."""
+    return math.nan if value is None else value
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
 import sys
@@ -11,14 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import defaults
 from configs.ranges import RANGES
 from train import UserError, config_checks, config_files, descriptions, output
-from train.allocator import keep_freed_memory
 from train.config_files import CONFIGS
 from train.workdir import check_name
 
@@ -43,10 +40,7 @@ def parse(
     """
     output.guard()
     argv = _without_overridden(argv)
-    for word in argv:
-        name = re.match(r"--?(?:no)?config\.([^=]*)", word)
-        if name and not re.fullmatch(r"\w+(\.\w+)*", name[1]):
-            raise UserError(f"There is no config.{name[1]}; --help lists all.")
+    _check_names(argv)
     try:
         config_flags.DEFINE_config_file(
             "config",
@@ -81,26 +75,29 @@ def parse(
         raise UserError(
             f"Unexpected argument {rest[1]!r}; flags begin with --."
         )
-    config_checks.check(config)
-    if flags.FLAGS.workdir is not None:
-        if not flags.FLAGS.workdir:
-            raise UserError(
-                "--workdir= is empty; leave it out for a new directory in "
-                "runs/."
-            )
-        path = check_name(pathlib.Path(flags.FLAGS.workdir))
-        flags.FLAGS.workdir = str(path)
+    config_checks.check_fields(config)
+    _check_workdir()
     return config
 
 
-def simulate(devices: int) -> None:
-    """Simulates CPU devices; call before the first use of any device."""
-    keep_freed_memory()
-    # With fewer threads than twice the number of devices, collectives
-    # deadlock. XLA reads this when it starts.
-    threads = max(int(os.environ["NPROC"]), 2 * devices)
-    os.environ["NPROC"] = str(threads)
-    jax.config.update("jax_num_cpu_devices", devices)
+def _check_names(argv: Sequence[str]) -> None:
+    """Raises UserError for fields whose names no config can have."""
+    for word in argv:
+        name = re.match(r"--?(?:no)?config\.([^=]*)", word)
+        if name and not re.fullmatch(r"\w+(\.\w+)*", name[1]):
+            raise UserError(f"There is no config.{name[1]}; --help lists all.")
+
+
+def _check_workdir() -> None:
+    """Checks --workdir, and expands ~ in it."""
+    given = flags.FLAGS.workdir
+    if given is None:
+        return
+    if not given:
+        raise UserError(
+            "--workdir= is empty; leave it out for a new directory in runs/."
+        )
+    flags.FLAGS.workdir = str(check_name(pathlib.Path(given)))
 
 
 def workdir() -> pathlib.Path:

@@ -69,7 +69,7 @@ def _run_curves(
     axis.legend(loc=corner if len(epochs) > 2 else "best")
 
 
-def draw(groups: list[Group], path: pathlib.Path) -> None:
+def draw_groups(groups: list[Group], path: pathlib.Path) -> None:
     """Plots loss and accuracy of all groups over epochs.
 
     Plots the mean of several runs, with a band of one standard deviation.
@@ -88,7 +88,9 @@ def draw(groups: list[Group], path: pathlib.Path) -> None:
     for axis in (loss, accuracy):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     loss.set(xlabel="epoch", ylabel="loss (nats); dotted: in training")
-    loss.set_yscale("log")
+    # Matplotlib refuses a logarithmic axis if all losses are NaN.
+    if any((line.get_ydata() > 0).any() for line in loss.lines):
+        loss.set_yscale("log")
     accuracy.set(xlabel="epoch", ylabel="test accuracy (%)")
     figure.legend(
         *accuracy.get_legend_handles_labels(), loc="outside lower center"

@@ -10,17 +10,17 @@ import jax
 from ml_collections import ConfigDict
 
 from train import (
-    UserError,
     clock,
-    load,
     lock,
     networks,
     processes,
 )
 from train.checkpoint import Checkpoints, Progress
-from train.checkpoint_errors import resume_hint
+from train.checkpoint_errors import with_resume_hint
+from train.duration import tested_epochs
 from train.epoch import EpochRunner
 from train.files import write_json
+from train.preprocessing import write_preprocessing
 from train.report import NullReport, Report
 from train.session import Session, make_session, prepare
 from train.signals import Interrupt
@@ -32,7 +32,6 @@ from train.workdir import (
     check_name,
     open_workdir,
     read_summary,
-    tested_epochs,
 )
 
 
@@ -64,7 +63,7 @@ def train(
         with processes.sync_errors():
             if processes.is_main():
                 open_workdir(workdir, config)
-                load.record(workdir, session.experiment)
+                write_preprocessing(workdir, session.experiment)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             return _train(
                 config, workdir, session, checkpoints, started, options
@@ -80,15 +79,11 @@ def _train(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Trains in a workdir that is locked."""
-    experiment, _, programs = session
-    steps, size = experiment.steps, config.batch_size
-    state, progress = None, Progress()
-    main = processes.is_main()
+    main, steps = processes.is_main(), session.experiment.steps
     with clock.show("reading checkpoints", main):
-        found = checkpoints.restore(programs.abstract_state)
-    if found:
-        state, progress = found
-    done = min(progress.epoch * steps.per_epoch + progress.batch, steps.total)
+        found = checkpoints.restore(session.programs.abstract_state)
+    state, progress = found or (None, Progress())
+    done = steps.before(progress.epoch, progress.batch)
     if found:
         summary = processes.broadcast_from_main(lambda: read_summary(workdir))
         if done == steps.total and summary:
@@ -96,14 +91,13 @@ def _train(
     timer = Timer()
     kind = Report if main else NullReport
     profile = config.profile and main
-    tested = tested_epochs(config)
     with (
         kind(
             workdir,
-            tested=tested,
+            tested=tested_epochs(config),
             done=progress.epoch,
-            images=steps.total * size,
-            images_done=done * size,
+            images=steps.total * config.batch_size,
+            images_done=done * config.batch_size,
             step=done,
             title=f"{networks.title(config)} on {config.dataset}",
             **options,
@@ -121,52 +115,29 @@ def _train(
             timer.measure("compile"),
         ):
             prepare(session, epoch=progress.epoch, batch=progress.batch)
-        training = time.monotonic()
-        if state is None:
-            with timer.measure("initialize"):
-                state = programs.init()(config.seed)
         runner = EpochRunner(
             config, session, report, checkpoints, timer, interrupt, trace
         )
-        for epoch in range(progress.epoch, steps.epochs):
-            state, record = runner.epoch(
-                state, progress, test=epoch + 1 in tested
-            )
-            progress = Progress(epoch + 1)
-            if record is None:
-                continue
-            seconds = runner.tested_at - training - timer.spent("save")
-            with timer.measure("save"):
-                # At most one record may be ahead of the checkpoints.
-                checkpoints.wait()
-                try:
-                    report.add(record)
-                except OSError as error:
-                    raise UserError(
-                        f"Cannot write to {workdir}: {error.strerror}. "
-                        f"{resume_hint(checkpoints.newest)}"
-                    ) from error
-                checkpoints.save(
-                    state, progress, test_accuracy=record["test_accuracy"]
-                )
-        with timer.measure("save"):
-            checkpoints.wait()
-        interrupt.unsaved(False)
-        extra = {} if found else {"training_seconds": round(seconds, 4)}
+        if state is None:
+            with timer.measure("initialize"):
+                state = session.programs.init()(config.seed)
+        state = runner.run(state, progress)
+        average = {}
         if state.average is not None:
-            extra |= evaluate_average(config, experiment, state, runner.test)
+            average = evaluate_average(
+                config, session.experiment, state, runner.test
+            )
         report.say(f"time: {timer}")
 
     def summary() -> dict[str, Any]:
         """Runs in the main process, which has the records."""
-        found = summarize(report.records, session, started, timer) | extra
-        try:
-            write_json(workdir / "summary.json", found)
-        except OSError as error:
-            raise UserError(
-                f"Cannot write {workdir / 'summary.json'}: {error.strerror}. "
-                f"{resume_hint(checkpoints.newest)}"
-            ) from error
-        return found
+        made = summarize(report.records, session, timer) | average
+        if not found:  # a resumed run has measured only a part of them
+            made["training_seconds"] = round(runner.seconds, 4)
+            made["seconds"] = round(time.monotonic() - started, 1)
+        path = workdir / "summary.json"
+        with with_resume_hint(path, lambda: checkpoints.newest):
+            write_json(path, made)
+        return made
 
     return processes.broadcast_from_main(summary)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from train.state import Sums
+from train.state import NO_SUMS, Sums
 
 # More steps in flight gain nothing, and simulated devices that run far ahead
 # of each other can deadlock.
@@ -27,7 +27,7 @@ class Meter:
 
     def __init__(
         self,
-        start: tuple[float, ...] = (0.0,) * len(Sums._fields),
+        start: tuple[float, ...] = NO_SUMS,
         *,
         step: int = 0,
         fetched: Callable[[int, Sums], object] = lambda step, sums: None,
@@ -63,7 +63,10 @@ class Meter:
         return tuple(map(float, self._total))
 
     def means(self) -> tuple[float, float]:
-        """Waits for all steps; returns mean loss and accuracy."""
+        """Waits for all steps; returns mean loss and accuracy.
+
+        They are NaN if there are no examples: all batches were skipped.
+        """
         total = Sums(*self.sums())
         if not total.count:
             return float("nan"), float("nan")

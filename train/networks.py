@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import flax.linen as nn
 from ml_collections import ConfigDict
 
 from train import UserError
+from train.config_checks import one_of
 from train.fastnet import FastNet
 from train.preact import PreActResNet, WideResNet
 from train.resnet import ResNet
@@ -52,7 +52,7 @@ def make(
         zero_init_gamma.
       num_classes: number of classes.
       norm: creates a norm layer, given use_running_average, dtype and
-        scale_init; see `train.norms.norm_of`.
+        scale_init; see `train.norms.make_norm`.
       dtype: dtype of the computation.
 
     Returns:
@@ -62,12 +62,7 @@ def make(
       UserError: model is unknown, depth is invalid for it, width or widen is
         not positive, or widen is set for a model other than "wide".
     """
-    if config.model not in NETWORKS:
-        near = difflib.get_close_matches(str(config.model), NETWORKS, 1, 0)[0]
-        raise UserError(
-            f"model={config.model!r} is unknown; did you mean {near!r}? Choose "
-            f"from {', '.join(sorted(NETWORKS))}."
-        )
+    one_of("model", config.model, NETWORKS)
     for key in ("width", "widen"):
         if config[key] < 1:
             raise UserError(f"{key} must be at least 1; got {config[key]}.")

@@ -2,72 +2,78 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 import jaxbn
-import jaxbn.linen
-from train import batching
+from train import UserError, batching
 from train.experiment import Experiment
-from train.state import Recipe, TrainState
-from train.step import augmented_images
+from train.layer_moments import make_layer_moments
+from train.state import TrainState
 
 MAX_LISTED = 5
 
 
-def describe_nonfinite(
-    config: ConfigDict, experiment: Experiment, state: TrainState, epoch: int
-) -> str:
-    """Describes the step, and the layers' batch statistics in it.
+def nonfinite_error(
+    config: ConfigDict,
+    experiment: Experiment,
+    state: TrainState,
+    epoch: int,
+    *,
+    newest: int | None,
+) -> UserError:
+    """Returns the error of a run that stops, with the layers' statistics.
 
     Args:
       config: config of the run.
       experiment: components of the run.
       state: state before the nonfinite batch.
       epoch: epoch of the batch, from 0.
+      newest: step of the newest checkpoint, or None.
     """
-    topology, dataset, steps, _, recipe = experiment
     step = int(state.step)
-    number = step - epoch * steps.per_epoch
+    batch = step - experiment.steps.before(epoch, 0)
     text = (
         f"The loss or a gradient is not finite at step {step + 1} (epoch "
-        f"{epoch + 1}, batch {number + 1})."
+        f"{epoch + 1}, batch {batch + 1})."
     )
-    if config.norm in ("flax", "none"):
-        return text
-    size = config.batch_size
+    if config.norm not in ("flax", "none"):
+        moments = _moments_of_batch(config, experiment, state, epoch, batch)
+        text += f" {_describe_layers(moments)}"
+    good = "none yet" if newest is None else f"of step {newest}"
+    return UserError(
+        f"{text} The last good checkpoint is {good}. Lower learning_rate, now "
+        f"{config.learning_rate}, raise warmup_epochs, or set "
+        "on_nonfinite=skip."
+    )
+
+
+def _moments_of_batch(
+    config: ConfigDict,
+    experiment: Experiment,
+    state: TrainState,
+    epoch: int,
+    batch: int,
+) -> Any:
+    """Returns the moments of each layer's input, on the host."""
+    topology, size = experiment.topology, config.batch_size
     rows = next(
         batching.train_batches(
-            dataset.train,
+            experiment.dataset.train,
             size,
             seed=config.seed,
             epoch=epoch,
-            start=number,
+            start=batch,
             rows=topology.rows(size),
         )
     )
     read = jax.jit(
-        topology.shard_map(
-            functools.partial(_moments, recipe, config.seed, epoch),
-            (P(), P(topology.axes)),
-        )
+        make_layer_moments(experiment, seed=config.seed, epoch=epoch)
     )
-    tree = read(state.variables, topology.put(rows, size))
-    return f"{text} {_describe_layers(jax.device_get(tree))}"
-
-
-def _moments(
-    recipe: Recipe, seed: int, epoch: int, variables: Any, batch: Any
-) -> Any:
-    images = augmented_images(recipe, batch, seed=seed, epoch=epoch)
-    return jaxbn.linen.batch_moments(
-        recipe.model, variables, images, train=True
-    )
+    return jax.device_get(read(state.variables, topology.put(rows, size)))
 
 
 def _describe_layers(tree: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ _GROUPED = {
 }
 
 
-def norm_of(
+def make_norm(
     config: ConfigDict, topology: Topology, *, microbatches: int = 1
 ) -> Callable[..., nn.Module]:
     """Returns a function (use_running_average, dtype, scale_init) -> layer.
@@ -76,36 +77,17 @@ def norm_of(
         for name, value in config.norm_options.items()
         if value is not None
     }
+    if config.norm in ("none", "flax"):
+        _check_no_options(given, config.norm)
     if config.norm == "none":
-        _check_no_options(given, "none")
         return Affine
-    shared = {
-        "momentum": config.norm_momentum,
-        "epsilon": config.norm_epsilon,
-    }
+    own = {"momentum": config.norm_momentum, "epsilon": config.norm_epsilon}
     if config.norm == "flax":
-        _check_no_options(given, "flax")
-        return functools.partial(
-            nn.BatchNorm, **shared, **_flax_axes(config, topology, microbatches)
-        )
+        own |= _flax_axes(config, topology, microbatches)
+        return functools.partial(nn.BatchNorm, **own)
+    own |= _jaxbn_axes(config, topology, microbatches)
+    _check_options(config, given, own)
     options = {**VARIANTS.get(config.norm, {}), **given}
-    if "normalize_over" in options and config.norm_axes != "all":
-        raise UserError(
-            f"norm_axes={config.norm_axes!r} and normalize_over="
-            f"{options['normalize_over']} both choose the examples that "
-            "share statistics; set norm_axes='all' or another norm."
-        )
-    for name in given:
-        if name not in (*_GROUPED, *BatchNorm.__dataclass_fields__):
-            raise UserError(
-                f"norm_options.{name} is not an option of jaxbn.linen.BatchNorm."
-            )
-    own = {**shared, **_jaxbn_axes(config, topology, microbatches)}
-    for name in own.keys() & given.keys():
-        raise UserError(
-            f"norm_options.{name} must not be set; use norm_momentum, "
-            "norm_epsilon and norm_axes."
-        )
     try:
         layer = functools.partial(BatchNorm, **own, **_grouped(options))
         _check_layer(layer, config, topology, microbatches)
@@ -113,6 +95,36 @@ def norm_of(
         reason = " ".join(str(error).split())
         raise UserError(f"norm={config.norm!r}: {reason}") from error
     return layer
+
+
+def _check_options(
+    config: ConfigDict, given: dict[str, Any], own: dict[str, Any]
+) -> None:
+    """Raises UserError for options that config does not leave open.
+
+    Args:
+      config: config of the run.
+      given: options of the layer.
+      own: fields of the layer that other fields of the config set.
+    """
+    size = {**VARIANTS.get(config.norm, {}), **given}.get("normalize_over")
+    if size is not None and config.norm_axes != "all":
+        raise UserError(
+            f"norm_axes={config.norm_axes!r} and normalize_over={size} both "
+            "choose the examples that share statistics; set norm_axes='all' "
+            "or another norm."
+        )
+    for name in given:
+        if name not in (*_GROUPED, *BatchNorm.__dataclass_fields__):
+            raise UserError(
+                f"norm_options.{name} is not an option of "
+                "jaxbn.linen.BatchNorm."
+            )
+        if name in own:
+            raise UserError(
+                f"norm_options.{name} must not be set; use norm_momentum, "
+                "norm_epsilon and norm_axes."
+            )
 
 
 def _grouped(options: dict[str, Any]) -> dict[str, Any]:
@@ -172,9 +184,7 @@ def describe_statistics(config: ConfigDict, topology: Topology) -> str:
 def _num_sharing(config: ConfigDict, topology: Topology) -> int:
     """Returns the number of devices that share statistics."""
     names = _axes(config, topology)
-    return int(
-        np.prod([topology.mesh.shape[name] for name in names], dtype=int)
-    )
+    return math.prod(topology.mesh.shape[name] for name in names)
 
 
 def _axes(config: ConfigDict, topology: Topology) -> tuple[str, ...]:

@@ -59,11 +59,11 @@ def make_optimizer(
 
     Args:
       config: reads optimizer, learning_rate, momentum, nesterov, weight_decay,
-        bias_scale, decay_affine and muon.
+        affine_lr_multiplier, decay_affine and muon.
       schedule: learning rate; its peak is config.learning_rate.
       bias_steps: step after which the whitening bias is frozen.
     """
-    plain = config.bias_scale == 1 and not config.decay_affine
+    plain = config.affine_lr_multiplier == 1 and not config.decay_affine
     if config.optimizer == "sgd" and plain and not bias_steps:
         return sgd(
             schedule,
@@ -71,17 +71,19 @@ def make_optimizer(
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         )
-    peak, scale = config.learning_rate, config.bias_scale
+    peak, multiplier = config.learning_rate, config.affine_lr_multiplier
 
     def group(
-        scale: float = 1.0, shape: optax.Schedule = schedule, decay: bool = True
+        multiplier: float = 1.0,
+        schedule: optax.Schedule = schedule,
+        decay: bool = True,
     ) -> optax.GradientTransformation:
-        """SGD at scale times the rate, with the same decay per step."""
-        coefficient = config.weight_decay / scale if decay else 0.0
+        """SGD at a multiple of the rate, with the same decay per step."""
+        coefficient = config.weight_decay / multiplier if decay else 0.0
         return optax.chain(
             optax.add_decayed_weights(coefficient),
             optax.sgd(
-                lambda step: scale * shape(step),
+                lambda step: multiplier * schedule(step),
                 config.momentum,
                 nesterov=config.nesterov,
             ),
@@ -91,14 +93,14 @@ def make_optimizer(
     if config.optimizer == "muon":
         until = optax.linear_schedule(peak, 0.0, max(bias_steps, 1))
         convolution = _muon(config.muon, lambda step: schedule(step) / peak)
-        bias = group(scale, until, affine)
+        bias = group(multiplier, until, affine)
     else:
         convolution, bias = group(), group(decay=affine)
     return optax.partition(
         {
             "convolution": convolution,
             "dense": group(),
-            "affine": group(scale, decay=affine),
+            "affine": group(multiplier, decay=affine),
             "whitening_bias": _freeze_after(bias_steps, bias),
         },
         param_groups,

@@ -34,13 +34,9 @@ from train.files import (
     read_json,
     write_json,
 )
-from train.load import (
-    FILE,
-    Trained,
-    inference_experiment,
-    read_preprocessing,
-)
-from train.load import load as load_run
+from train.load import TrainedNetwork, inference_experiment, load
+from train.preprocessing import FILE as PREPROCESSING
+from train.preprocessing import read_preprocessing
 from train.trained_run import read_config
 from train.workdir import read_summary
 
@@ -53,21 +49,21 @@ def names() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob(f"*/{WEIGHTS}"))
 
 
-def load(name: str) -> Trained:
+def load_network(name: str) -> TrainedNetwork:
     """Returns a network that comes with the repository.
 
     Args:
       name: one of `names`.
 
     Returns:
-      Trained, with variables in float32.
+      The network, with variables in float32.
 
     Raises:
       UserError: there is no such network.
 
     Example:
-      trained = load("digits_resnet8")
-      # uint8 images, (N, 8, 8, 1) in 0..255, as of train.data.load
+      trained = load_network("digits_resnet8")
+      # uint8 images, (N, 8, 8, 1) in 0..255, as of data.load_dataset
       classes = trained.logits(images).argmax(-1)
     """
     if name not in names():
@@ -81,7 +77,7 @@ def load(name: str) -> Trained:
         path: jnp.asarray(leaf, jnp.float32)
         for path, leaf in load_file(folder / WEIGHTS).items()
     }
-    return Trained(
+    return TrainedNetwork(
         model=recipe.model,
         variables=unflatten_dict(flat, sep="/"),
         preprocess=preprocess,
@@ -101,7 +97,7 @@ def save(run: pathlib.Path, folder: pathlib.Path) -> None:
     Raises:
       UserError: the run is not finished, or the folder cannot be written.
     """
-    trained, summary = load_run(run), read_summary(run)
+    trained, summary = load(run), read_summary(run)
     if not summary:
         raise UserError(f"{run} has no summary.json: it is not finished.")
     flat = flatten_dict(jax.device_get(trained.variables), sep="/")
@@ -111,7 +107,7 @@ def save(run: pathlib.Path, folder: pathlib.Path) -> None:
         # The data directory is of the machine.
         config = {**read_json(run / "config.json"), "data_dir": None}
         write_json(folder / "config.json", config)
-        write_json(folder / FILE, read_json(run / FILE))
+        write_json(folder / PREPROCESSING, read_json(run / PREPROCESSING))
         write_json(folder / "summary.json", summary)
         with atomic_write(folder / WEIGHTS) as file:
             file.write(to_bytes(weights))

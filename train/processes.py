@@ -157,8 +157,8 @@ def check_consistent(config: ConfigDict, versions: dict[str, str]) -> None:
             f"{f'; and {more} more' if more > 0 else ''}. Run the same command "
             "on all hosts, with the same code and packages."
         )
-    # Connect now: collectives libraries wait only 30 s for each other, which a
-    # long compilation on one host would exceed.
+    # Connect now: the libraries of collectives wait only 30 s for each other,
+    # which a long compilation on one host would exceed.
     multihost_utils.sync_global_devices("start")
 
 

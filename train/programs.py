@@ -15,7 +15,8 @@ from train.augment import draw
 from train.batching import Batch
 from train.experiment import Experiment
 from train.pipeline import Feed, Pipeline
-from train.state import Recipe, Sums, TrainState, abstract_state, make_state
+from train.recipe import Recipe
+from train.state import Sums, TrainState, abstract_state, make_state
 from train.step import test_step, train_step
 from train.timing import Timer
 from train.topology import Topology
@@ -103,10 +104,9 @@ class Programs:
             feeds = self._pipeline.train_feeds(
                 seed=0, epoch=0, start=0, stop=num_batches, timer=Timer()
             )
+            program = self.train(num_batches, phase)
             for _, feed in feeds:
-                state, _ = self.train(num_batches, phase)(
-                    state, feed, number, number
-                )
+                state, _ = program(state, feed, number, number)
         for num_batches, feed in self._pipeline.test_feeds():
             jax.block_until_ready(self.test(num_batches)(state.variables, feed))
 

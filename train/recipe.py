@@ -1,11 +1,8 @@
-"""Turns a config into the recipe of a run."""
+"""The recipe of a run: its network, optimizer, augmentation and options."""
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,17 +19,54 @@ from train.augment import (
     pixel_counts,
     pixel_statistics,
 )
-from train.norms import norm_of
+from train.config_checks import one_of
+from train.duration import Steps
+from train.norms import make_norm
 from train.optimizer import OPTIMIZERS, Lookahead, make_optimizer
 from train.schedules import SCHEDULES
-from train.state import Phase, Recipe
 from train.topology import Topology
-from train.workdir import num_epochs
 
 
-def check(config: ConfigDict) -> None:
+class Phase(NamedTuple):
+    """The network that trains from an epoch on."""
+
+    first_epoch: int
+    model: nn.Module
+
+
+class Recipe(NamedTuple):
+    """What training and test steps compute; static while tracing."""
+
+    model: nn.Module  # called with (images, train=...)
+    optimizer: optax.GradientTransformation
+    pixel_mean: tuple[float, ...]  # (C,) in units of 0..255
+    pixel_std: tuple[float, ...]
+    augmentation: Augmentation
+    label_smoothing: float = 0.0
+    average_decay: float | None = None  # decay of the average of params
+    lookahead: Lookahead | None = None
+    on_nonfinite: str = "stop"  # or "skip" or "ignore" the batch
+    loss_scale: float = 1.0  # keeps float16 gradients from underflowing
+    microbatches: int = 1  # per device, processed in turn
+    # Networks that train, by epoch, with the same variables; () is `model`.
+    # They also synchronize over microbatches.
+    phases: tuple[Phase, ...] = ()
+    init_images: int = 1  # training images that initialize the network
+    test_time_augmentation: bool = False
+
+    def phase(self, epoch: int) -> int:
+        """Returns the index of the phase of an epoch."""
+        starts = [phase.first_epoch for phase in self.phases]
+        return max(sum(start <= epoch for start in starts) - 1, 0)
+
+    def training_model(self, phase: int) -> nn.Module:
+        """Returns the network that trains in a phase."""
+        return self.phases[phase].model if self.phases else self.model
+
+
+def check_config(config: ConfigDict) -> None:
     """Raises UserError if the config is invalid."""
-    config_checks.check(config)
+    config_checks.check_fields(config)
     one_of("optimizer", config.optimizer, OPTIMIZERS)
     one_of("schedule", config.schedule, SCHEDULES)
     one_of("warmup_shape", config.warmup_shape, ("linear", "constant"))
@@ -78,66 +112,12 @@ def check(config: ConfigDict) -> None:
 
 def check_seeds(config: ConfigDict) -> None:
     """Raises UserError unless all seeds are in range."""
-    last = config.seed + config.seeds - 1
+    last = config.seed + config.num_seeds - 1
     if not config_checks.in_range("seed", last):
         raise UserError(
-            f"seed={config.seed} with seeds={config.seeds} ends at {last}; "
-            f"seeds must be in {config_checks.RANGES['seed']}."
+            f"seed={config.seed} with num_seeds={config.num_seeds} ends at "
+            f"{last}; seeds must be in {config_checks.RANGES['seed']}."
         )
-
-
-def one_of(key: str, value: str, known: Any) -> None:
-    """Raises UserError with a suggestion unless value is known."""
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1, 0)[0]
-        raise UserError(
-            f"{key}={value!r} is unknown; did you mean {near!r}? Choose from "
-            f"{', '.join(sorted(known))}."
-        )
-
-
-class Steps(NamedTuple):
-    """Numbers of steps, one for each batch."""
-
-    per_epoch: int
-    total: int
-
-    @property
-    def epochs(self) -> int:
-        """Number of epochs, of which the last may be a part."""
-        return -(-self.total // self.per_epoch)
-
-    def of(self, epoch: int) -> int:
-        """Returns the steps of an epoch; the last may have fewer."""
-        return min(self.total - epoch * self.per_epoch, self.per_epoch)
-
-    def left(self, epoch: int, batch: int) -> Iterator[tuple[int, int]]:
-        """Yields (epoch, steps left in it) from a position to the end."""
-        for each in range(epoch, self.epochs):
-            yield each, self.of(each) - (batch if each == epoch else 0)
-
-
-def count_steps(config: ConfigDict, dataset: data.Dataset) -> Steps:
-    """Returns the numbers of steps, with full batches of the training split.
-
-    Raises:
-      UserError: there is none, or the total number of steps overflows int32.
-    """
-    examples = len(dataset.train.labels)
-    steps = examples // config.batch_size
-    if not steps:
-        raise UserError(
-            f"batch_size={config.batch_size} exceeds the {examples} "
-            f"examples of {config.dataset} {config.train_split!r}."
-        )
-    # 9.9 x 48 is rounded up in floating point.
-    total = math.ceil(round(config.epochs * steps, 6))
-    if total >= 2**31:
-        raise UserError(
-            f"epochs={config.epochs:g} of {steps} steps exceed the limit of "
-            "2^31 steps."
-        )
-    return Steps(steps, min(total, num_epochs(config.epochs) * steps))
 
 
 def make_recipe(
@@ -152,7 +132,42 @@ def make_recipe(
     Raises:
       UserError: the network, norm or augmentation of the config is invalid.
     """
-    side = min(dataset.train.images.shape[1:3])
+    augmentation = _make_augmentation(config, dataset.train.images.shape[1:])
+    mean, std = _pixels(dataset.train)
+    model, phases = _make_networks(config, dataset.num_classes, topology)
+    bias_epochs = 0
+    if config.model == "fastnet":
+        bias_epochs = config.fastnet.whitening_bias_epochs
+    lookahead = None
+    if config.lookahead_every:
+        lookahead = Lookahead(
+            config.lookahead_every, config.lookahead_decay, steps.total
+        )
+    examples = len(dataset.train.labels)
+    return Recipe(
+        model=model,
+        phases=phases,
+        microbatches=config.microbatches,
+        optimizer=make_optimizer(
+            config, schedule, bias_steps=bias_epochs * steps.per_epoch
+        ),
+        pixel_mean=mean,
+        pixel_std=std,
+        augmentation=augmentation,
+        label_smoothing=config.label_smoothing,
+        average_decay=config.average_decay or None,
+        lookahead=lookahead,
+        on_nonfinite=config.on_nonfinite,
+        loss_scale=config.batch_size if config.dtype == "float16" else 1.0,
+        init_images=networks.init_images(config, examples),
+        test_time_augmentation=config.test_time_augmentation,
+    )
+
+
+def _make_augmentation(
+    config: ConfigDict, image_shape: tuple[int, ...]
+) -> Augmentation:
+    side = min(image_shape[:2])
     for key, reason in (
         ("crop_padding", "some crops would contain only padding"),
         ("cutout", "some images would be blank"),
@@ -162,54 +177,35 @@ def make_recipe(
                 f"{key}={config[key]} must be less than the {side} pixels of "
                 f"an image: {reason}."
             )
-    mean, std = _pixels(dataset.train)
+    return Augmentation(
+        padding=config.crop_padding,
+        pad_mode=config.crop_mode,
+        flip=config.flip,
+        cutout=config.cutout,
+    )
+
+
+def _make_networks(
+    config: ConfigDict, num_classes: int, topology: Topology
+) -> tuple[nn.Module, tuple[Phase, ...]]:
+    """Returns the network of inference, and those that train."""
 
     def network(microbatches: int) -> nn.Module:
         return networks.make(
             config,
-            num_classes=dataset.num_classes,
-            norm=norm_of(config, topology, microbatches=microbatches),
+            num_classes=num_classes,
+            norm=make_norm(config, topology, microbatches=microbatches),
             dtype=jnp.dtype(config.dtype),
         )
 
-    trained = network(config.microbatches)
-    phases: tuple[Phase, ...] = ()
+    model = trained = network(config.microbatches)
     if config.microbatches > 1:
-        phases = (Phase(0, trained),)
-    bias_epochs = 0
+        model = network(1)
     if config.model == "fastnet":
+        frozen_bias = trained.clone(train_whitening_bias=False)
         bias_epochs = config.fastnet.whitening_bias_epochs
-        later = trained.clone(train_whitening_bias=False)
-        phases = (Phase(0, trained), Phase(bias_epochs, later))
-    lookahead = None
-    if config.lookahead_every:
-        lookahead = Lookahead(
-            config.lookahead_every, config.lookahead_decay, steps.total
-        )
-    examples = len(dataset.train.labels)
-    return Recipe(
-        model=network(1) if config.microbatches > 1 else trained,
-        phases=phases,
-        microbatches=config.microbatches,
-        optimizer=make_optimizer(
-            config, schedule, bias_steps=bias_epochs * steps.per_epoch
-        ),
-        pixel_mean=mean,
-        pixel_std=std,
-        augmentation=Augmentation(
-            padding=config.crop_padding,
-            pad_mode=config.crop_mode,
-            flip=config.flip,
-            cutout=config.cutout,
-        ),
-        label_smoothing=config.label_smoothing,
-        average_decay=config.average_decay or None,
-        lookahead=lookahead,
-        on_nonfinite=config.on_nonfinite,
-        loss_scale=config.batch_size if config.dtype == "float16" else 1.0,
-        init_images=networks.init_images(config, examples),
-        test_time_augmentation=config.test_time_augmentation,
-    )
+        return model, (Phase(0, trained), Phase(bias_epochs, frozen_bias))
+    return model, (Phase(0, trained),) if config.microbatches > 1 else ()
 
 
 def _pixels(

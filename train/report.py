@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ import tqdm
 
 from train import UserError, clock, output
 from train.events import Events
-from train.files import as_user_error, write_text
+from train.files import as_user_error, to_json, write_text
 from train.learning_curves import draw_run
 from train.state import Sums
 from train.wandb_run import WandbRun
@@ -25,9 +24,9 @@ STEPS = 10  # at least, between two losses of steps in TensorBoard
 class NullReport:
     """Report of a process that does not write."""
 
-    def __init__(self, workdir: pathlib.Path, *, done: int, **_: Any):
+    def __init__(self, workdir: pathlib.Path, **_: Any):
         self.workdir = workdir
-        self.records: list[dict[str, float]] = [{}] * done
+        self.records: list[dict[str, float]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -87,22 +86,9 @@ class Report:
     ):
         self.workdir = workdir
         self._path = workdir / "metrics.jsonl"
-        found = read_records(workdir)
-        self.records = [one for one in found if one["epoch"] <= done]
-        epochs = tested[-1]
-        expected = [epoch for epoch in tested if epoch <= done]
-        missing = missing_epochs(self.records, expected)
-        if done == epochs and missing_epochs(self.records, [epochs]):
-            raise UserError(
-                f"{workdir} is fully trained, but {self._path.name} lacks "
-                f"{missing}, and so the result: run python -m train.evaluate "
-                f"{workdir}."
-            )
-        if len(self.records) < len(found) or not self._path.exists():
-            with as_user_error(workdir):
-                self._write_records()
+        missing = self._open_records(tested, done)
         self._events = Events(workdir, after=step)
-        self._epochs, self._title = epochs, title
+        self._epochs, self._title = tested[-1], title
         self._logged = step  # newest step whose loss is in TensorBoard
         self._unwritten: OSError | None = None  # raised in writing a step
         self._label = label and f"{label} "
@@ -123,16 +109,33 @@ class Report:
             disable=not self._live,
             dynamic_ncols=True,
         )
-        clock.below_bar(self._live)
+        clock.set_bar(self._live)
         if missing:
             self.say(f"{self._path} lacks {missing}; continuing without")
+
+    def _open_records(self, tested: Sequence[int], done: int) -> str:
+        """Reads the records; returns the epochs that lack one, as text."""
+        found = read_records(self.workdir)
+        self.records = [one for one in found if one["epoch"] <= done]
+        expected = [epoch for epoch in tested if epoch <= done]
+        missing = missing_epochs(self.records, expected)
+        if done == tested[-1] and missing_epochs(self.records, tested[-1:]):
+            raise UserError(
+                f"{self.workdir} is fully trained, but {self._path.name} lacks "
+                f"{missing}, and so the result: run python -m train.evaluate "
+                f"{self.workdir}."
+            )
+        if len(self.records) < len(found) or not self._path.exists():
+            with as_user_error(self.workdir):
+                self._write_records()
+        return missing
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._to_terminal(self._bar.close)
-        clock.below_bar(False)
+        clock.set_bar(False)
         if self._wandb is not None:
             self._wandb.finish(failed=kind is not None)
         try:
@@ -218,15 +221,17 @@ class Report:
         if self._wandb is not None:
             self._wandb.log(record)
         draw_run(self.records, self.workdir / "curves.png", self._title)
-        self.say(
+        line = (
             f"epoch {record['epoch']}/{self._epochs}"
             f"  train {record['train_loss']:.4f}"
             f" {record['train_accuracy']:.2%}"
             f"  test {record['test_loss']:.4f}"
             f" {record['test_accuracy']:.2%}"
-            f"  {record['images_per_second']:,.0f} images/s"
         )
+        if "images_per_second" in record:
+            line += f"  {record['images_per_second']:,.0f} images/s"
+        self.say(line)
 
     def _write_records(self) -> None:
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        lines = "".join(to_json(record) + "\n" for record in self.records)
         write_text(self._path, lines)

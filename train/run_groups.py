@@ -7,17 +7,22 @@ import pathlib
 from typing import Any, NamedTuple
 
 from train import UserError
+from train.duration import num_epochs, tested_epochs
 from train.trained_run import read_config
 from train.workdir import (
     missing_epochs,
-    num_epochs,
     read_records,
     read_summary,
-    tested_epochs,
 )
 
 # Fields that do not affect the result.
-IGNORED_FIELDS = ("seed", "seeds", "data_dir", "checkpoint_every", "profile")
+IGNORED_FIELDS = (
+    "seed",
+    "num_seeds",
+    "data_dir",
+    "checkpoint_every",
+    "profile",
+)
 
 
 class Run(NamedTuple):
@@ -42,7 +47,7 @@ class Group(NamedTuple):
     label: str  # the differing config fields, or the directory name
 
 
-def read(path: pathlib.Path) -> Run:
+def read_run(path: pathlib.Path) -> Run:
     """Reads one run.
 
     Raises:
@@ -77,7 +82,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def grouped(runs: list[Run]) -> tuple[list[Group], list[str]]:
+def group_runs(runs: list[Run]) -> tuple[list[Group], list[str]]:
     """Groups runs by config, in order of first appearance.
 
     Unfinished runs are grouped with those of equally many epochs.

@@ -24,7 +24,7 @@ RESULTS = (
 def train(
     config: ConfigDict, workdir: pathlib.Path, **options: Any
 ) -> dict[str, Any]:
-    """Trains with config.seeds seeds, each in its own subdirectory.
+    """Trains with config.num_seeds seeds, each in its own subdirectory.
 
     Finished seeds are not trained again, so seeds can be added to a workdir.
     Programs are compiled once.
@@ -55,14 +55,14 @@ def _train(
         if processes.is_main() and exists(workdir / "config.json"):
             raise UserError(
                 f"{workdir} holds a run with a single seed; use another "
-                f"--workdir for seeds={config.seeds}."
+                f"--workdir for num_seeds={config.num_seeds}."
             )
-    seeds = range(config.seed, config.seed + config.seeds)
+    seeds = range(config.seed, config.seed + config.num_seeds)
     summaries = []
     session: Session | None = None
     for i, seed in enumerate(seeds, 1):
         one = copy.deepcopy(config)
-        one.seed, one.seeds = seed, 1
+        one.seed, one.num_seeds = seed, 1
         folder = workdir / f"seed-{seed}"
         found = _finished(one, folder)
         if not found:
@@ -74,7 +74,9 @@ def _train(
     for name in ("epochs", "steps", "devices", "device_kind", "versions"):
         if name in summaries[0]:
             summary[name] = summaries[0][name]
-    summary["seconds"] = round(sum(each["seconds"] for each in summaries), 1)
+    if all("seconds" in each for each in summaries):
+        seconds = sum(each["seconds"] for each in summaries)
+        summary["seconds"] = round(seconds, 1)
     with processes.sync_errors():
         if processes.is_main():
             with as_user_error(workdir):

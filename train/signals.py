@@ -150,9 +150,9 @@ class Interrupt:
             return RESUME
         return _CODES[signal.Signals(_state.requested)]
 
-    def unsaved(self, steps: bool) -> None:
+    def set_unsaved(self, unsaved: bool) -> None:
         """Sets whether there are steps that are not checkpointed."""
-        _state.unsaved = steps
+        _state.unsaved = unsaved
 
     def _note(self, number: int, _: FrameType | None) -> None:
         _state.requested = number

@@ -1,17 +1,15 @@
-"""Recipe and state of training."""
+"""The state of training, and the sums that a step returns."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from train.augment import Augmentation, to_float
-from train.optimizer import Lookahead
+from train.augment import to_float
+from train.recipe import Recipe
 from train.topology import Topology
 
 
@@ -51,41 +49,7 @@ class Sums(NamedTuple):
     augmented: jax.Array  # () correct with test-time augmentation, else 0
 
 
-class Phase(NamedTuple):
-    """The network that trains from an epoch on."""
-
-    first_epoch: int
-    model: nn.Module
-
-
-class Recipe(NamedTuple):
-    """What a step computes; static while tracing."""
-
-    model: nn.Module  # called with (images, train=...)
-    optimizer: optax.GradientTransformation
-    pixel_mean: tuple[float, ...]  # (C,) in units of 0..255
-    pixel_std: tuple[float, ...]
-    augmentation: Augmentation
-    label_smoothing: float = 0.0
-    average_decay: float | None = None  # decay of the average of params
-    lookahead: Lookahead | None = None
-    on_nonfinite: str = "stop"  # or "skip" or "ignore" the batch
-    loss_scale: float = 1.0  # keeps float16 gradients from underflowing
-    microbatches: int = 1  # per device, processed in turn
-    # Networks that train, by epoch, with the same variables; () is `model`.
-    # They also synchronize over microbatches.
-    phases: tuple[Phase, ...] = ()
-    init_images: int = 1  # training images that initialize the network
-    test_time_augmentation: bool = False
-
-    def phase(self, epoch: int) -> int:
-        """Returns the index of the phase of an epoch."""
-        starts = [phase.first_epoch for phase in self.phases]
-        return max(sum(start <= epoch for start in starts) - 1, 0)
-
-    def training_model(self, phase: int) -> nn.Module:
-        """Returns the network that trains in a phase."""
-        return self.phases[phase].model if self.phases else self.model
+NO_SUMS = (0.0,) * len(Sums._fields)  # of no batches
 
 
 def make_state(

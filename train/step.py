@@ -11,7 +11,8 @@ import optax
 from jaxbn import accumulate
 from train.augment import Draws, crop_and_flip, cutout, draw, to_float
 from train.batching import Batch
-from train.state import Recipe, Sums, TrainState, network_variables
+from train.recipe import Recipe
+from train.state import Sums, TrainState, network_variables
 from train.topology import MICROBATCH_AXIS
 from train.views import mean_logits, view_logits
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import statistics
 import time
 from typing import Any
 
@@ -13,11 +12,12 @@ from ml_collections import ConfigDict
 
 from train import networks
 from train.checkpoint import Progress
+from train.duration import Steps
 from train.norms import describe_statistics
-from train.recipe import Steps
 from train.report import Report
 from train.session import Session
 from train.timing import Timer
+from train.workdir import median_speed
 
 
 class RemainingTime:
@@ -90,20 +90,17 @@ def versions() -> dict[str, str]:
 def summarize(
     records: list[dict[str, float]],
     session: Session,
-    started: float,
     timer: Timer,
 ) -> dict[str, Any]:
-    """Returns the contents of summary.json.
+    """Returns the contents of summary.json, except the duration of the run.
 
     Args:
       records: records of the epochs.
       session: components of the run.
-      started: start time, from time.monotonic().
       timer: time spent on each activity.
     """
     last = records[-1]
     mesh = session.experiment.topology.mesh
-    speeds = [record["images_per_second"] for record in records]
     tested = {k: v for k, v in last.items() if k.startswith("test_")}
     return {
         **tested,
@@ -113,8 +110,7 @@ def summarize(
         "processes": jax.process_count(),
         "device_kind": mesh.devices.flat[0].device_kind,
         "versions": versions(),
-        "seconds": round(time.monotonic() - started, 1),
-        "images_per_second": statistics.median(speeds),
+        **median_speed(records),
         "time": {k: round(v, 4) for k, v in timer.shares().items()},
     }
 
@@ -140,9 +136,10 @@ def result(summary: dict[str, Any]) -> str:
         text += f" over {seeds} seeds"
     text += (
         f" after {_count(summary['epochs'], 'epoch')} "
-        f"({summary['steps']:,} steps) in "
-        f"{summary['seconds']:.0f} s"
+        f"({summary['steps']:,} steps)"
     )
+    if "seconds" in summary:
+        text += f" in {summary['seconds']:.0f} s"
     if "training_seconds" in summary:
         each = " for each seed" if seeds else ""
         seconds = spread("training_seconds", ".3f")

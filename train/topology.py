@@ -132,8 +132,8 @@ def make_topology(
         found = re.fullmatch(r"\s*(\w+)\s*(?:=\s*(\d+)\s*)?", part)
         if not found or found[1] not in AXES or found[1] in shape:
             raise UserError(
-                f"mesh={spec!r}: write the axes {' and '.join(AXES)} once each, "
-                "such as data, or replica=2,data=4."
+                f"mesh={spec!r}: write the axes {' and '.join(AXES)} once "
+                "each, such as data, or replica=2,data=4."
             )
         shape[found[1]] = int(found[2]) if found[2] else None
     known = math.prod(size for size in shape.values() if size is not None)

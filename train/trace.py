@@ -76,7 +76,7 @@ class Trace:
         self._on = False
         jax.profiler.stop_trace()
         self._say(
-            f"a trace of {self._seen - self._first} dispatches is in {self._folder}; "
-            f"tensorboard --logdir {self._folder.parent}, or "
+            f"a trace of {self._seen - self._first} dispatches is in "
+            f"{self._folder}; tensorboard --logdir {self._folder.parent}, or "
             "perfetto_trace.json.gz there in ui.perfetto.dev"
         )

@@ -1,4 +1,4 @@
-"""Loads a trained run from its workdir."""
+"""Loads a run from its workdir: data, model and the state of training."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ml_collections import ConfigDict
 from configs import defaults
 from train import UserError, config_checks
 from train.checkpoint import Checkpoints, Progress
+from train.cpu_devices import simulate_cpu_devices
 from train.experiment import Experiment, build_experiment
 from train.files import exists, read_json
-from train.flags import simulate
 from train.state import TrainState, abstract_state
 from train.workdir import check_name, with_advice
 
 
 class TrainedRun(NamedTuple):
-    """Result of `load`."""
+    """Result of `load_run`."""
 
     config: ConfigDict
     experiment: Experiment  # on the devices of this program
@@ -51,7 +51,7 @@ def read_config(run: pathlib.Path) -> ConfigDict:
     with with_advice("Restore it from a backup."):
         try:
             config.update(then)
-            config_checks.check(config)
+            config_checks.check_fields(config)
         except UserError as error:
             raise UserError(f"{path} is damaged: {error}") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -68,11 +68,11 @@ def use_devices(run: pathlib.Path) -> None:
     Raises:
       UserError: run is not a workdir.
     """
-    simulate(read_config(run).cpu_devices)
+    simulate_cpu_devices(read_config(run).cpu_devices)
     logging.set_verbosity(logging.ERROR)
 
 
-def load(
+def load_run(
     run: pathlib.Path, *, best: bool = False, data_dir: str | None = None
 ) -> TrainedRun:
     """Loads the newest checkpoint of a run, with its data and model.

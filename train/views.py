@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from train.augment import crop_and_flip
-from train.state import Recipe
+from train.recipe import Recipe
 
 # Offset and weight of each view. Source: Jordan (2024), airbench.
 VIEWS = (((0, 0), 0.5), ((-1, -1), 0.25), ((1, 1), 0.25))

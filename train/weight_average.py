@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-import jaxbn.linen
 from jaxbn import precise
 from train import batching
 from train.experiment import Experiment
-from train.state import Recipe, TrainState
-from train.step import augmented_images
+from train.layer_moments import make_layer_moments
+from train.state import TrainState
 
 
 def evaluate_average(
@@ -53,38 +50,20 @@ def precise_statistics(
         are kept.
       batches: number of batches to read, at most one epoch.
     """
-    topology, dataset, steps, _, recipe = experiment
-    size, epoch = config.batch_size, steps.epochs - 1
-    read = topology.shard_map(
-        functools.partial(_moments, recipe, config.seed, epoch),
-        (P(), P(topology.axes)),
-    )
-    read_from = batching.train_batches(
-        dataset.train,
+    topology, size = experiment.topology, config.batch_size
+    seed, epoch = config.seed, experiment.steps.epochs - 1
+    rows = batching.train_batches(
+        experiment.dataset.train,
         size,
-        seed=config.seed,
+        seed=seed,
         epoch=epoch,
         rows=topology.rows(size),
     )
     found = precise.recompute(
-        read,
+        make_layer_moments(experiment, seed=seed, epoch=epoch),
         variables,
-        (
-            topology.put(rows, size)
-            for rows in itertools.islice(read_from, batches)
-        ),
+        (topology.put(each, size) for each in itertools.islice(rows, batches)),
     )
     return precise.with_statistics(
         jax.device_get(variables["batch_stats"]), found.stats
-    )
-
-
-def _moments(
-    recipe: Recipe, seed: int, epoch: int, variables: Any, batch: Any
-) -> Any:
-    return jaxbn.linen.batch_moments(
-        recipe.model,
-        variables,
-        augmented_images(recipe, batch, seed=seed, epoch=epoch),
-        train=True,
     )

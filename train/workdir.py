@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import pathlib
 import re
+import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,6 +16,7 @@ from train import UserError
 from train.files import (
     as_user_error,
     exists,
+    none_to_nan,
     parse_json,
     read_json,
     read_text,
@@ -32,16 +33,14 @@ MACHINE_FIELDS = (
     "mesh",
     "microbatches",
     "profile",
-    "seeds",
+    "num_seeds",
     "steps_per_dispatch",
 )
 
-# Required keys of each line of metrics.jsonl, and of summary.json.
-_EPOCH_KEYS = (
-    *("epoch", "step", "train_loss", "train_accuracy", "test_loss"),
-    *("test_accuracy", "images_per_second"),
-)
-_SUMMARY_KEYS = ("test_accuracy", "seconds")
+# Required keys of each line of metrics.jsonl: its position in the run, and
+# metrics, which are null if they are not finite.
+_POSITION = ("epoch", "step")
+_METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 
 def check_name(workdir: pathlib.Path) -> pathlib.Path:
@@ -172,12 +171,18 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
     path = workdir / "summary.json"
     if not exists(path):
         return {}
-    optional = ("average_test_accuracy", "devices", "epochs")
+    optional = ("average_test_accuracy", "devices", "epochs", "seconds")
     with with_advice("Remove it, and rerun the same command to rewrite it."):
-        summary = read_json(path)
-        there = [name for name in optional if name in summary]
-        _numbers(summary, (*_SUMMARY_KEYS, *there), str(path))
+        summary = _with_nan(read_json(path))
+        _check_numbers(summary, str(path), ("test_accuracy",), optional)
     return summary
+
+
+def median_speed(records: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Returns images_per_second, the median of the epochs that have it."""
+    key = "images_per_second"
+    speeds = [record[key] for record in records if key in record]
+    return {key: statistics.median(speeds)} if speeds else {}
 
 
 def _records(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -185,7 +190,9 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
     for number, line in enumerate(read_text(path).splitlines(), 1):
         where = f"{path}, line {number},"
         record = parse_json(line, where)
-        _numbers(record, _EPOCH_KEYS, where)
+        _check_numbers(record, where, _POSITION)
+        record = _with_nan(record)
+        _check_numbers(record, where, _METRICS, ("images_per_second",))
         if records and record["epoch"] <= records[-1]["epoch"]:
             raise UserError(
                 f"{where} is damaged: epoch {record['epoch']} follows "
@@ -204,29 +211,22 @@ def with_advice(text: str) -> Iterator[None]:
         raise UserError(f"{error} {text}") from error
 
 
-def _numbers(found: dict[str, Any], names: Iterable[str], where: str) -> None:
-    for name in names:
+def _with_nan(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: none_to_nan(value) for name, value in found.items()}
+
+
+def _check_numbers(
+    found: dict[str, Any],
+    where: str,
+    required: Iterable[str],
+    optional: Iterable[str] = (),
+) -> None:
+    for name in (*required, *(name for name in optional if name in found)):
         value = found.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise UserError(
                 f"{where} is damaged: {name} must be a number; got {value!r}."
             )
-
-
-def num_epochs(epochs: float) -> int:
-    """Returns the number of epochs, of which the last may be a part."""
-    return math.ceil(round(epochs, 6))
-
-
-def tested_epochs(config: Any) -> list[int]:
-    """Returns the epochs, from 1, after which a run is tested and recorded.
-
-    Args:
-      config: config of the run, or the contents of its config.json.
-    """
-    last, every = num_epochs(config["epochs"]), config.get("test_every", 1)
-    tested = range(every, last, every) if every else ()
-    return [*tested, last]
 
 
 def missing_epochs(

@@ -147,6 +147,7 @@ def trace_state() -> Any:
     """Returns what equals itself until another trace begins, as in a scan.
 
     JAX has no public API for this. jax 0.11 left it to jax.extend alone, which
-    calls the kind of comparison a convention; flax's tells a scan or checkpoint apart.
+    calls the kind of comparison a convention; flax's tells a scan or checkpoint
+    apart.
     """
     return jex.get_opaque_trace_state(convention="flax")

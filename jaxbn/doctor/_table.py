@@ -77,7 +77,7 @@ def format_table(layers: Sequence[Health]) -> list[str]:
 
 
 def _aligned(rows: list[list[str]], *, texts: int) -> list[str]:
-    """Aligns columns: the first ones, texts, to the left, numbers to the right."""
+    """Aligns columns: the first, texts, to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
         "  ".join(

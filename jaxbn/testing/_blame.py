@@ -57,7 +57,7 @@ def _first_call(
     axis: Hashable,
     rtol: float,
 ) -> Blame | None:
-    """Finds the first layer of flax.linen that differs, in order of completion."""
+    """Finds the first linen layer that differs, in order of completion."""
     statistics = [(a, e) for a, e in wrong if _is_statistic(a.path, got)]
     found = None
     for i, call in enumerate(split.calls):

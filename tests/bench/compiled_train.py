@@ -19,7 +19,8 @@ from train.data import Dataset, Split
 from train.experiment import make_experiment
 from train.pipeline import Feed, abstract_batch
 from train.programs import make_train_program
-from train.state import Recipe, abstract_state
+from train.recipe import Recipe
+from train.state import abstract_state
 from train.topology import Topology
 
 # A run has 50,000 images; what stands for them needs no more than their size.

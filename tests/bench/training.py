@@ -18,7 +18,7 @@ from train.batching import Batch
 from train.optimizer import sgd
 from train.pipeline import Feed
 from train.programs import make_init_program, make_train_program
-from train.state import Recipe
+from train.recipe import Recipe
 from train.topology import Topology
 
 NORMS = ("flax", "jaxbn", "none")
@@ -72,7 +72,7 @@ class _Steps:
             model=networks.make(
                 config,
                 num_classes=10,
-                norm=norms.norm_of(config, topology),
+                norm=norms.make_norm(config, topology),
                 dtype=jnp.dtype(dtype),
             ),
             optimizer=sgd(

@@ -13,7 +13,7 @@ from train.experiment import make_experiment
 from train.fastnet import MIN_IMAGE_SIZE
 from train.pipeline import make_pipeline
 from train.programs import Programs
-from train.recipe import check
+from train.recipe import check_config
 from train.timing import Timer
 from train.topology import Topology
 
@@ -45,13 +45,13 @@ def small(argument="", *, widths=(8, 12), **changes):
     config.batch_size, config.test_batch_size = 16, 10
     config.epochs = 1.5
     config.lookahead_every = 3
-    config.seeds = 1
+    config.num_seeds = 1
     config.update(changes)
     return config
 
 
 def experiment_of(config, devices=1, dataset=DATASET):
-    check(config)
+    check_config(config)
     return make_experiment(config, Topology(mesh_of(devices)), dataset)
 
 

@@ -17,8 +17,8 @@ from train.programs import (
     make_test_program,
     make_train_program,
 )
+from train.recipe import Recipe
 from train.resnet import ResNet
-from train.state import Recipe
 from train.topology import Topology
 
 

@@ -1,5 +1,6 @@
 """Runs as real processes: started, watched, disturbed and ended."""
 
+import json
 import os
 import pathlib
 import signal
@@ -142,6 +143,15 @@ def wait_until(condition, process, seconds=300):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit, "it takes too long"
         time.sleep(0.01)
+
+
+def strict_json(text):
+    """Parses JSON as jq and browsers do: NaN and Infinity are errors."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON: {text}")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def one_line(error):

@@ -56,7 +56,7 @@ def keys(seeds: tuple[int, ...]) -> jax.Array:
     return jax.vmap(jax.random.key)(np.asarray(seeds))
 
 
-def load(settings: Settings) -> Data:
+def load_data(settings: Settings) -> Data:
     """Reads settings.data: 1437 and 360 digits of 8x8, or CIFAR-10.
 
     CIFAR-10 is averaged over 2x2 pixels to 16x16; quick reads its first 4000
@@ -73,7 +73,9 @@ def load(settings: Settings) -> Data:
     parts = {}
     if settings.quick and settings.data != "digits":
         parts = {"train_split": "train[:4000]", "test_split": "test[:1000]"}
-    found = images.load(settings.data, data_dir=settings.data_dir, **parts)
+    found = images.load_dataset(
+        settings.data, data_dir=settings.data_dir, **parts
+    )
     splits = found.train, found.test
     train, test = (_halved(split.images) for split in splits)
     mean, std = train.mean((0, 1, 2)), train.std((0, 1, 2))

@@ -90,7 +90,7 @@ class Experiment(NamedTuple):
 
     def run(self, settings: Settings) -> Finding:
         """Measures on the data of settings."""
-        numbers = self.measure(settings, data.load(settings))
+        numbers = self.measure(settings, data.load_data(settings))
         text = self.paragraphs()
         return Finding(
             self.name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import textwrap
 
@@ -10,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from train.files import atomic_write, write_json
+from train.files import atomic_write, nonfinite_to_none, write_json
 from train.why.data import Settings
 from train.why.experiment import Finding
 
@@ -47,8 +46,9 @@ def write(
     del record["draw"]
     if settings is not None:
         record["settings"] = settings._asdict()
-    text = json.dumps(record, default=lambda array: np.asarray(array).tolist())
-    plain = json.loads(text, parse_constant=lambda not_finite: None)
+    plain = nonfinite_to_none(
+        record, default=lambda array: np.asarray(array).tolist()
+    )
     write_json(path.with_suffix(".json"), plain)
     return path
 

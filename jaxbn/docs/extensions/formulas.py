@@ -30,7 +30,8 @@ _CANCELS = r"\mathrm{E}[x^2] - \mathrm{E}[x]^2"
 FORMULAS: dict[str, dict[str, str]] = {
     "jaxbn.batch_norm": {
         "var = m2 / count": r"\mathrm{var} = m_2 / \mathrm{count}",
-        "xhat = (x - mean) / sqrt(var + epsilon) and y = xhat * scale + bias.": (
+        "xhat = (x - mean) / sqrt(var + epsilon) "
+        "and y = xhat * scale + bias.": (
             Block(
                 r"\hat{x} = \frac{x - \mathrm{mean}}"
                 r"{\sqrt{\mathrm{var} + \varepsilon}}, \qquad"

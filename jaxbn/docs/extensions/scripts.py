@@ -1,4 +1,4 @@
-"""Turns the scripts of examples/ into notebooks, and into sections of a page."""
+"""Turns the scripts of examples/ into notebooks, and sections of a page."""
 
 from __future__ import annotations
 
