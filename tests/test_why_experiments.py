@@ -276,7 +276,7 @@ def test_steps_are_averaged_without_an_incomplete_rest():
 
 def drawn_figure(finding, folder):
     path = write(finding, folder)
-    assert path.stat().st_size > 50_000
+    assert path.stat().st_size > 30_000
     assert not [text for text in finding.measured if "nan" in text]
     return finding.numbers
 

@@ -154,7 +154,9 @@ def draw(axes: Any, numbers: dict[str, Any]) -> None:
     noise.set_ylim(0, 103)
     shift.set_ylim(-1.05, 1.05)
     plots.level(shift, 0)
-    for place in (by_step, ratios, noise, training):
+    plots.name(by_loss, 0.55, 0.85, METHODS["without"])
+    plots.name(by_loss, 0.35, 0.2, METHODS["with"])
+    for place in (ratios, noise, training):
         place.legend()
 
 
