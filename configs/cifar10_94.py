@@ -4,7 +4,7 @@
     python -m train --config configs/cifar10_94.py:muon --workdir runs/muon
 
 The argument is the optimizer; default sgd. On a host with several GPUs all are
-used; CUDA_VISIBLE_DEVICES=0 takes one. The recipes are those of
+used; set CUDA_VISIBLE_DEVICES=0 to use one. The recipes are those of
 github.com/KellerJordan/cifar10-airbench (Jordan, 2024, 94% on CIFAR-10 in 3.29
 Seconds on a Single GPU), which reports, in PyTorch on one A100 and with
 test-time augmentation:
@@ -18,8 +18,8 @@ Measured here on one NVIDIA H200 (jax 0.11.2), with test-time augmentation:
 
 | optimizer | mean test accuracy | seeds | seconds |
 |---|---|---|---|
-| sgd | 93.97% (deviation 0.17) | 10 | 1.487 |
-| muon | 94.07% (deviation 0.16) | 10 | 1.202 |
+| sgd | 93.97% ± 0.17% | 10 | 1.487 |
+| muon | 94.07% ± 0.16% | 10 | 1.202 |
 
 Differences: weights are stored in float32 and cast to float16 for the
 computation; the first layer is computed from the first 5,000 images in the
@@ -57,7 +57,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.label_smoothing = 0.2
     config.momentum = 0.85
     config.nesterov = True
-    # There, rate and decay are divided by 1 + 1 / (1 - momentum), the factor by
+    # In airbench, rate and decay are divided by 1 + 1 / (1 - momentum), the factor by
     # which Nesterov momentum scales steps, and the decay also by the rate.
     config.learning_rate = 11.5 / (1 + 1 / (1 - config.momentum))
     config.weight_decay = 0.0153 / 11.5
@@ -75,7 +75,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.epochs = 8.0
         config.fastnet.logit_scale = 1 / 256
         config.fastnet.head_std = 1.0
-        # There, for the sum of the losses.
+        # In airbench, that of the sum of the losses.
         config.learning_rate = 0.67 * config.batch_size
         config.affine_lr_multiplier = 0.053 / 0.67
         config.weight_decay = 2e-6 / 0.67

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.test_split = "test"
     config.data_on_device = False  # keep all images on every device, as uint8
     config.crop_padding = 4  # pixels; 0 disables cropping
-    config.crop_mode = "zeros"  # what lies outside of an image; or reflect
+    config.crop_mode = "zeros"  # padding of an image; or reflect
     config.flip = "random"  # alternating: every other epoch; or none
     config.cutout = 0  # side of the square in pixels; 0 disables cutout
 
@@ -37,8 +37,8 @@ def get_config() -> ConfigDict:
     config.norm_momentum = 0.9  # decay of the running statistics
     config.norm_epsilon = 1e-5  # added to the variance
     config.norm_options = ConfigDict()
-    # Options of jaxbn's layer; unset ones are as its defaults. How many
-    # examples share statistics, on any number of devices:
+    # Options of jaxbn's layer; if unset, its defaults. How many examples share
+    # statistics, on any number of devices:
     config.norm_options.normalize_over = placeholder(int)
     config.norm_options.debias = placeholder(bool)  # of running statistics
     config.norm_options.ddof = placeholder(int)  # of the running variance
@@ -76,8 +76,8 @@ def get_config() -> ConfigDict:
     config.schedule = "step"  # step, cosine, one_cycle or triangular
     config.boundaries = (32_000, 48_000)  # steps at which the rate drops
     config.decay_factor = 0.1  # multiplies the rate at each boundary
-    # For schedule="triangular": first, and final rate as fractions of the peak,
-    # and when it is reached, as a fraction of the steps.
+    # For schedule="triangular": initial and final rate, as fractions of the peak,
+    # and the step of the peak, as a fraction of all steps.
     config.triangular = ConfigDict()
     config.triangular.start = 0.2
     config.triangular.peak = 0.23
@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
     # with statistics recomputed over precise_batches; 0 disables it.
     config.average_decay = 0.0
     config.precise_batches = 200
-    config.on_nonfinite = "stop"  # or skip the batch, or ignore it unchecked
+    config.on_nonfinite = "stop"  # or skip the batch; or ignore: no check
 
     # Machine.
     config.mesh = "data"  # or replica=2,data=4: axes to shard the batch over

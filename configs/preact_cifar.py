@@ -8,7 +8,7 @@ The argument is a depth and a data set in any order; default 110,cifar10.
 | depth | CIFAR-10 (paper) | CIFAR-100 (paper) | parameters |
 |---|---|---|---|
 | 110 | 93.63% | | 1.7M |
-| 164, of bottlenecks | 94.54% | 75.67% | 1.7M |
+| 164, bottlenecks | 94.54% | 75.67% | 1.7M |
 
 Test accuracy, median of five runs. Neither accuracy nor time has been measured
 here.

@@ -5,7 +5,7 @@
 
 The argument is depth-width and a data set in any order; default 16-4,cifar10.
 
-| net | CIFAR-10, test accuracy (paper) | CIFAR-100 (paper) | parameters |
+| network | CIFAR-10, test accuracy (paper) | CIFAR-100 (paper) | parameters |
 |---|---|---|---|
 | 16-4 | 94.98% | 75.97% | 2.7M |
 | 28-10 | 96.00% | 80.75% | 36.5M |

@@ -112,9 +112,13 @@ def main(arguments: list[str]) -> None:
         help="the --workdir of a run, or a name of train.pretrained",
     )
     parser.add_argument(
-        "--out", help="folder to write to; RUN/exported without"
+        "--out", help="folder to write to; default RUN/exported"
     )
-    parser.add_argument("--best", action="store_true", help="by test accuracy")
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="use the checkpoint with the best test accuracy, not the newest",
+    )
     given = parser.parse_args(arguments)
     if given.out is not None and not given.out:
         raise UserError("--out is empty; give a folder.")

@@ -1,1 +1,1 @@
-"""Benchmarks of jaxbn beside its peers: `python -m tests.bench --help`."""
+"""Benchmarks of jaxbn and other libraries: `python -m tests.bench --help`."""

@@ -1,7 +1,7 @@
-"""python -m tests.bench: jaxbn beside its peers, as Markdown tables.
+"""python -m tests.bench: compares jaxbn with other libraries on CPUs.
 
-All peers run in one process, in turns (A B C, A B C, ...); ratios are taken
-within a turn. For numbers to quote, leave the machine alone meanwhile.
+Prints Markdown tables. All libraries run in one process, in turns (A B C,
+A B C, ...); ratios are taken within a turn. The machine should be idle.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def main() -> None:
     parser.add_argument(
         "section",
         nargs="*",
-        help=f"any of {', '.join(sections.SECTIONS)}; all without",
+        help=f"{', '.join(sections.SECTIONS)}; default: all",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="small and rough, to try it out"
+        "--quick", action="store_true", help="small shapes, few repetitions"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers")
     arguments = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
 
     names, missing = layers.installed()
     result = {"header": header()}
-    print("## jaxbn beside its peers\n")
+    print("## jaxbn and other libraries\n")
     for key, value in result["header"].items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())

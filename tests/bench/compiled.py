@@ -1,9 +1,9 @@
 """python -m tests.bench.compiled: programs compiled for TPUs and GPUs.
 
-No device is needed: JAX compiles ahead of time for hardware that is not here.
-What comes out is the real program of that compiler, its fusions, bytes, memory
-and collectives, and on TPU the compiler's own estimate of cycles. Nothing is
-run, so no figure is a measurement.
+No device is needed: JAX compiles ahead of time for hardware that is not
+present. Prints the memory, bytes, kernels and collectives of the compiled
+programs, and on TPUs the compiler's estimate of cycles. Nothing is run, so no
+number is a measurement.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from tests.bench import compiled_targets
 
 PROGRAMS = {
-    "layer": "one layer by itself, forward and backward",
+    "layer": "a single layer, forward and backward",
     "net": "five 3x3 convolutions of 64 channels with norm and ReLU at 32x32",
     "resnet18": "ResNet-18 for 32x32 images",
     "resnet50": "ResNet-50 for 224x224 images",
@@ -41,14 +41,13 @@ BATCHES = {
 QUICK = 16
 
 EXPLANATION = """\
-A number in parentheses is the ratio to flax. Cycles are the compiler's
-estimate. GB is what kernels read from main memory and write to it, of a slice
-its own part; XLA's own count beside it includes memory on the chip. Kernels
-and collectives are of the ordinary part, each as often as it runs: a loop
-whose trip count is known counts that often. Sums alone: kernels that read an
-activation only to sum it per channel, with no convolution fused into them.
-Apart is what the program decides about as it runs: every branch of a
-conditional, both where one is taken, and the bodies of other loops."""
+Numbers in parentheses are ratios to flax. Cycles are the compiler's estimate.
+GB is what kernels read from main memory and write to it, per chip; XLA's own
+count next to it includes on-chip memory. Kernels and collectives are counted as
+often as they run, in loops with a known number of iterations too. Sums alone:
+kernels that only sum an activation per channel, not fused with a convolution.
+Apart: what may not run, which is all branches of conditionals and the bodies of
+other loops."""
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,27 +82,27 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         ("programs", PROGRAMS, list(PROGRAMS)),
         ("norms", NORMS, list(NORMS)),
     ):
-        said = "those whose compiler is installed" if not default else "all"
+        said = "all" if default else "those whose compiler is installed"
         parser.add_argument(
             f"--{flag}",
             type=some(known),
             default=default,
             metavar="A,B",
-            help=f"of {', '.join(known)}; default: {said}",
+            help=f"{', '.join(known)}; default: {said}",
         )
     parser.add_argument(
-        "--batch", type=int, help="examples a device, for every program"
+        "--batch", type=int, help="examples per device, for all programs"
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"the same as --batch {QUICK}, to try it out",
+        help=f"same as --batch {QUICK}",
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="write each result as it is known"
+        "--json", metavar="FILE", help="also write the results, as they arrive"
     )
     parser.add_argument(
-        "--text", metavar="DIR", help="keep the optimized programs there"
+        "--text", metavar="DIR", help="write the optimized programs to DIR"
     )
     return parser.parse_args(argv)
 

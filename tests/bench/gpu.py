@@ -1,23 +1,23 @@
-"""python -m tests.bench.gpu: what batch norm reaches of an accelerator.
+"""python -m tests.bench.gpu: measures batch norm on an accelerator.
 
-One call prints, the most important first and each line as soon as it is known:
+Prints these sections, the most important first:
 
 - exact: whether the layers are right on the device, against float64;
-- copy: the bandwidth of the card, to which everything else is held;
+- copy: the memory bandwidth, with which the layers are compared;
 - norm: forward, and forward and backward, of jaxbn, flax, haiku, equinox and
-  PyTorch, in time and as a share of the floor: 3 passes over x, with backward
-  8, at the speed of a copy of the same bytes;
-- steps: images a second of whole training steps of ResNet-50 and ResNet-18,
-  and their memory, also with jaxbn.remat.policy(), and without the pass that
-  jaxbn takes only where sums cancel;
-- loop: steps of ResNet-20 at batch 128 in one program, the same way;
-- fused: the norm with a ReLU, and with a sum and a ReLU;
-- trace: the share of a step's device time that goes to normalization;
-- batch: the largest batch that fits.
+  PyTorch: the time, and how it compares with the minimum of 3 passes over x, or
+  8 with backward, at the speed of a copy of the same size;
+- steps: images per second of training steps of ResNet-50 and ResNet-18, and
+  their memory; also with jaxbn.remat.policy(), and without the pass that jaxbn
+  takes only if sums cancel;
+- loop: steps of ResNet-20 with batch size 128 in one program, in the same way;
+- fused: the layer with a ReLU, and with an addition and a ReLU;
+- trace: the fraction of a step's device time spent in normalization;
+- batch: the largest batch that fits into memory.
 
-A section that fails says why, and the others go on. When --seconds are over,
-what has not begun is left out; a compilation that has begun is waited for. With
-JAX_COMPILATION_CACHE_DIR set, a second call spends them on measuring.
+If a section fails, the error is printed and the others still run. After
+--seconds, no new measurement is started. JAX_COMPILATION_CACHE_DIR saves the
+time to compile in later calls.
 """
 
 from __future__ import annotations
@@ -107,28 +107,26 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only",
         action="append",
         choices=list(SECTIONS),
-        help="a section; again for more; all without",
+        help="a section, may be repeated; default: all",
     )
     parser.add_argument(
         "--network",
         action="append",
         choices=[network.kind for network in gpu_nets.LARGE],
-        help="a network; again for more; all without",
+        help="a network, may be repeated; default: all",
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=540,
-        help="for all sections together (default %(default)s)",
+        help="for all sections together; default %(default)s",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to try it out"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--json", metavar="FILE", help="also write the rows")
     parser.add_argument(
         "--trace",
         metavar="DIR",
-        help="keep the profiles of section trace, for xprof or TensorBoard, "
+        help="write the profiles of section trace, for xprof or TensorBoard, "
         "and the programs",
     )
     return parser.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""Measures why batch norm works: python -m train.why [NAME ...].
+"""Tests published claims about batch norm: python -m train.why [NAME ...].
 
-Runs the experiments, all without a name, with and without batch norm, over
-several seeds. Each writes DIR/NAME.png, a picture whose caption holds what was
-published beside what was measured, and DIR/NAME.json, its numbers.
+Trains small networks with and without batch norm, with several seeds. Writes to
+DIR: report.md, with the claim and the results of each experiment, and for each
+NAME.png, its figure, and NAME.json, its numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from train.files import as_user_error
 from train.why import EXPERIMENTS
 from train.why.data import NAMES, Settings
 from train.why.experiment import Experiment
-from train.why.report import write
+from train.why.report import write, write_page
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -46,18 +46,20 @@ def _parser() -> argparse.ArgumentParser:
         "python -m train.why", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="experiments; all without")
-    add("--list", action="store_true", help="lists them and what they test")
-    add("--out", type=pathlib.Path, help="for the pictures; runs/why-TIME")
-    add("--data", default="digits", metavar="|".join(NAMES), help="to train on")
-    add("--data_dir", help="where CIFAR-10 is prepared; as TFDS without")
-    add("--seeds", type=int, default=3, help="repetitions; 3 without")
-    add("--quick", action="store_true", help="smaller nets and fewer steps")
+    add("names", nargs="*", metavar="NAME", help="experiment; default: all")
+    add("--list", action="store_true", help="list the experiments and claims")
+    out = "folder for the report; default runs/why-TIME"
+    add("--out", type=pathlib.Path, metavar="DIR", help=out)
+    data = f"{' or '.join(NAMES)}; default digits"
+    add("--data", default="digits", metavar="NAME", help=data)
+    add("--data_dir", metavar="DIR", help="TFDS data directory, for cifar10")
+    add("--seeds", type=int, default=3, metavar="N", help="default 3")
+    add("--quick", action="store_true", help="smaller networks, fewer steps")
     return parser
 
 
 def _known(names: Sequence[str]) -> list[str]:
-    """Returns names, or all there are; one that is unknown is a UserError."""
+    """Returns names, or all without any; an unknown one is a UserError."""
     for name in names:
         if name not in EXPERIMENTS:
             near = difflib.get_close_matches(name.lower(), EXPERIMENTS, n=1)
@@ -75,9 +77,9 @@ def experiment(name: str) -> Experiment:
 
 
 def run(names: Sequence[str], settings: Settings, folder: pathlib.Path) -> None:
-    """Runs experiments and writes what they find; a line for each.
+    """Runs experiments; prints and writes the results.
 
-    One that fails does not keep the others from running.
+    If one fails, the others still run.
 
     Raises:
       UserError: the folder cannot be written, or an experiment failed, once
@@ -85,27 +87,31 @@ def run(names: Sequence[str], settings: Settings, folder: pathlib.Path) -> None:
     """
     with as_user_error(f"--out={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    failed = []
+    findings, failed = [], []
     for name in names:
         started = time.monotonic()
         try:
             finding = experiment(name).run(settings)
             write(finding, folder, settings=settings)
-            outcome = finding.measured
+            findings.append(finding)
+            write_page(findings, folder, settings)
+            sentences = finding.measured
         except Exception as error:
             failed.append(name)
-            outcome = f"failed: {error}"
+            sentences = [f"failed: {error}"]
             if not isinstance(error, UserError):
                 traceback.print_exc()
-                outcome = f"failed: {type(error).__name__}, as shown above"
-        seconds = time.monotonic() - started
-        print(f"{name:<11} {seconds:5.1f} s  {outcome}", flush=True)
+                sentences = [f"failed: {type(error).__name__}, as shown above"]
+        print(f"{name} ({time.monotonic() - started:.1f} s)")
+        for sentence in sentences:
+            print(textwrap.fill(f"- {sentence}", 80, subsequent_indent="  "))
+        sys.stdout.flush()
     if failed:
         raise UserError(
             f"{len(failed)} of {len(names)} experiments failed: "
-            f"{', '.join(failed)}. What the others found is in {folder}."
+            f"{', '.join(failed)}. The results of the others are in {folder}."
         )
-    print(f"The pictures are in {folder}.")
+    print(f"The report is {folder / 'report.md'}.")
 
 
 if __name__ == "__main__":

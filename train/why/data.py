@@ -1,4 +1,4 @@
-"""Settings of a run, its images as rows of numbers, and its batches."""
+"""Settings of a run, its images as vectors, and its batches."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ Examples = tuple[np.ndarray, np.ndarray]  # x (N, D) and labels (N,)
 
 
 class Settings(NamedTuple):
-    """What the command line says to every experiment."""
+    """The options of the command line."""
 
     data: str = "digits"  # one of NAMES
-    data_dir: str | None = None  # of prepared CIFAR-10; None: as TFDS
-    seeds: tuple[int, ...] = (0, 1, 2)  # a repetition each
-    quick: bool = False  # smaller nets and fewer steps
+    data_dir: str | None = None  # of TFDS, for CIFAR-10
+    seeds: tuple[int, ...] = (0, 1, 2)
+    quick: bool = False  # smaller networks, fewer steps
 
 
 class Setting(NamedTuple):
-    """What every arm is trained on; a `per_seed` function sees one seed."""
+    """What all methods are trained on; a `per_seed` function sees one seed."""
 
     key: jax.Array  # (S,) random
-    indices: Any  # (S, T, B), which examples each step sees
+    indices: Any  # (S, T, B), the examples of each step
     train: Examples
     test: Examples
 
 
 class Data(NamedTuple):
-    train: Examples  # x float32 with mean 0 and variance 1 a color
-    test: Examples  # in the units of train
+    train: Examples  # x float32, each color with mean 0 and variance 1
+    test: Examples  # standardized as train
     num_classes: int
 
     def sizes(self, *hidden: int) -> tuple[int, ...]:
-        """Of the layers of a net with these hidden ones."""
+        """Sizes of a network with these hidden layers."""
         return self.train[0].shape[1], *hidden, self.num_classes
 
     def setting(
         self, seeds: tuple[int, ...], *, steps: int, batch_size: int
     ) -> Setting:
-        """Of steps with `batch_indices`."""
+        """Setting with `batch_indices` for each seed."""
         options = {"steps": steps, "batch_size": batch_size}
         count = len(self.train[1])
         indices = [batch_indices(count, seed=s, **options) for s in seeds]
@@ -52,19 +52,19 @@ class Data(NamedTuple):
 
 
 def keys(seeds: tuple[int, ...]) -> jax.Array:
-    """A random key a seed: (S,)."""
+    """One random key per seed: (S,)."""
     return jax.vmap(jax.random.key)(np.asarray(seeds))
 
 
 def load_data(settings: Settings) -> Data:
     """Reads settings.data: 1437 and 360 digits of 8x8, or CIFAR-10.
 
-    CIFAR-10 is averaged over 2x2 pixels to 16x16; quick reads its first 4000
-    and 1000 images. Colors are standardized with the mean and variance of all
-    training pixels: pixels that are always white stay constant.
+    CIFAR-10 is averaged over 2x2 pixels to 16x16; if quick, only the first 4000
+    and 1000 images are read. Colors are standardized with the mean and variance
+    of all training pixels, so pixels that are always white remain constant.
 
     Raises:
-      UserError: the data is unknown, or CIFAR is not there.
+      UserError: the data is unknown, or CIFAR-10 is not found.
     """
     if settings.data not in NAMES:
         raise UserError(
@@ -95,10 +95,10 @@ def _halved(x: np.ndarray) -> np.ndarray:
 def batch_indices(
     num_examples: int, *, batch_size: int, steps: int, seed: int
 ) -> np.ndarray:
-    """Which examples each step sees: (steps, batch_size) int32.
+    """Indices of the examples of each step: (steps, batch_size) int32.
 
-    Epoch by epoch in the order of `train.data.order`; what does not fill a
-    batch is left out.
+    Each epoch has the order of `train.data.order`, and drops an incomplete last
+    batch.
     """
     each = num_examples // batch_size
     epochs = [

@@ -1,16 +1,16 @@
-"""Signals in deep nets before training.
+"""Signals at initialization.
 
-Claim: Before training, batch norm multiplies gradients by sqrt(pi / (pi - 1)) a
-ReLU layer, so that they explode with depth (Yang et al. 2019); makes block l of
-a residual net give 1/(l + 1) of the variance, which then grows by addition and
-not by doubling (De and Smith 2020); and keeps the examples of a batch from
-becoming multiples of one another (Daneshmand et al. 2020).
+Claim: At initialization, batch norm multiplies gradients by sqrt(pi / (pi - 1))
+per ReLU layer, so that they explode with depth (Yang et al. 2019). In a
+residual network, block l contributes 1 / (l + 1) of the variance, which grows
+linearly instead of doubling (De and Smith 2020). And the examples of a batch do
+not become parallel (Daneshmand et al. 2020).
 
-Published: gradient norm times 1.211 a layer; shares 0.5, 0.2, 0.059, 0.030 of
-blocks 1, 4, 16, 32; the orthogonality gap of a linear net falls exponentially
-with depth to the order of 1/sqrt(width).
+Published: The gradient norm grows 1.211 times per layer. Blocks 1, 4, 16 and 32
+contribute 0.5, 0.2, 0.059 and 0.030. The orthogonality gap of a linear network
+decreases exponentially with depth to the order of 1 / sqrt(width).
 
-Theory gives these curves without a free parameter.
+The curves of the theory have no free parameter.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import numpy as np
 
 from jaxbn import batch_norm
 from train.why import plots
-from train.why.arms import ARMS
 from train.why.data import Data, Settings
 from train.why.experiment import Experiment, each, per_seed
+from train.why.methods import METHODS
 from train.why.nets import Norm
-from train.why.words import say
+from train.why.words import held, span
 
 GROWTH = float(np.sqrt(np.pi / (np.pi - 1)))  # Yang et al.
-BAND = (1.18, 1.24)  # of growth; a batch is not infinite, nor is a width
-ENDS = 5  # layers at either end that growth leaves out
+BAND = (1.18, 1.24)  # of growth, since batch and width are finite
+ENDS = 5  # layers at either end that are excluded from growth
 LAYERS, BLOCKS, RANK_LAYERS = 40, 32, 60
 WIDTH, RANK_WIDTH, RANK_BATCH = 512, 256, 16
 BATCHES = (8, 64, 256)
-# Slope of the activation below zero: ReLU, and none at all.
+# Slope of the activation below zero.
 LEAKS = {"relu": 0.0, "linear": 1.0}
 
 
@@ -56,7 +56,7 @@ def _start(kernels: list[jax.Array], x: jax.Array) -> jax.Array:
 
 
 def _through(h: jax.Array, kernel: jax.Array, gain: Any = 2.0) -> jax.Array:
-    """h W with W of variance gain / width; 2 is that of He et al."""
+    """h W with W of variance gain / width; a gain of 2 is that of He et al."""
     return h @ kernel * (gain / len(kernel)) ** 0.5
 
 
@@ -68,8 +68,8 @@ def _normed(h: jax.Array, norm: Norm) -> jax.Array:
 def gradient_norms(kernels: Any, x: jax.Array, *, norm: Norm) -> jax.Array:
     """Norm of the gradient at the input of each layer: (layers,).
 
-    A layer is relu(batch norm(h W)), W after He et al. The gradient at the
-    output is random.
+    A layer is relu(batch norm(h W)), with the W of He et al. The gradient at
+    the output is random.
     """
     start = _start(kernels, x)
 
@@ -88,9 +88,9 @@ def gradient_norms(kernels: Any, x: jax.Array, *, norm: Norm) -> jax.Array:
 
 
 def growth(norms: np.ndarray) -> np.ndarray:
-    """Factor by which gradients (S, layers) grow on their way back: (S,).
+    """Factor by which gradients (S, layers) grow per layer, backwards: (S,).
 
-    Least squares through the logarithms, without the layers at the ends.
+    Least squares on the logarithms, without the layers at the ends.
     """
     inside = np.log(norms[:, ENDS:-ENDS])
     return np.exp(-np.polyfit(np.arange(inside.shape[1]), inside.T, 1)[0])
@@ -98,10 +98,10 @@ def growth(norms: np.ndarray) -> np.ndarray:
 
 @per_seed
 def residual(kernels: Any, x: jax.Array, *, norm: Norm) -> Any:
-    """x + relu(batch norm(x)) W, block after block, W after He et al.
+    """Blocks x + relu(batch norm(x)) W, with the W of He et al.
 
-    The first input has variance 1. Returns the variance behind each block and
-    the branch's variance over it, means over features: (layers,).
+    The first input has variance 1. Returns the variance after each block and
+    the fraction of it from the branch, means over features: (layers,).
     """
 
     def block(h, kernel):
@@ -118,12 +118,12 @@ def residual(kernels: Any, x: jax.Array, *, norm: Norm) -> Any:
 def collapse(
     kernels: Any, x: jax.Array, leaks: jax.Array, *, norm: Norm
 ) -> tuple[jax.Array, jax.Array]:
-    """How far the examples of a batch are from orthogonal, by layer.
+    """How far the examples of a batch are from orthogonal, after each layer.
 
-    A layer is batch norm(leaky_relu(h) W). With G = h h^T of the n examples
-    the gap is || G / tr(G) - I / n ||_F and the stable rank tr(G) / ||G||_2:
-    n when they are orthogonal, 1 when all are multiples of one. Returns both,
-    (leaks, layers).
+    A layer is batch norm(leaky_relu(h) W). With G = h h^T of n examples, the
+    gap is || G / tr(G) - I / n ||_F, and the stable rank is tr(G) / ||G||_2: n
+    if they are orthogonal, 1 if they are parallel. Returns both, (leaks,
+    layers).
     """
 
     def one(leak):
@@ -149,13 +149,13 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
     runs = [("with", n) for n in batches] + [("without", batches[-1])]
     gradients = {
         f"{name} {n}": jax.device_get(
-            gradient_norms(deep, x[:n], **ARMS[name].options)
+            gradient_norms(deep, x[:n], **METHODS[name].options)
         )
         for name, n in runs
     }
-    residuals = each(ARMS, residual, kernels(width, BLOCKS), x[:256])
+    residuals = each(METHODS, residual, kernels(width, BLOCKS), x[:256])
     given = kernels(RANK_WIDTH, RANK_LAYERS), x[:RANK_BATCH]
-    found = each(ARMS, collapse, *given, np.float32([*LEAKS.values()]))
+    found = each(METHODS, collapse, *given, np.float32([*LEAKS.values()]))
     collapses = {
         f"{leak} {name}": [rows[:, i] for rows in both]
         for name, both in found.items()
@@ -170,7 +170,6 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
         "batches": batches,
         "gradients": gradients,
         "growth": {name: growth(rows) for name, rows in gradients.items()},
-        "theory_growth": GROWTH,
         **{"variance": variance, "share": share, "gap": gap, "rank": rank},
     }
 
@@ -190,61 +189,67 @@ def verdict(numbers: dict[str, Any]) -> str:
         & (np.abs(shares / theory - 1)[:, 1:] < 0.2).all(1)
         & (last["rank"]["relu with"] > 2 * last["rank"]["relu without"])
     )
-    by_batch = ", ".join(f"{{rate[with {n}]:.3f}} (batch {n})" for n in batches)
-    return say(
-        f"gradient norm times {by_batch} a layer, without batch norm "
-        f"{{rate[without {batches[-1]}]:.3f}}. Shares "
-        + ", ".join(f"{share:.3f}" for share in shares.mean(0))
-        + f"; the variance is {{variance[with]}} after {BLOCKS} blocks, "
-        "without {variance[without]}. Stable rank of "
-        f"{RANK_BATCH} examples after {RANK_LAYERS} ReLU layers "
-        "{rank[relu with]:.1f}, without {rank[relu without]:.1f}; the gap of "
-        "the linear net ends at {gap[linear with]:.2f}, without at "
-        "{gap[linear without]:.2f}. {holds:verdict}",
-        rate=rate,
-        holds=holds,
-        **last,
+    by_batch = ", ".join(
+        f"{span(rate[f'with {n}'], '.3f')} (batch size {n})" for n in batches
     )
+    variance, rank, gap = last["variance"], last["rank"], last["gap"]
+    return [
+        f"The gradient norm grows per layer {by_batch} times with batch norm, "
+        f"{span(rate[f'without {batches[-1]}'], '.3f')} times without.",
+        "Blocks 1, 4, 16 and 32 contribute "
+        f"{', '.join(f'{share:.3f}' for share in shares.mean(0))} of the "
+        f"variance, which after {BLOCKS} blocks is {span(variance['with'])} "
+        f"with batch norm, {span(variance['without'])} without.",
+        f"The stable rank of {RANK_BATCH} examples after {RANK_LAYERS} ReLU "
+        f"layers is {span(rank['relu with'], '.1f')} with batch norm, "
+        f"{span(rank['relu without'], '.1f')} without. The orthogonality gap "
+        f"of the linear network ends at {span(gap['linear with'], '.2f')} "
+        f"with it, {span(gap['linear without'], '.2f')} without.",
+        held("As published", holds),
+    ]
 
 
 def draw(axes: Any, numbers: dict[str, Any]) -> None:
     gradient, variance, share, rank = axes
-    # The largest batch, nearest to the theory, is the full line.
+    # The largest batch, closest to the theory, is the solid line.
     styles = dict(zip(numbers["batches"][::-1], ("-", "--", ":")))
     for run, rows in numbers["gradients"].items():
         name, n = run.split()
-        label = f"{ARMS[name].label}, batch {n}"
-        line = ARMS[name]._replace(label=label, style=styles[int(n)])
+        label = f"{METHODS[name].label}, batch size {n}"
+        line = METHODS[name]._replace(label=label, style=styles[int(n)])
         mean = np.exp(np.log(rows / rows[:, -1:]).mean(0))
         layers = np.arange(1, len(mean) + 1)
         plots.lines(gradient, layers, mean[None], line, alpha=1)
     expected = GROWTH ** (len(mean) - layers)
-    plots.theory(gradient, layers, expected, "1.211 a layer", "-.")
+    plots.theory(gradient, layers, expected, "1.211 per layer", "-.")
     blocks = np.arange(1, BLOCKS + 1)
-    for name, arm in ARMS.items():
-        plots.lines(variance, blocks, numbers["variance"][name], arm)
-        plots.lines(share, blocks, numbers["share"][name], arm)
+    for name, method in METHODS.items():
+        plots.lines(variance, blocks, numbers["variance"][name], method)
+        plots.lines(share, blocks, numbers["share"][name], method)
         for leak, style in (("relu", "-"), ("linear", ":")):
             rows = numbers["rank"][f"{leak} {name}"]
-            line = arm._replace(label=f"{arm.label}, {leak}", style=style)
+            label = f"{method.label}, {leak}"
+            line = method._replace(label=label, style=style)
             plots.lines(rank, np.arange(1, rows.shape[1] + 1), rows, line)
     plots.theory(variance, blocks, 1.0 + blocks, "1 + l")
-    plots.theory(variance, blocks, 2.0**blocks, "2^l", ":")
+    plots.theory(variance, blocks, 2.0**blocks, "$2^l$", ":")
     plots.theory(share, blocks, 1 / (1 + blocks), "1 / (l + 1)")
     gradient.semilogy()
+    gradient.set_ylim(top=50 * gradient.get_ylim()[1])  # for the legend
     variance.semilogy()
     share.loglog()
     share.set_ylim(top=1)
     rank.set_ylim(0, RANK_BATCH)
+    for place in axes:
+        place.legend()
 
 
 PANELS = (
-    "Gradients on their way back | layer | "
-    "gradient norm / that of the last layer",
-    "Variance in a residual net | residual block l | variance behind the block",
-    "What a block adds to it | residual block l | the branch's share of it",
-    f"How different the examples stay | layer | stable rank (of {RANK_BATCH})",
+    "Gradient norm, relative to the last layer | layer | relative norm",
+    "Variance in a residual network | residual block l | variance",
+    "Contribution of a block | residual block l | fraction of the variance",
+    f"Stable rank of {RANK_BATCH} examples | layer | stable rank",
 )
 EXPERIMENT = Experiment(
-    measure, verdict, draw, PANELS, shape=(2, 2), size=(9, 6.4)
+    measure, verdict, draw, PANELS, shape=(2, 2), height=5.4
 )

@@ -1,4 +1,4 @@
-"""Nets on devices that normalize alone, shuffled, together, or not at all."""
+"""Training on devices with statistics per device, shuffled, or synchronized."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from train.why.data import Examples, Setting
 from train.why.experiment import per_seed
 
 DEVICES = 8
-EACH = 8  # examples on a device
-EVERY = 25  # steps between two evaluations at the test set
-EVAL_BATCHES = 12  # batches that an evaluation takes
-SHOWN = 4  # devices in the picture of who influences whom
+EACH = 8  # examples per device
+EVERY = 25  # steps between two evaluations
+EVAL_BATCHES = 12  # of an evaluation
+SHOWN = 4  # devices whose influence on each other is measured
 NORMS = {
     "none": None,
     "per device": batch_norm,
@@ -30,27 +30,27 @@ NORMS = {
 
 
 class Batches(NamedTuple):
-    """What devices see at each step."""
+    """The examples of each step."""
 
     indices: np.ndarray  # (T, devices, n) int32, half even and half odd
     offsets: np.ndarray  # (T, devices, 1) float32, added to the extra channel
 
 
 class Curves(NamedTuple):
-    """Of one arm and one seed."""
+    """Of one method and one seed."""
 
     params: nets.Params
     statistics: list[jaxbn.RunningStats]
     train: jax.Array  # (T,) accuracy on the batch of the step
     test: jax.Array  # (T / 25,) with population statistics
-    same: jax.Array  # () test, with the statistics of the same device
-    mixed: jax.Array  # () test, with those of companions from all devices
+    per_device: jax.Array  # () test, with batch statistics per device
+    shuffled: jax.Array  # () test, the same after shuffling
 
 
 def draw(examples: Examples, steps: int, *, seed: tuple[int, int]) -> Batches:
-    """Draws batches of as many even as odd labels on every device.
+    """Draws batches with equally many even and odd labels on every device.
 
-    An offset, of all examples of a device, has standard deviation 10.
+    All examples of a device have one offset, of standard deviation 10.
     """
     rng = np.random.default_rng((*seed, 3))
     size = (steps, DEVICES, EACH // 2)
@@ -69,19 +69,19 @@ def _batch(examples: Examples, drawn: Batches) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward(
-    arm: str,
+    method: str,
     params: nets.Params,
     x: jax.Array,
     key: Any,
     statistics: Any = None,
 ) -> tuple[jax.Array, list[jaxbn.RunningStats]]:
-    """Runs devices: x (devices, n, D) to logits and statistics."""
-    shuffled = arm == "shuffled" and statistics is None
+    """Returns logits and statistics for x (devices, n, D)."""
+    shuffled = method == "shuffled" and statistics is None
 
     def device(x: jax.Array) -> Any:
         if shuffled:
             x = jaxbn.shuffle(x, key, axis_name="devices")
-        out = nets.apply(params, x, norm=NORMS[arm], statistics=statistics)
+        out = nets.apply(params, x, norm=NORMS[method], statistics=statistics)
         logits = out.logits
         if shuffled:
             logits = jaxbn.unshuffle(logits, key, axis_name="devices")
@@ -91,13 +91,13 @@ def _forward(
 
 
 @per_seed
-def train(setting: Setting, *, arm: str) -> Curves:
-    """Trains a net, 25 steps before each evaluation.
+def train(setting: Setting, *, method: str) -> Curves:
+    """Trains, and evaluates after every 25 steps.
 
     Args:
-      setting: its indices are three Batches: to train on, to take population
-        statistics from, and of test examples.
-      arm: "none", "per device", "shuffled" or "synchronized".
+      setting: its indices are three Batches: to train on, for population
+        statistics, and of test examples.
+      method: a key of NORMS.
     """
     drawn, for_population, for_test = setting.indices
     start, shuffles = jax.random.split(setting.key)
@@ -108,48 +108,50 @@ def train(setting: Setting, *, arm: str) -> Curves:
         step, batch = given
         x, labels = _batch(setting.train, batch)
         key = jax.random.fold_in(shuffles, step)
-        logits, _ = _forward(arm, params, x, key)
+        logits, _ = _forward(method, params, x, key)
         flat = logits.reshape(-1, 2), labels.reshape(-1)
         return nets.cross_entropy(*flat), nets.accuracy(*flat)
 
-    def over_batches(arm, params, x, statistics=None):
+    def over_batches(method, params, x, statistics=None):
         return jax.vmap(
-            lambda x: _forward(arm, params, x, shuffles, statistics)
+            lambda x: _forward(method, params, x, shuffles, statistics)
         )(x)
 
-    def evaluate(arm, params, statistics=None):
-        logits, _ = over_batches(arm, params, test_x, statistics)
+    def evaluate(method, params, statistics=None):
+        logits, _ = over_batches(method, params, test_x, statistics)
         return (logits.argmax(-1) == test_labels).mean()
 
     def population(params):
-        # As a run collects them: from its own forward passes in training.
-        _, parts = over_batches(arm, params, population_x)
+        # From forward passes in training mode, as a run collects them.
+        _, parts = over_batches(method, params, population_x)
         parts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
         return [jaxbn.pool(part) for part in parts]
 
     def interval(params, given):
         params, _, right = nets.train(loss, params, given, optax.sgd(0.1))
-        return params, (right, evaluate(arm, params, population(params)))
+        return params, (right, evaluate(method, params, population(params)))
 
     sizes = (test_x.shape[-1], 64, 64, 2)
-    params = nets.init(start, sizes, norm=NORMS[arm])
+    params = nets.init(start, sizes, norm=NORMS[method])
     numbered = jnp.arange(len(drawn.indices)), drawn
     intervals = nets.intervals(numbered, EVERY)
     params, (right, tested) = jax.lax.scan(interval, params, intervals)
-    same = mixed = evaluate(arm, params)
-    if arm == "per device":
-        mixed = evaluate("shuffled", params)
+    per_device = shuffled = evaluate(method, params)
+    if method == "per device":
+        shuffled = evaluate("shuffled", params)
     known = population(params)
-    return Curves(params, known, right.reshape(-1), tested, same, mixed)
+    return Curves(
+        params, known, right.reshape(-1), tested, per_device, shuffled
+    )
 
 
 def influence(
-    arm: str, curves: Curves, setting: Setting, *, train: bool = True
+    method: str, curves: Curves, setting: Setting, *, train: bool = True
 ) -> np.ndarray:
-    """How far logits of one example move with the pixels of another: (B, B).
+    """Norms of the derivatives of logits by the examples on SHOWN devices.
 
-    Of `train`'s curves, on the first seed and test batch, on four devices; with
-    train False, with population statistics.
+    For the first seed of `train`'s curves and its first test batch: (B, B).
+    If not train, with population statistics.
     """
     state = jax.tree.map(lambda a: a[0], (curves.params, curves.statistics))
     drawn = Batches(*(a[0, 0, :SHOWN] for a in setting.indices[2]))
@@ -158,7 +160,7 @@ def influence(
     def apply(params, statistics, flat, train):
         known = None if train else statistics
         devices = flat.reshape(x.shape)
-        logits, _ = _forward(arm, params, devices, jax.random.key(0), known)
+        logits, _ = _forward(method, params, devices, jax.random.key(0), known)
         return logits.reshape(len(flat), -1)
 
     flat = x.reshape(-1, x.shape[-1])

@@ -1,16 +1,18 @@
-"""The length of a kernel under batch norm.
+"""Scale invariance of the weights.
 
-Claim: The loss does not depend on the length of a kernel before batch norm, and
-its gradient goes with 1/length (Ioffe and Szegedy 2015, 3.3). So weight decay
-is an exponentially growing learning rate (Li and Arora 2019), and each step
-comes to turn kernels by the same angle, whatever the loss (Wan et al. 2021).
+Claim: The loss does not depend on the scale of a kernel followed by batch norm,
+and the gradient is inversely proportional to it (Ioffe and Szegedy 2015,
+section 3.3). So weight decay is equivalent to an exponentially growing learning
+rate (Li and Arora 2019), and in equilibrium every step rotates the kernels by
+the same angle, for any loss (Wan et al. 2021).
 
-Published: the loss at a W is that at W, its gradient 1/a of that at W, exactly;
-SGD with decay wd has the losses of SGD with rate lr (1 - lr wd)^(-2t - 1); the
-angle tends to sqrt(2 lr wd) after about 1/(lr wd) steps.
+Published: The loss at a W is that at W, and the gradient is divided by a. SGD
+with weight decay wd has the losses of SGD with learning rate
+lr (1 - lr wd)^(-2t - 1). The angle converges to sqrt(2 lr wd) after about
+1 / (lr wd) steps.
 
-Only hidden kernels are trained; in float64, but for the long runs, so that what
-is exact shows as exact.
+Only the hidden kernels are trained; in float64, except for the long runs, so
+that equal losses are equal to the last digits.
 """
 
 from __future__ import annotations
@@ -26,21 +28,21 @@ import optax
 from jaxbn import batch_norm
 from jaxbn.diagnostics import angular_update, equilibrium_angle
 from train.why import nets, plots
-from train.why.arms import THEORY, WITH, WITHOUT, Arm
 from train.why.data import Data, Setting, Settings
 from train.why.experiment import Experiment, each, per_seed
+from train.why.methods import THEORY, WITH, WITHOUT, Method
 from train.why.nets import Norm, Sizes
-from train.why.words import say
+from train.why.words import held, largest, span
 
 FACTORS = np.logspace(-2, 2, 17)  # on the first kernel
 UNIT = 8  # the factor 1
 DECAY_RATE, DECAY = 0.1, 0.05  # learning rate and weight decay
-# Both, of the runs towards equilibrium.
+# The same of the runs to equilibrium.
 PAIRS = ((0.1, 0.05), (0.3, 0.02), (0.3, 0.05))
 EXACT = {"norm": functools.partial(batch_norm, epsilon=0.0)}
-ARMS = {
-    "with": WITH._replace(label="with batch norm, epsilon 0", options=EXACT),
-    "epsilon": WITH._replace(label="with batch norm, epsilon 1e-5", style=":"),
+METHODS = {
+    "with": WITH._replace(label="batch norm, ε = 0", options=EXACT),
+    "epsilon": WITH._replace(label="batch norm, ε = 1e-5", style=":"),
     "without": WITHOUT,
 }
 
@@ -53,8 +55,8 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
         short = make(steps=100 if settings.quick else 400)
         numbers = {
             "factors": FACTORS,
-            "scaled": each(ARMS, scaled, short, sizes=sizes),
-            "decay": each(ARMS, decayed, short, sizes=sizes),
+            "scaled": each(METHODS, scaled, short, sizes=sizes),
+            "decay": each(METHODS, decayed, short, sizes=sizes),
         }
     long = make(steps=max(horizon(*pair) for pair in pairs))
     numbers["pairs"] = pairs
@@ -70,7 +72,7 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
 def _start(
     setting: Setting, sizes: Sizes, norm: Norm
 ) -> tuple[list[jax.Array], nets.Loss]:
-    """Returns the hidden kernels, and the loss as a function of them alone."""
+    """Returns the hidden kernels, and the loss as a function of only them."""
     params = nets.init(setting.key, sizes, norm=norm)
     whole = nets.loss_on(setting.train, norm=norm)
 
@@ -88,9 +90,10 @@ def _sgd(rate: Any, decay: jax.Array) -> optax.GradientTransformation:
 
 @per_seed
 def scaled(setting: Setting, *, sizes: Sizes, norm: Norm) -> Any:
-    """Loss of a new net, and norm of the gradient of the first kernel.
+    """Initial loss, and gradient norm of the first kernel, times each factor.
 
-    At each of FACTORS times that kernel: (factors,) each.
+    Returns:
+      loss and gradient, (factors,) each.
     """
     (first, *rest), loss = _start(setting, sizes, norm)
 
@@ -105,7 +108,7 @@ def scaled(setting: Setting, *, sizes: Sizes, norm: Norm) -> Any:
 
 @per_seed
 def decayed(setting: Setting, *, sizes: Sizes, norm: Norm) -> jax.Array:
-    """Losses with weight decay, and with the rate in its place: (2, steps)."""
+    """Losses with weight decay, and with a growing rate instead: (2, steps)."""
     t = np.arange(len(setting.indices))
     growing = DECAY_RATE * (1 - DECAY_RATE * DECAY) ** (-2.0 * t - 1)
     rates = np.stack([np.full(len(t), DECAY_RATE), growing])
@@ -119,7 +122,7 @@ def decayed(setting: Setting, *, sizes: Sizes, norm: Norm) -> jax.Array:
 
 
 def horizon(rate: float, decay: float) -> int:
-    """Steps after which equilibrium has long been reached."""
+    """Number of steps of a run: equilibrium is reached long before."""
     return round(8 / (rate * decay))
 
 
@@ -127,7 +130,7 @@ def horizon(rate: float, decay: float) -> int:
 def angles(
     setting: Setting, pair: jax.Array, *, sizes: Sizes, norm: Norm
 ) -> jax.Array:
-    """Angle of each step of a kernel, in radians: (steps, layers).
+    """Angle by which each step rotates a kernel, in radians: (steps, layers).
 
     Root mean square over channels.
     """
@@ -142,7 +145,7 @@ def angles(
 
 
 def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
-    """What the caption says, a number a seed."""
+    """What `verdict` reports, one value per seed."""
     found = {}
     for name, rows in numbers["scaled"].items():
         loss, gradient = rows["loss"], rows["gradient"]
@@ -172,7 +175,7 @@ def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
 def _course(
     pair: tuple[float, float], turned: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """steps * lr * wd (60,), and the angle over that of equilibrium (S, 60).
+    """steps * lr * wd (60,), and the angle relative to the theory (S, 60).
 
     Root mean square over layers and a sixtieth of the run.
     """
@@ -183,7 +186,7 @@ def _course(
     return time, np.sqrt(square) / equilibrium_angle(*pair)
 
 
-def verdict(numbers: dict[str, Any]) -> str:
+def verdict(numbers: dict[str, Any]) -> list[str]:
     ratio = numbers["angle_over_theory_with"]
     holds = (
         (numbers["loss_change_with"] < 1e-12)
@@ -191,60 +194,78 @@ def verdict(numbers: dict[str, Any]) -> str:
         & (numbers["decay_difference_with"] < 1e-12)
         & (np.abs(ratio - 1) < 0.1).all(1)
     )
-    return say(
-        "with the first kernel scaled by 0.01 to 100 the loss moves by at most "
-        "{loss_change_with:max} (epsilon 1e-5: {loss_change_epsilon:max}; "
-        "without batch norm: {loss_change_without:max}). Weight decay and the "
-        "growing rate differ in loss by at most {decay_difference_with:max} "
-        "(epsilon 1e-5: {decay_difference_epsilon:max}; without: "
-        "{decay_difference_without:max}). Angles settle at "
-        "{angle_over_theory_with:.2f} of sqrt(2 lr wd), 0.9 of it reached "
-        "after {reached_with:.1f} / (lr wd) steps; without batch norm they "
-        "settle at {angle_over_theory_without:.2f}. {holds:verdict}",
-        **numbers,
-        holds=holds,
-    )
+    found = {
+        (key, name): largest(numbers[f"{key}_{name}"])
+        for key in ("loss_change", "decay_difference")
+        for name in METHODS
+    }
+    return [
+        "Scaling the first kernel by 0.01 to 100 changes the loss by at most "
+        f"{found['loss_change', 'with']} with epsilon 0, "
+        f"{found['loss_change', 'epsilon']} with epsilon 1e-5 and "
+        f"{found['loss_change', 'without']} without batch norm.",
+        "The losses with weight decay and with a growing learning rate differ "
+        f"by at most {found['decay_difference', 'with']} with epsilon 0, "
+        f"{found['decay_difference', 'epsilon']} with epsilon 1e-5 and "
+        f"{found['decay_difference', 'without']} without batch norm.",
+        f"The angle of a step converges to {span(ratio, '.2f')} times "
+        "sqrt(2 lr wd), and reaches 90% of it after "
+        f"{span(numbers['reached_with'], '.1f')} / (lr wd) steps. Without "
+        "batch norm it converges to "
+        f"{span(numbers['angle_over_theory_without'], '.2f')} times that.",
+        held("As published, with epsilon 0 (angle within 10%)", holds),
+    ]
 
 
 def draw(axes: Any, numbers: dict[str, Any]) -> None:
     loss, gradient, decay, angle = axes
-    for name, arm in ARMS.items():
-        rows = numbers["scaled"][name]
-        plots.lines(loss, FACTORS, rows["loss"], arm)
-        plots.lines(gradient, FACTORS, rows["gradient"], arm)
-        # What is equal to the last bit has no place on a logarithmic axis.
+    for name, method in METHODS.items():
+        if name != "epsilon":  # not visible beside epsilon 0
+            rows = numbers["scaled"][name]
+            plots.lines(loss, FACTORS, rows["loss"], method)
+            plots.lines(gradient, FACTORS, rows["gradient"], method)
         losses = numbers["decay"][name]
+        # A logarithmic axis has no place for a difference of zero.
         apart = np.maximum(np.abs(losses[:, 0] - losses[:, 1]), 1e-17)
-        line = arm._replace(label=None)
-        plots.lines(decay, np.arange(apart.shape[1]), apart, line, lw=1)
+        plots.lines(decay, np.arange(apart.shape[1]), apart, method, lw=1)
     unit = numbers["scaled"]["with"]["gradient"][0, UNIT]
-    plots.theory(gradient, FACTORS, unit / FACTORS, "1/a")
+    plots.theory(gradient, FACTORS, unit / FACTORS)
     for name, runs in numbers["angles"].items():
         for pair, style, turned in zip(
             numbers["pairs"], ("-", "--", ":"), runs
         ):
             time, ratio = _course(pair, turned)
             ratio = np.sqrt(np.square(ratio).mean(0))[None]
-            label = f"lr {pair[0]}, wd {pair[1]}" if name == "with" else None
-            line = Arm(label, ARMS[name].color, style)
+            line = Method(None, METHODS[name].color, style)
             plots.lines(angle, time, ratio, line, lw=1.5)
-    angle.axhline(1, ls="--", color=THEORY, label="sqrt(2 lr wd)")
+            if name == "with":  # the style has the same meaning for both
+                label = f"lr {pair[0]}, wd {pair[1]}"
+                angle.plot([], [], style, color=THEORY, lw=1.5, label=label)
+    plots.level(angle, 1)
     loss.loglog()
     gradient.loglog()
     decay.semilogy()
-    angle.set_ylim(0)
+    angle.set_ylim(0, 1.3)
+    angle.legend(loc="center right", bbox_to_anchor=(1, 0.46))
+    plots.note(gradient, 0.1, 0.92, "dashed: 1 / a")
+    for place, x, y, method in (
+        (loss, 0.4, 0.6, WITHOUT),
+        (loss, 0.05, 0.12, WITH),
+        (gradient, 0.05, 0.36, WITHOUT),
+        (gradient, 0.5, 0.1, WITH),
+        (decay, 0.12, 0.77, WITHOUT),
+        (decay, 0.12, 0.55, METHODS["epsilon"]),
+        (decay, 0.12, 0.14, METHODS["with"]),
+        (angle, 0.4, 0.01, WITHOUT),
+        (angle, 0.05, 0.9, WITH),
+    ):
+        plots.name(place, x, y, method)
 
 
 PANELS = (
-    "Loss of a new net, its first kernel scaled | factor a on the first kernel "
-    "| loss (nats)",
-    "Gradient of that kernel | factor a on the first kernel | "
-    "norm of the kernel's gradient",
-    "Weight decay or a growing learning rate | step | "
-    "|difference of losses| (nats)",
-    "Angle by which a step turns the kernels | steps x lr x wd | "
-    "angle / sqrt(2 lr wd)",
+    "Loss with the first kernel scaled | scale a | initial loss (nats)",
+    "Gradient of that kernel | scale a | gradient norm",
+    "Weight decay vs. growing learning rate | step | difference in loss (nats)",
+    "Rotation of the kernels | steps × lr × wd | angle per step / √(2·lr·wd)",
 )
-EXPERIMENT = Experiment(
-    measure, verdict, draw, PANELS, shape=(2, 2), size=(9, 6.6)
-)
+EXPERIMENT = Experiment(measure, verdict, draw, PANELS, shape=(2, 2), height=5)

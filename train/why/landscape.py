@@ -1,4 +1,4 @@
-"""Nets of eight layers, with noise behind batch norm, and a deep linear net."""
+"""The loss along the gradient, noise after batch norm, a deep linear network."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import optax
 
 from jaxbn import diagnostics
 from train.why import nets
-from train.why.arms import ARMS
 from train.why.data import Setting
 from train.why.experiment import per_seed
+from train.why.methods import METHODS
 from train.why.nets import Norm, Sizes
 
 RATE = 0.1
@@ -23,24 +23,24 @@ MOMENTS = ("first step", "equal step", "equal loss")
 EVERY = 2  # steps between two probes
 LATE = (50, 150)  # steps of the comparison at equal step
 LOSS = 1.0  # nats; the comparison at equal loss starts below it
-PROBES = 5  # and takes that many probes
-NOISY_ARMS = {
-    name + suffix: arm._replace(
-        label=arm.label + suffix,
+PROBES = 5  # of the comparison at equal loss
+NOISY_METHODS = {
+    name + suffix: method._replace(
+        label=method.label + suffix,
         style="--" if suffix else "-",
-        options={**arm.options, "noisy": bool(suffix)},
+        options={**method.options, "noisy": bool(suffix)},
     )
-    for name, arm in ARMS.items()
+    for name, method in METHODS.items()
     for suffix in ("", ", noisy")
 }
-# Of the linear net.
+# Of the linear network.
 LAYERS, WIDTH = 25, 10
 LINEAR_RATES = (1e-7, 1e-6)
 INTERVAL = 30  # steps between two probes of the shift
 
 
 class Probes(NamedTuple):
-    """Along the run of each seed, P probes."""
+    """P probes along the run of each seed."""
 
     loss: jax.Array  # (S, P) on the batch of the step, in nats
     measures: jax.Array  # (S, P, 3), in the order of MEASURES
@@ -48,7 +48,7 @@ class Probes(NamedTuple):
 
 @per_seed
 def probe(setting: Setting, *, norm: Norm, sizes: Sizes) -> Probes:
-    """Trains, and follows every other step's gradient from half to 4 steps."""
+    """Trains, and follows the gradient of every other step for 0.5 to 4 steps."""
     loss = nets.loss_on(setting.train, norm=norm)
 
     def with_stats(params, batch_stats, index):
@@ -74,9 +74,9 @@ def probe(setting: Setting, *, norm: Norm, sizes: Sizes) -> Probes:
 def ratios(without: Probes, with_: Probes) -> dict[str, np.ndarray]:
     """Without over with batch norm: above 1, batch norm is smoother.
 
-    Medians over the probes of each of MOMENTS. At equal step: steps 50 to 150
-    of both. At equal loss: five probes of each from where its loss first is
-    below 1; NaN where it never is.
+    Medians over the probes of each of MOMENTS. At equal step: steps 50 to 150.
+    At equal loss: the first five probes of each from where its loss is below 1;
+    NaN if it never is.
 
     Returns:
       (S, 3) for each of MOMENTS, in the order of MEASURES.
@@ -103,14 +103,14 @@ def ratios(without: Probes, with_: Probes) -> dict[str, np.ndarray]:
 
 
 def noise(key: jax.Array, layer: int, h: jax.Array) -> jax.Array:
-    """Returns s h + m: a shift and a stretch, new for each unit and step.
+    """Returns s h + m, with a new random scale and shift per unit and step.
 
     For each unit mu ~ U(-0.5, 0.5) and sigma ~ U(1, 1.25); for each of its
     values m ~ U(mu - 0.1, mu + 0.1) and s ~ N(sigma, 0.1).
 
     Args:
       key: of the step.
-      layer: number, so that each has noise of its own.
+      layer: number, so that layers have different noise.
       h: (B, C).
 
     Source: Santurkar et al. (2018), How Does Batch Normalization Help
@@ -148,14 +148,14 @@ def train(
 def linear(
     key: jax.Array, rate: jax.Array, *, norm: Norm, intervals: int
 ) -> dict[str, jax.Array]:
-    """Trains W_1 ... W_25 x towards A x by gradient descent on all examples.
+    """Trains W_1 ... W_25 x to be A x by gradient descent on all examples.
 
-    x and A are normal, A with variance 1 / 10 as the layers at the start;
-    the loss is summed over 1000 examples.
+    x and A are normal, A and the initial layers with variance 1 / 10; the loss
+    is summed over 1000 examples.
 
     Returns:
-      loss (T,) and cosine (T / 30, 25) of each layer's gradient with that
-      after the step of the layers before it.
+      loss (T,) and cosine (T / 30, 25) between each layer's gradients before
+      and after an update of the layers before it.
     """
     keys = jax.random.split(key, 3)
     x = jax.random.normal(keys[0], (1000, WIDTH))
@@ -171,7 +171,7 @@ def linear(
         return h, None
 
     def loss(params, batch_stats, batch):
-        # A scan compiles one layer in place of 25.
+        # A scan compiles one layer instead of 25.
         stacked = jax.tree.map(lambda *a: jnp.stack(a), *params)
         h, _ = jax.lax.scan(layer, batch[0], stacked)
         return jnp.square(h - batch[1]).sum(), None

@@ -1,17 +1,17 @@
-"""Who shares statistics, and what leaks through them.
+"""Label leakage through the statistics of a device.
 
-Claim: Where every device normalizes its own examples, a net reads from their
-common statistics what single examples do not show; it stops looking at the
-example, and fails where the companions are others.
+Claim: If every device normalizes its own examples, a network can learn from
+their statistics what single examples do not reveal. It then ignores the
+examples, and fails if they are normalized with others.
 
-Published: Mask R-CNN with batch norm in its heads, one image on a GPU, box AP:
-per GPU 30.7, shuffled 41.7, synchronized 41.7, without 41.1 (Wu and Johnson
-2021, Rethinking Batch in BatchNorm, Table 6). He et al. (2020), MoCo, shuffle
-for the same reason.
+Published: Mask R-CNN with batch norm in its heads and one image per GPU, box
+AP: 30.7 per GPU, 41.7 shuffled, 41.7 synchronized, 41.1 without batch norm (Wu
+and Johnson 2021, Rethinking Batch in BatchNorm, Table 6). MoCo shuffles for the
+same reason (He et al. 2020).
 
-The task is whether a label is even. An extra channel holds (2 even - 1) +
-offset, with one offset for all examples of a device, as all crops of an image
-share its light. Half of the examples of each device are even.
+The task is whether a label is even. An extra channel is (2 even - 1) + offset,
+with one offset for all examples of a device, as crops of one image have the
+same lighting. Half of the examples of each device are even.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 
 from train.why import devices, plots
-from train.why.arms import FOURTH, THIRD, WITH, WITHOUT, Arm
 from train.why.data import Data, Setting, Settings, keys
-from train.why.devices import DEVICES, EACH, EVAL_BATCHES, EVERY, SHOWN
+from train.why.devices import EACH, EVAL_BATCHES, EVERY, SHOWN
 from train.why.experiment import Experiment
-from train.why.words import say
+from train.why.methods import FOURTH, THIRD, WITH, WITHOUT, Method
+from train.why.words import held, largest, percent
 
-COLORS = {
-    "none": WITHOUT.color,
-    "per device": FOURTH,
-    "shuffled": THIRD,
-    "synchronized": WITH.color,
+METHODS = {
+    "none": WITHOUT,
+    "per device": Method("per device", FOURTH),
+    "shuffled": Method("shuffled", THIRD),
+    "synchronized": Method("synchronized", WITH.color),
 }
 
 
@@ -56,26 +56,22 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
     if settings.data != "digits":
         steps *= 5
     setting = prepare(data, settings.seeds, steps)
-    numbers: dict[str, Any] = {
-        "chance": 0.5,
-        "devices": DEVICES,
-        "examples_per_device": EACH,
-    }
-    for arm in COLORS:
-        curves = devices.train(setting, arm=arm)
-        given = arm, curves, setting
-        numbers[arm] = _numbers(curves, devices.influence(*given))
-        if arm == "per device":
+    numbers: dict[str, Any] = {}
+    for name in METHODS:
+        curves = devices.train(setting, method=name)
+        given = name, curves, setting
+        numbers[name] = _numbers(curves, devices.influence(*given))
+        if name == "per device":
             alone = devices.influence(*given, train=False)
             others = alone[~np.eye(len(alone), dtype=bool)]
             numbers["influence_in_inference"] = float(others.max())
-    test = {arm: numbers[arm]["test"] for arm in COLORS}
-    gap = {arm: numbers[arm]["train"] - test[arm] for arm in COLORS}
+    test = {name: numbers[name]["test"] for name in METHODS}
+    gap = {name: numbers[name]["train"] - test[name] for name in METHODS}
     numbers["holds"] = np.all(
         [
-            (gap["per device"] > gap[arm]) & (test["per device"] < test[arm])
-            for arm in COLORS
-            if arm != "per device"
+            (gap["per device"] > gap[name]) & (test["per device"] < test[name])
+            for name in METHODS
+            if name != "per device"
         ],
         axis=0,
     )
@@ -85,86 +81,93 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
 def _numbers(found: devices.Curves, matrix: np.ndarray) -> dict[str, Any]:
     device = np.arange(SHOWN * EACH) // EACH
     far = device[:, None] != device
-    near = ~far & ~np.eye(len(far), dtype=bool)
     numbers = {
         "train_accuracy": found.train,
         "test_accuracy": found.test,
         "train": found.train[:, -EVERY:].mean(1),
         "test": found.test[:, -1],
-        "same_companions": found.same,
-        "mixed_companions": found.mixed,
+        "test_per_device": found.per_device,
+        "test_shuffled": found.shuffled,
         "influence": matrix,
-        "influence_self": np.diag(matrix).mean(),
-        "influence_same_device": matrix[near].mean(),
         "influence_other_device": matrix[far].mean(),
     }
     return {name: np.asarray(value) for name, value in numbers.items()}
 
 
-def verdict(numbers: dict[str, Any]) -> str:
+def verdict(numbers: dict[str, Any]) -> list[str]:
+    per_device, synchronized = numbers["per device"], numbers["synchronized"]
     accuracy = "; ".join(
-        f"{arm} {{n[{arm}][train]:.2f}}, {{n[{arm}][test]:.2f}}"
-        for arm in COLORS
+        f"{method.label}, {percent(numbers[name]['train'])} and "
+        f"{percent(numbers[name]['test'])}"
+        for name, method in METHODS.items()
     )
-    return say(
-        "accuracy on training batches, on test images with population "
-        f"statistics (chance 0.5): {accuracy}. The per-device net on test "
-        "images among companions of its device {a[same_companions]:.2f}, among "
-        "companions from all devices {a[mixed_companions]:.2f}. An example "
-        "moves logits on other devices by {a[influence_other_device]:max} per "
-        "device, {b[influence_other_device]:max} synchronized; in inference "
-        "any by {n[influence_in_inference]:max}. The gap is the widest, and "
-        "the test the worst, per device: {n[holds]:tally}.",
-        n=numbers,
-        a=numbers["per device"],
-        b=numbers["synchronized"],
-    )
+    return [
+        "Accuracy on training batches, and on test images with population "
+        f"statistics (chance: 50%): {accuracy}.",
+        held(
+            "The largest difference, and the lowest test accuracy, with "
+            "statistics per device",
+            numbers["holds"],
+        ),
+        "On test images, the network trained with statistics per device has "
+        f"an accuracy of {percent(per_device['test_per_device'])} if a device "
+        "has examples with the same offset, and of "
+        f"{percent(per_device['test_shuffled'])} if they are shuffled.",
+        "Mean derivative of logits with respect to an example of another "
+        f"device: {largest(per_device['influence_other_device'])} per device, "
+        f"{largest(synchronized['influence_other_device'])} synchronized; in "
+        "inference, with respect to any other example, at most "
+        f"{largest(numbers['influence_in_inference'])}.",
+    ]
 
 
 def draw(axes: Any, numbers: dict[str, Any]) -> None:
     above, below = np.split(axes, 2)
-    most = max(numbers[arm]["influence"].max() for arm in COLORS)
-    for i, (arm, color) in enumerate(COLORS.items()):
-        image = _draw_influence(above[i], numbers[arm]["influence"], most)
-        above[i].tick_params(length=0, labelleft=i == 0)
-        above[i].title.set_color(color)
-        steps, train = plots.by_steps(
-            100 * numbers[arm]["train_accuracy"], EVERY
-        )
-        test = 100 * numbers[arm]["test_accuracy"]
-        gap = {"color": color, "alpha": 0.1, "label": "gap"}
+    most = max(numbers[name]["influence"].max() for name in METHODS)
+    for i, (name, (_, color, *_)) in enumerate(METHODS.items()):
+        found = numbers[name]
+        image = _draw_influence(above[i], found["influence"], most)
+        steps, train = plots.by_steps(100 * found["train_accuracy"], EVERY)
+        test = 100 * found["test_accuracy"]
+        gap = {"color": color, "alpha": 0.1}
         plots.shade(below[i], steps, train.mean(0), test.mean(0), **gap)
-        plots.band(below[i], steps, train, Arm("training batches", color, "--"))
-        plots.band(below[i], steps, test, Arm("test images", color))
+        plots.band(below[i], steps, train, Method(None, color, "--"))
+        plots.band(below[i], steps, test, Method(None, color))
         plots.level(below[i], 50)
-        below[i].text(steps[-1], 49, "chance", ha="right", va="top", fontsize=8)
         below[i].set_ylim(40, 103)
-        legend = below[i].legend(loc="lower left", bbox_to_anchor=(0.1, 0.16))
-        legend.set_visible(i == 0)
+        for place in (above[i], below[i]):
+            place.tick_params(labelleft=i == 0)
+    plots.note(below[1], 0.3, 0.82, "training", FOURTH)
+    plots.note(below[1], 0.3, 0.35, "test", FOURTH)
+    plots.note(below[0], 0.45, 0.04, "chance")
     place = {"ax": list(above), "fraction": 0.02, "pad": 0.01}
     bar = above[0].figure.colorbar(image, **place)
-    bar.set_label("|d logits / d x|; white is exactly 0")
+    bar.set_label("|∂logits / ∂input|\n(white: exactly 0)")
 
 
 def _draw_influence(axes: Any, matrix: np.ndarray, most: float) -> Any:
-    # Zero has a colour of its own, so that exact independence shows.
+    # Zero has its own color, so that exact independence is visible.
     shown = np.ma.masked_equal(matrix, 0)
     image = axes.imshow(shown, norm=PowerNorm(0.5, 0, most), cmap="YlGnBu")
     for edge in range(EACH, len(matrix), EACH):
         for line in (axes.axhline, axes.axvline):
             line(edge - 0.5, color="#999999", linewidth=0.6)
     middle = np.arange(SHOWN) * EACH + (EACH - 1) / 2
-    names = [f"{i + 1}" for i in range(SHOWN)]
+    names = [str(i + 1) for i in range(SHOWN)]
     axes.set_xticks(middle, names)
-    axes.set_yticks(middle, [f"device {name}" for name in names])
+    axes.set_yticks(middle, names)
+    axes.tick_params(length=0)
     axes.spines[:].set_visible(True)
     return image
 
 
-_BY = "by an example on device"
 PANELS = (
-    f"no batch norm | {_BY} | logits of an example on",
-    *(f"{arm} | {_BY} | " for arm in list(COLORS)[1:]),
+    *(
+        f"{method.label.capitalize()} | input on device | {ylabel}"
+        for method, ylabel in zip(
+            METHODS.values(), ("logits on device", "", "", "")
+        )
+    ),
     " | step | accuracy (%)",
     *[" | step | "] * 3,
 )
@@ -174,6 +177,6 @@ EXPERIMENT = Experiment(
     draw,
     PANELS,
     shape=(2, 4),
-    size=(10.5, 5.6),
+    height=4.2,
     grid={"height_ratios": (1.2, 1)},
 )

@@ -1,4 +1,4 @@
-"""An LSTM with batch norm between its steps, as pure functions."""
+"""An LSTM with batch norm between its timesteps, as pure functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EPSILON = 1e-3
 
 
 class Lstm(NamedTuple):
-    """What an LSTM returns for a batch."""
+    """Output for a batch."""
 
     logits: jax.Array  # (B, K)
     # (T, C) each: of the input's part, the hidden state's, and the cell.
@@ -51,26 +51,25 @@ def apply(
     statistics: Any = None,
     perturbation: jax.Array | None = None,
 ) -> Lstm:
-    """Runs an LSTM; without batch norm where params have no scales.
+    """Runs an LSTM, with batch norm if params have scales.
 
     The contributions of input and hidden state to the gates are normalized
-    separately, and the cell only where it enters the hidden state.
+    separately, the cell only where it enters the hidden state.
 
     Source: Cooijmans et al. (2017), Recurrent Batch Normalization, section 3.
 
     Args:
       params: of `init`.
       x: (T, B, C).
-      start: (B, H), the hidden state before the first step.
-      statistics: for input, hidden state and cell, of each step (T, C), in
-        place of the batch's own.
-      perturbation: (T, B, H), added to each hidden state, to take gradients
-        with respect to it.
+      start: (B, H), the initial hidden state.
+      statistics: of input, hidden state and cell, (T, C) each, for inference.
+      perturbation: (T, B, H), added to each hidden state, to differentiate with
+        respect to it.
     """
     norm = "input_scale" in params
 
     def normal(name, h, known):
-        """Returns h normalized, and the moments of it where it is a batch."""
+        """Returns normalized h, and its moments unless `known`."""
         if not norm:
             return h, None
         affine = params[f"{name}_scale"], params.get(f"{name}_bias")
@@ -94,7 +93,7 @@ def apply(
             hidden += perturbation
         return (hidden, cell), (first, second)
 
-    # The input's contribution needs no hidden state: all steps at once.
+    # The contribution of the input to all timesteps at once.
     of_input, *known = statistics or (None, None, None)
     gates, first = jax.vmap(functools.partial(normal, "input"))(
         x @ params["input"], of_input

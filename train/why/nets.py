@@ -1,7 +1,7 @@
-"""Small nets as pure functions on jaxbn, and their training as one scan.
+"""Small networks as pure functions on jaxbn, and their training as one scan.
 
-Parameters are {"hidden": [layer, ...], "head": layer}, and a layer a dict with
-a kernel (in, out). All functions may be wrapped in vmap over seeds.
+Parameters are {"hidden": [layer, ...], "head": layer}; a layer is a dict with a
+kernel (in, out). All functions work under vmap over seeds.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def init(
     """Draws parameters; the kernels do not depend on norm.
 
     gain is "he", "lecun" or "glorot": hidden kernels have variance 2 / in,
-    1 / in or 2 / (in + out), times factor^2. The head's is 1 / in. With norm
-    hidden layers have a scale.
+    1 / in or 2 / (in + out), times factor^2. That of the head is 1 / in. With
+    norm, hidden layers have a scale.
     """
     shapes = list(zip(sizes, sizes[1:]))
-    # One draw, cut up: each further one takes seconds to compile.
+    # One draw for all kernels: each takes seconds to compile.
     *ends, total = np.cumsum([rows * columns for rows, columns in shapes])
     drawn = jnp.split(jax.random.normal(key, (total,)), ends)
     layers = []
@@ -75,16 +75,16 @@ def apply(
     statistics: Sequence[Any] | None = None,
     between: Callable[[int, jax.Array], jax.Array] | None = None,
 ) -> Output:
-    """kernel, batch norm, activation, layer by layer; the head is linear.
+    """Kernel, batch norm and activation in each layer; the head is linear.
 
     Args:
-      params: of `init`. What a layer has as "before" is added ahead of the
-        normalization. A head without bias is normalized too.
+      params: of `init`. "before", if a layer has it, is a bias before batch
+        norm. A head without bias is normalized too.
       x: (B, D).
       norm: of hidden layers, with the statistics of the batch.
-      activation: between layers.
-      statistics: mean and var of each layer in place of those, as in inference.
-      between: (layer number, normalized) -> what the activation is given.
+      activation: of hidden layers.
+      statistics: mean and var of each layer, for inference.
+      between: (layer number, normalized) -> input of the activation.
     """
     found, preactivations = [], []
 
@@ -132,7 +132,7 @@ def loss_on(examples: tuple[jax.Array, jax.Array], **options: Any) -> Loss:
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Share of right answers, (); what is not finite is none."""
+    """Fraction of correct predictions, (); non-finite logits are incorrect."""
     right = logits.argmax(-1) == labels
     return (right & jnp.isfinite(logits).all(-1)).mean()
 
@@ -145,13 +145,13 @@ def train(
     *,
     watch: Callable[..., Any] = lambda old, new, auxiliary: auxiliary,
 ) -> tuple[Any, jax.Array, Any]:
-    """A step of the optimizer for each of inputs, as one scan.
+    """Takes one step of the optimizer for each of inputs, as one scan.
 
-    watch is called with the parameters before the step, after it, and the
+    watch is called with the parameters before and after the step, and the
     auxiliary output of loss.
 
     Returns:
-      (params, losses (T,), what watch returned, with a leading axis T).
+      (params, losses (T,), results of watch with a leading axis T).
     """
 
     def step(carry, given):
@@ -167,5 +167,5 @@ def train(
 
 
 def intervals(inputs: Any, steps: int) -> Any:
-    """Cuts a leading axis T into (T / steps, steps)."""
+    """Reshapes a leading axis T to (T / steps, steps)."""
     return jax.tree.map(lambda a: a.reshape(-1, steps, *a.shape[1:]), inputs)

@@ -1,13 +1,13 @@
-"""Companions as noise, and who counts as one.
+"""Noise from the batch.
 
-Claim: With batch norm, what a net says of an example depends on its companions
-in the batch: a regularizing noise whose variance falls as one over the number
-of examples that are normalized together.
+Claim: With batch norm, the output for an example depends on the other examples
+of its batch. This noise regularizes; its variance is inversely proportional to
+the number of examples that are normalized together.
 
-Published: The net "no longer produces deterministic values for a given training
-example", which regularizes it (Ioffe and Szegedy 2015, section 3.4). The mean
-of n values has variance sigma^2 / n, and n of a pool of P drawn without
-replacement (1 - n/P) of that.
+Published: The network "no longer produces deterministic values for a given
+training example", which regularizes it (Ioffe and Szegedy 2015, section 3.4).
+The mean of n values has variance sigma^2 / n; if they are drawn without
+replacement from a pool of P, it is (1 - n/P) times that.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ import optax
 
 from jaxbn import batch_norm, diagnostics
 from train.why import nets, plots
-from train.why.arms import ARMS, FOURTH, THEORY, WITH, WITHOUT, Arm
 from train.why.data import Data, Setting, Settings
 from train.why.experiment import Experiment, each, per_seed
+from train.why.methods import FOURTH, METHODS, THEORY, WITH, WITHOUT, Method
 from train.why.nets import Norm, Sizes
-from train.why.words import number, say
+from train.why.words import held, largest, percent, span
 
 DEVICES = 8
-EACH = 16  # examples on a device
+EACH = 16  # examples per device
 STRAIGHT = (16, 128)  # batch sizes between which n V is compared
-BAND = 0.15  # that n V may depart there from its mean
+BAND = 0.15  # by which n V may differ from its mean there
 SYNCHRONIZED = {"norm": functools.partial(batch_norm, axis_name="devices")}
 ON_DEVICES = {
-    "per device": Arm("8 devices of 16, per device", FOURTH, "s", WITH.options),
-    "synchronized": Arm(
-        "8 devices of 16, synchronized", THEORY, "D", SYNCHRONIZED
+    "per device": Method(
+        "8 devices × 16, per device", FOURTH, "s", WITH.options
+    ),
+    "synchronized": Method(
+        "8 devices × 16, synchronized", THEORY, "D", SYNCHRONIZED
     ),
 }
 # Examples that are normalized together.
@@ -44,11 +46,11 @@ _SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def measure(settings: Settings, data: Data) -> dict[str, Any]:
-    """Trains, then normalizes test images with companions drawn at random."""
+    """Trains, then evaluates test images in random training batches."""
     sizes = _SIZES[2:7] if settings.quick else _SIZES
     steps = 100 if settings.quick else 300
     setting = data.setting(settings.seeds, steps=steps, batch_size=128)
-    trained = each(ARMS, _train, setting, sizes=data.sizes(64, 64))
+    trained = each(METHODS, _train, setting, sizes=data.sizes(64, 64))
     pool, probes = (
         x[:: max(1, len(x) // count)]
         for (x, _), count in zip(data[:2], (1400, 32))
@@ -62,13 +64,11 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
     keys = setting.key
     curve = [found(keys, trained["with"], batch_size=n) for n in sizes]
     whole = {"batch_size": DEVICES * EACH}
-    # Companions of their own: with those of the curve they would agree anyhow.
+    # Other draws than those of the curve, which would agree in any case.
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, DEVICES * EACH)
     numbers = {
         "batch_sizes": sizes,
         "pool": len(pool),
-        "devices": DEVICES,
-        "examples_per_device": EACH,
         **{k: np.stack([row[k] for row in curve], 1) for k in curve[0]},
         **each(
             ON_DEVICES, found, keys, trained["with"], devices=DEVICES, **whole
@@ -98,7 +98,7 @@ def _noise(
     norm: Norm = batch_norm,
     devices: int = 1,
 ) -> dict[str, jax.Array]:
-    """Variance, mean over probes, and flips of a batch that lies on devices."""
+    """Variance, mean over probes, and flips, with a batch split over devices."""
 
     def apply(params, statistics, x, *, train):
         known = None if train else statistics
@@ -123,7 +123,7 @@ def _inside(sizes: np.ndarray) -> np.ndarray:
 
 
 def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
-    """How straight the line is, and where devices lie on it, (S,) each."""
+    """How constant n V is, and how devices compare with it, (S,) each."""
     sizes, variance = np.asarray(numbers["batch_sizes"]), numbers["variance"]
     product = sizes * variance
     typical = product[:, _inside(sizes)].mean(1)
@@ -132,60 +132,60 @@ def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
         "product_off_by": off,
         "smallest_over_typical": product[:, 0] / typical,
         "device_over_batch": {
-            arm: numbers[arm]["variance"] / variance[:, list(sizes).index(n)]
-            for arm, n in COUNTED.items()
+            name: numbers[name]["variance"] / variance[:, list(sizes).index(n)]
+            for name, n in COUNTED.items()
         },
         "holds": off < BAND,
     }
 
 
-def verdict(numbers: dict[str, Any]) -> str:
-    return say(
-        f"from n = {STRAIGHT[0]} to {STRAIGHT[1]}, n V departs from its mean "
-        "by at most {product_off_by:percent}%, less than "
-        f"{BAND:.0%}: {{holds:tally}}; at n = "
-        f"{numbers['batch_sizes'][0]} it is only "
-        "{smallest_over_typical:percent}% of that. "
-        f"{DEVICES} devices of {EACH} that normalize alone have "
-        "{device_over_batch[per device]:.2f} times the variance of a batch of "
-        f"{EACH}; synchronized, {{device_over_batch[synchronized]:.2f}} times "
-        f"that of a batch of {DEVICES * EACH}. Without batch norm it is "
-        "{without[variance]:max}.",
-        **numbers["summary"],
-        without=numbers["without"],
-    )
+def verdict(numbers: dict[str, Any]) -> list[str]:
+    found = numbers["summary"]
+    ratio = found["device_over_batch"]
+    return [
+        f"From n = {STRAIGHT[0]} to {STRAIGHT[1]}, n times the variance differs "
+        f"from its mean by at most {percent(found['product_off_by'])}. "
+        + held(f"Constant within {BAND:.0%}", found["holds"])
+        + f" For n = {numbers['batch_sizes'][0]} it is "
+        f"{percent(found['smallest_over_typical'])} of that mean.",
+        f"{DEVICES} devices that normalize {EACH} examples each have "
+        f"{span(ratio['per device'], '.2f')} times the variance of one batch "
+        f"of {EACH}; synchronized, {span(ratio['synchronized'], '.2f')} times "
+        f"that of one batch of {DEVICES * EACH}.",
+        "Without batch norm the variance is "
+        f"{largest(numbers['without']['variance'])}.",
+    ]
 
 
 def draw(axes: Any, numbers: dict[str, Any]) -> None:
     sizes = np.asarray(numbers["batch_sizes"], float)
-    mean = WITH._replace(label="with batch norm, batch of n", style="o-")
+    line = WITH._replace(style="o-")
     for place, key, unit in zip(axes, ("variance", "flips"), (1, 100)):
-        values = unit * numbers[key]
-        plots.lines(place, sizes, values, WITH._replace(label=None), lw=1)
-        plots.lines(place, sizes, values.mean(0)[None], mean, ms=4, alpha=1)
-        for name, arm in ON_DEVICES.items():
+        plots.band(place, sizes, unit * numbers[key], line)
+        for name, method in ON_DEVICES.items():
             value = unit * numbers[name][key].mean()
-            options = {"ms": 11, "mfc": "none", "mew": 2, "alpha": 1}
-            plots.lines(place, [COUNTED[name]], [[value]], arm, **options)
+            options = {"ms": 10, "mfc": "none", "mew": 2, "alpha": 1}
+            plots.lines(place, [COUNTED[name]], [[value]], method, **options)
         place.set_xscale("log", base=2)
         place.set_xticks(sizes, [f"{n:.0f}" for n in sizes])
-    axes[0].semilogy()
-    # c / n, and with it the end of a finite pool, through the middle.
+    variance = axes[0]
+    variance.set_yscale("log")
+    # c (1/n - 1/P), as of n draws from a pool of P, through the middle.
     law = (1 - sizes / numbers["pool"]) / sizes
     ratio = numbers["variance"].mean(0) / law
     law *= np.exp(np.log(ratio[_inside(sizes)]).mean())
-    plots.theory(axes[0], sizes, law, "c (1/n - 1/P), pool of P")
-    text = f"without batch norm: {number(numbers['without']['variance'].max())}"
-    place = {"ha": "right", "va": "top", "transform": axes[0].transAxes}
-    axes[0].text(0.97, 0.94, text, color=WITHOUT.color, **place)
+    plots.theory(variance, sizes, law)
+    plots.note(variance, 0.17, 0.88, "theory: ∝ 1/n − 1/P")
+    plots.name(variance, 0.04, 0.62, WITH)
+    plots.name(variance, 0.43, 0.62, ON_DEVICES["per device"])
+    plots.name(variance, 0.07, 0.3, ON_DEVICES["synchronized"])
+    text = f"no batch norm: {largest(numbers['without']['variance'])}"
+    plots.note(variance, 0.04, 0.05, text, WITHOUT.color)
 
 
-_N = "n, examples normalized together"
+_N = "examples normalized together, n"
 PANELS = (
-    f"Variance of the logits over companions | {_N} | "
-    "variance V (logits squared)",
-    f"Predictions that companions change | {_N} | share of predictions (%)",
+    f"Variance of the logits over random batches | {_N} | variance",
+    f"Predictions that differ from inference | {_N} | predictions (%)",
 )
-EXPERIMENT = Experiment(
-    measure, verdict, draw, PANELS, shape=(1, 2), size=(10, 4.2)
-)
+EXPERIMENT = Experiment(measure, verdict, draw, PANELS, shape=(1, 2), height=3)

@@ -1,4 +1,4 @@
-"""Lines that several pictures draw: values (S, T), a row a seed."""
+"""What several figures draw: curves (S, T), one row per seed."""
 
 from __future__ import annotations
 
@@ -6,36 +6,43 @@ from typing import Any
 
 import numpy as np
 
-from train.why.arms import THEORY, Arm
+from train.why.methods import THEORY, Method
 
 
-def band(axes: Any, x: np.ndarray, values: np.ndarray, arm: Arm) -> None:
-    """Draws the mean over seeds, in a band from the least to the most."""
-    axes.plot(x, values.mean(0), arm.style, color=arm.color, label=arm.label)
-    shade(axes, x, values.min(0), values.max(0), color=arm.color)
+def band(axes: Any, x: Any, values: np.ndarray, method: Method) -> None:
+    """Draws the mean over seeds, and shades from the lowest to the highest."""
+    color = method.color
+    axes.plot(x, values.mean(0), method.style, color=color, label=method.label)
+    shade(axes, x, values.min(0), values.max(0), color=color)
 
 
 def shade(
-    axes: Any, x: np.ndarray, low: np.ndarray, high: np.ndarray, **options: Any
+    axes: Any, x: Any, low: np.ndarray, high: np.ndarray, **options: Any
 ) -> None:
-    """Fills the area between two lines."""
+    """Fills the area between two curves."""
     axes.fill_between(x, low, high, **{"alpha": 0.2, "lw": 0, **options})
 
 
 def lines(
-    axes: Any, x: np.ndarray, values: np.ndarray, arm: Arm, **options: Any
+    axes: Any, x: Any, values: np.ndarray, method: Method, **options: Any
 ) -> None:
-    """Draws a line a seed, all of them under one label."""
-    options = {"color": arm.color, "alpha": 0.7, **options}
-    handles = axes.plot(x, np.transpose(values), arm.style, **options)
-    handles[0].set_label(arm.label)
+    """Draws one line per seed, all under one label."""
+    options = {"color": method.color, "alpha": 0.7, **options}
+    handles = axes.plot(x, np.transpose(values), method.style, **options)
+    handles[0].set_label(method.label)
 
 
 def theory(
-    axes: Any, x: np.ndarray, y: np.ndarray, label: str, style: str = "--"
+    axes: Any,
+    x: Any,
+    y: Any,
+    label: str | None = None,
+    style: str = "--",
+    **options: Any,
 ) -> None:
-    """Draws what theory expects, above the measured lines."""
-    axes.plot(x, y, style, color=THEORY, zorder=3, label=label)
+    """Draws a prediction, above the measured curves."""
+    options = {"color": THEORY, "zorder": 3, "lw": 1.3, **options}
+    axes.plot(x, y, style, label=label, **options)
 
 
 def level(axes: Any, y: float) -> None:
@@ -43,8 +50,19 @@ def level(axes: Any, y: float) -> None:
     axes.axhline(y, color=THEORY, lw=0.8, ls=":")
 
 
+def note(axes: Any, x: float, y: float, text: str, color: str = THEORY) -> None:
+    """Writes text at (x, y), from 0 to 1 in the axes."""
+    place = {"transform": axes.transAxes, "fontsize": 8.5}
+    axes.text(x, y, text, color=color, **place)
+
+
+def name(axes: Any, x: float, y: float, method: Method) -> None:
+    """Writes the name of a method beside its curve, instead of a legend."""
+    note(axes, x, y, method.label, method.color)
+
+
 def by_steps(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Averages over width steps; a rest is left out.
+    """Averages over every `width` steps; an incomplete rest is left out.
 
     Returns:
       (the last step of each, counted from 1, and (S, T // width) averages).

@@ -1,13 +1,12 @@
-"""An LSTM that reads an image in 64 steps.
+"""Batch norm in an LSTM.
 
-Claim: Batch norm works between the steps of a recurrent net too, if its scale
-starts at 0.1 rather than 1 and every time step has population statistics of its
-own.
+Claim: Batch norm also works between the timesteps of a recurrent network, if
+its scale is initialized with 0.1 instead of 1, and each timestep has its own
+population statistics.
 
-Published: MNIST in 784 steps, test accuracy: LSTM 98.9%, with batch norm 99.0%;
-pixels permuted 90.2% and 95.4%. Scale 1 drives tanh into saturation, and
-gradients vanish on their way back (Cooijmans et al. 2017, Recurrent Batch
-Normalization).
+Published: Test accuracy on MNIST in 784 timesteps: LSTM 98.9%, with batch norm
+99.0%; with permuted pixels 90.2% and 95.4%. With scale 1, tanh saturates and
+gradients vanish (Cooijmans et al. 2017, Recurrent Batch Normalization).
 """
 
 from __future__ import annotations
@@ -21,36 +20,35 @@ import optax
 
 import jaxbn
 from train.why import lstm, nets, plots
-from train.why.arms import THEORY, THIRD, WITH, WITHOUT, Arm
 from train.why.data import Data, Setting, Settings
 from train.why.experiment import Experiment, each, per_seed
-from train.why.words import say
+from train.why.methods import THEORY, THIRD, WITH, WITHOUT, Method
+from train.why.words import held, percent
 
-# scale: of batch norm at the start; it is there to be ignored without.
+# The initial scale of batch norm; without it there is none.
 _SMALL, _LARGE = ({"norm": True, "scale": scale} for scale in (0.1, 1.0))
-ARMS = {
+METHODS = {
     "without": WITHOUT._replace(options={"norm": False, "scale": 1.0}),
-    "scale 0.1": Arm("batch norm, scale 0.1", WITH.color, options=_SMALL),
-    "scale 1": Arm("batch norm, scale 1", THIRD, options=_LARGE),
+    "scale 0.1": Method("scale 0.1", WITH.color, options=_SMALL),
+    "scale 1": Method("scale 1", THIRD, options=_LARGE),
 }
 _TIMES = 64
-# Examples that population statistics are taken over: all steps of all of them
-# are in memory at once.
+# Examples of population statistics: all their timesteps are in memory at once.
 _POPULATION = 4000
 
 
 def measure(settings: Settings, data: Data) -> dict[str, Any]:
-    """Trains LSTMs without batch norm and with two scales at the start."""
+    """Trains LSTMs without batch norm and with two initial scales."""
     steps = 60 if settings.quick else 300
     train, test = ((_in_time(x), labels) for x, labels in data[:2])
     setting = data.setting(settings.seeds, steps=steps, batch_size=64)
     setting = setting._replace(train=train, test=test)
-    arms = each(ARMS, _measure, setting, classes=data.num_classes)
-    return {**arms, "holds": _holds(arms)}
+    found = each(METHODS, _measure, setting, classes=data.num_classes)
+    return {**found, "holds": _holds(found)}
 
 
 def _in_time(x: np.ndarray) -> np.ndarray:
-    """(N, D) to (T, N, D / T): one pixel a step of digits."""
+    """(N, D) to (T, N, D / T): one pixel per timestep for digits."""
     steps = x.reshape(len(x), _TIMES, -1)
     return np.ascontiguousarray(steps.transpose(1, 0, 2))
 
@@ -59,12 +57,12 @@ def _in_time(x: np.ndarray) -> np.ndarray:
 def _measure(
     setting: Setting, *, norm: bool, scale: float, classes: int
 ) -> dict[str, jax.Array]:
-    """Trains with Adam, from hidden states of standard deviation 0.1.
+    """Trains with Adam; initial hidden states have standard deviation 0.1.
 
     Returns:
-      train_accuracy of each step; gradient_norms (T,), of the loss by each
-      hidden state at the start; test accuracy with statistics "per step", and
-      "pooled" over time.
+      train_accuracy of each step; gradient_norms (T,) of the initial loss with
+      respect to each hidden state; test accuracy with statistics "per step",
+      and "pooled" over time.
     """
     start, noise = jax.random.split(setting.key)
     x, labels = setting.train
@@ -114,81 +112,89 @@ def _measure(
     }
 
 
-def _trained(arm: dict[str, np.ndarray]) -> np.ndarray:
+def _trained(found: dict[str, np.ndarray]) -> np.ndarray:
     """Accuracy at the end of training."""
-    return arm["train_accuracy"][:, -25:].mean(1)
+    return found["train_accuracy"][:, -25:].mean(1)
 
 
-def _holds(arms: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Which claims held, on which seeds."""
-    small, large = arms["scale 0.1"], arms["scale 1"]
+def _holds(found: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Which claims held, for each seed."""
+    small, large = found["scale 0.1"], found["scale 1"]
     kept = [
-        arm["gradient_norms"][:, 0] / arm["gradient_norms"][:, -1]
-        for arm in (large, small)
+        scale["gradient_norms"][:, 0] / scale["gradient_norms"][:, -1]
+        for scale in (large, small)
     ]
-    better = [arm["per step"] > arm["pooled"] for arm in (small, large)]
+    better = [scale["per step"] > scale["pooled"] for scale in (small, large)]
     return {
         "per step": np.all(better, axis=0),
         "small scale": _trained(small) > _trained(large),
         "vanishes": kept[0] < kept[1],
-        "better than without": small["per step"] > arms["without"]["per step"],
+        "better than without": (
+            small["per step"] > found["without"]["per step"]
+        ),
     }
 
 
-def verdict(numbers: dict[str, Any]) -> str:
-    trained = ", ".join(f"{name} {{trained[{name}]:.2f}}" for name in ARMS)
+def verdict(numbers: dict[str, Any]) -> list[str]:
+    holds = numbers["holds"]
+    trained = ", ".join(
+        f"{method.label} {percent(_trained(numbers[name]))}"
+        for name, method in METHODS.items()
+    )
     tested = ", ".join(
-        f"{name} {{arms[{name}][per step]:.2f}} and "
-        f"{{arms[{name}][pooled]:.2f}}"
+        f"{name} {percent(numbers[name]['per step'])} and "
+        f"{percent(numbers[name]['pooled'])}"
         for name in ("scale 0.1", "scale 1")
     )
-    return say(
-        f"training accuracy: {trained}; scale 0.1 above scale 1: "
-        "{holds[small scale]:tally}. Test accuracy with statistics per step "
-        f"and pooled over time: {tested}; per step above pooled: "
-        "{holds[per step]:tally}. Test accuracy without batch norm "
-        "{arms[without][per step]:.2f}; scale 0.1 above that: "
-        "{holds[better than without]:tally}, which a run as short as this does "
-        "not settle. Gradients at the start fall off faster on their way back "
-        "with scale 1 than with 0.1: {holds[vanishes]:tally}.",
-        arms=numbers,
-        trained={name: _trained(numbers[name]) for name in ARMS},
-        holds=numbers["holds"],
-    )
+    return [
+        f"Training accuracy: {trained}. "
+        + held("Higher with scale 0.1 than with 1", holds["small scale"]),
+        "Test accuracy with statistics per timestep and pooled over time: "
+        f"{tested}. " + held("Higher per timestep", holds["per step"]),
+        "Test accuracy without batch norm: "
+        f"{percent(numbers['without']['per step'])}. "
+        + held("Higher with scale 0.1", holds["better than without"])
+        + " The runs are too short to decide this.",
+        held(
+            "Initial gradients decay faster over time with scale 1 than with 0.1",
+            holds["vanishes"],
+        ),
+    ]
 
 
 def draw(axes: Any, numbers: dict[str, Any]) -> None:
     training, test, gradients = axes
-    for i, (name, arm) in enumerate(ARMS.items()):
+    for i, (name, method) in enumerate(METHODS.items()):
         found = numbers[name]
         steps, means = plots.by_steps(100 * found["train_accuracy"], 20)
-        plots.band(training, steps, means, arm)
+        plots.band(training, steps, means, method)
         norms = found["gradient_norms"]
-        times, line = np.arange(1, _TIMES + 1), arm._replace(label=None)
-        plots.band(gradients, times, norms / norms[:, -1:], line)
-        kinds = {"per step": ("s", arm.color), "pooled": ("D", "white")}
+        times = np.arange(1, _TIMES + 1)
+        plots.band(gradients, times, norms / norms[:, -1:], method)
+        kinds = {"per step": ("s", method.color), "pooled": ("D", "white")}
         if name == "without":  # no statistics: one test accuracy
-            kinds = {"per step": ("o", arm.color)}
+            kinds = {"per step": ("o", method.color)}
         for j, (kind, (marker, fill)) in enumerate(kinds.items()):
             x = i + (j - 0.5) * 0.4 * (len(kinds) - 1)
             y = 100 * found[kind]
-            test.plot([x] * len(y), y, marker, color=arm.color, mfc=fill)
+            test.plot([x] * len(y), y, marker, color=method.color, mfc=fill)
     for marker, fill, label in (
-        ("s", THEORY, "statistics of each time step"),
-        ("D", "white", "pooled over time"),
+        ("s", THEORY, "per timestep"),
+        ("D", "white", "pooled"),
     ):
         test.plot([], [], marker, color=THEORY, mfc=fill, label=label)
     training.set_ylim(0, 100)
     test.set(ylim=(0, 100), xlim=(-0.6, 2.6))
-    test.set_xticks(range(len(ARMS)), list(ARMS))
+    test.set_xticks(range(len(METHODS)), ["none", "0.1", "1"])
     gradients.semilogy()
+    training.legend()
+    test.legend()
 
 
 PANELS = (
     "Training | step | accuracy (%)",
-    "Test, by what batch norm infers with |  | accuracy (%)",
-    "Gradients at the start of training | time step t | "
-    "|dL / dh(t)| over that of the last t",
+    "Test, by statistics | scale of batch norm | accuracy (%)",
+    "Initial gradients | timestep t | |∂loss / ∂h(t)|, relative to the last",
 )
 EXPERIMENT = Experiment(
     measure,
@@ -196,6 +202,6 @@ EXPERIMENT = Experiment(
     draw,
     PANELS,
     shape=(1, 3),
-    size=(10.5, 3.7),
+    height=2.9,
     grid={"width_ratios": (1, 0.9, 1)},
 )

@@ -1,24 +1,34 @@
-"""Writes a finding: a picture with a caption, and its numbers as JSON."""
+"""Writes findings: figures, a page with their captions, numbers as JSON."""
 
 from __future__ import annotations
 
 import pathlib
-import textwrap
+import time
+from collections.abc import Sequence
 
+import flax
+import jax
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from train.files import atomic_write, nonfinite_to_none, write_json
+from train.files import (
+    atomic_write,
+    nonfinite_to_none,
+    write_json,
+    write_text,
+)
 from train.why.data import Settings
 from train.why.experiment import Finding
 
-_LINE = 0.185  # inches that a line of the caption takes
+# Pages show figures at about 700 pixels: a width of 7 inches makes a point of
+# a font 1.4 pixels.
 _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 10.5,
-    "axes.labelsize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9,
     "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5,
     "legend.fontsize": 8.5,
@@ -37,9 +47,11 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{finding.name}.png"
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 4), layout="constrained")
+        figure = Figure(layout="constrained")
         finding.draw(figure)
-        _add_caption(figure, finding)
+        figure.suptitle(
+            finding.title, x=0.01, ha="left", fontsize=11, fontweight="bold"
+        )
         with atomic_write(path) as file:
             figure.savefig(file, dpi=150)
     record = finding._asdict()
@@ -53,29 +65,25 @@ def write(
     return path
 
 
-def _add_caption(figure: Figure, finding: Finding) -> None:
-    """Adds the title above and the caption below; the figure grows by both."""
-    width, height = figure.get_size_inches()
-    columns = int((width - 1.45) * 14.4)
-    blocks = {
-        head: textwrap.wrap(text[:1].upper() + text[1:], columns)
-        for head, text in (
-            ("Claim", finding.claim),
-            ("Published", finding.published),
-            ("Measured", finding.measured),
-        )
-    }
-    below = _LINE * (sum(map(len, blocks.values())) + 1.2)
-    total = height + below + 0.42
-    figure.set_size_inches(width, total)
-    figure.get_layout_engine().set(
-        rect=(0.01, below / total, 0.98, height / total)
-    )
-    font = {"ha": "center", "va": "top", "fontsize": 13, "fontweight": "bold"}
-    figure.text(0.5, 1 - 0.13 / total, finding.title, **font)
-    y = below - 0.1
-    for head, lines in blocks.items():
-        font = {"va": "top", "fontsize": 9, "linespacing": 1.32}
-        figure.text(0.18 / width, y / total, head, fontweight="bold", **font)
-        figure.text(1.3 / width, y / total, "\n".join(lines), **font)
-        y -= _LINE * len(lines)
+def write_page(
+    findings: Sequence[Finding], folder: pathlib.Path, settings: Settings
+) -> pathlib.Path:
+    """Writes FOLDER/report.md, with all figures and their captions."""
+    versions = f"jax {jax.__version__}, flax {flax.__version__}"
+    parts = [
+        "# Why does batch norm work?",
+        f"Data: {settings.data}. Seeds: {', '.join(map(str, settings.seeds))}. "
+        f"{time.strftime('%Y-%m-%d')}, {versions}.",
+    ]
+    for finding in findings:
+        parts += [
+            f"## {finding.title}",
+            f"![{finding.title}]({finding.name}.png)",
+            f"**Claim.** {finding.claim}",
+            f"**Published.** {finding.published}",
+            "**Measured.**",
+            "\n".join(f"- {sentence}" for sentence in finding.measured),
+        ]
+    path = folder / "report.md"
+    write_text(path, "\n\n".join(parts) + "\n")
+    return path

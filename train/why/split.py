@@ -1,12 +1,12 @@
-"""One uneven shard.
+"""Synchronized batch norm with one uneven shard.
 
-Claim: A batch has one mean and one variance, however its examples lie on
-devices. A mean of the devices' means is another number as soon as their shares
-differ, and no number once one of them is empty.
+Claim: A batch has one mean and one variance, however its examples are split
+over devices. The unweighted average of the means of the devices differs from
+it if their numbers of examples differ, and is NaN if a device has none.
 
-Published: The layer flax.linen.BatchNorm takes the mean over devices of each
-device's mean and mean square (flax 0.12, normalization.py, _compute_stats).
-PyTorch's SyncBatchNorm gathers counts along with them, and takes no mask.
+Published: flax.linen.BatchNorm averages the mean and the mean square of each
+device without weights (flax 0.12, normalization.py, _compute_stats). PyTorch's
+SyncBatchNorm weights by counts, and takes no mask.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ import optax
 
 from jaxbn.linen import BatchNorm
 from train.why import nets, plots
-from train.why.arms import WITH, WITHOUT, Arm
 from train.why.data import Data, Setting, Settings
 from train.why.experiment import Experiment, per_seed
-from train.why.words import say
+from train.why.methods import WITH, WITHOUT, Method
+from train.why.words import held, largest, percent
 
 DEVICES = 8
-EACH = 8  # places on a device
-LAST = (8, 4, 2, 1, 0)  # examples on the last device; the others are full
-ARMS = {
-    "flax": Arm("flax", WITHOUT.color, options={"norm": nn.BatchNorm}),
-    "jaxbn": Arm("jaxbn", WITH.color, options={"norm": BatchNorm}),
+EACH = 8  # examples per device, including padding
+LAST = (8, 4, 2, 1, 0)  # real examples on the last device
+METHODS = {
+    "flax": Method(
+        "flax.linen.BatchNorm", WITHOUT.color, options={"norm": nn.BatchNorm}
+    ),
+    "jaxbn": Method("jaxbn", WITH.color, options={"norm": BatchNorm}),
 }
 
 
@@ -53,27 +55,26 @@ class Net(nn.Module):
 
 
 class Trained(NamedTuple):
-    """Of one arm, one share and one seed."""
+    """With one method, one number of examples and one seed."""
 
-    gradient: Any  # tree, of the first step
-    losses: jax.Array  # (T,) of the step's batch, in nats
+    gradient: Any  # of the first step, a tree
+    losses: jax.Array  # (T,) in nats
     accuracy: jax.Array  # () on test images, with running statistics
 
 
 def measure(settings: Settings, data: Data) -> dict[str, Any]:
-    """Trains with flax's layer and with jaxbn's; the truth is one device."""
+    """Trains with flax's layer, with jaxbn's, and on one device."""
     steps = 60 if settings.quick else 300
     size = DEVICES * EACH
     setting = data.setting(settings.seeds, steps=steps, batch_size=size)
     train = functools.partial(train_all, setting, num_classes=data.num_classes)
     truth = [train(norm=BatchNorm, last=n, together=True) for n in LAST]
     numbers: dict[str, Any] = {
-        "chance": 1 / data.num_classes,
         "examples_on_last": np.array(LAST),
         "one device": _numbers(truth, truth),
     }
-    for name, arm in ARMS.items():
-        got = [train(last=n, **arm.options) for n in LAST]
+    for name, method in METHODS.items():
+        got = [train(last=n, **method.options) for n in LAST]
         numbers[name] = _numbers(got, truth)
     exact = np.all(numbers["jaxbn"]["gradient_error"] < 1e-4, axis=1)
     lost = np.isnan(numbers["flax"]["loss"][:, LAST.index(0)])
@@ -81,7 +82,7 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
 
 
 def _numbers(got: list[Trained], truth: list[Trained]) -> dict[str, Any]:
-    """Arrays (S, shares), a row a seed; the loss is that of 20 last steps."""
+    """Arrays (S, len(LAST)); the loss is the mean of the last 20 steps."""
     pairs = [(a.gradient, b.gradient) for a, b in zip(got, truth)]
     return {
         "gradient_error": np.stack([relative_error(*p) for p in pairs], 1),
@@ -105,10 +106,10 @@ def train_all(
     num_classes: int,
     together: bool = False,
 ) -> Trained:
-    """Trains a net on batches of which the last device holds `last` examples.
+    """Trains on batches of which the last device has only `last` examples.
 
-    Its other places are padding. With together, the examples lie on one device
-    instead, unpadded.
+    The rest of its shard is padding. If `together`, the same examples are on
+    one device, without padding.
     """
     size = (DEVICES - 1) * EACH + last
     shape = (1, size) if together else (DEVICES, EACH)
@@ -145,56 +146,67 @@ def train_all(
     return Trained(slope(*start, indices[0])[1], losses, right)
 
 
-def verdict(numbers: dict[str, Any]) -> str:
+def verdict(numbers: dict[str, Any]) -> list[str]:
     flax, jaxbn = numbers["flax"], numbers["jaxbn"]
-    return say(
-        "against the same examples on one device, the gradient of the first "
-        "step is off by {one:.2f} of itself with flax where the last of eight "
-        "devices holds one example ({even:max} with even shares), {exact:max} "
-        "at most with jaxbn. Where it holds none, flax's loss is {loss} and "
-        "its test accuracy {accuracy[flax]:.2f}, jaxbn's "
-        "{accuracy[jaxbn]:.2f}, as {accuracy[one device]:.2f} on one device. "
-        "An uneven shard alone does not show in the accuracy here: "
-        "{holds:tally} have jaxbn exact and flax lost.",
-        one=flax["gradient_error"][:, LAST.index(1)],
-        even=flax["gradient_error"][:, 0],
-        exact=jaxbn["gradient_error"],
-        loss="NaN" if np.isnan(flax["loss"][:, -1]).all() else "a number",
-        accuracy={
-            name: numbers[name]["test_accuracy"][:, -1]
-            for name in (*ARMS, "one device")
-        },
-        holds=numbers["holds"],
-    )
+    one, empty = LAST.index(1), LAST.index(0)
+    accuracy = {
+        name: percent(numbers[name]["test_accuracy"][:, empty])
+        for name in (*METHODS, "one device")
+    }
+    loss = "NaN" if np.isnan(flax["loss"][:, empty]).all() else "finite"
+    return [
+        "Relative error of the first gradient, compared with the same examples "
+        "on one device: with one example on the last of eight devices, "
+        f"{percent(flax['gradient_error'][:, one])} for flax (with eight "
+        f"examples, {largest(flax['gradient_error'][:, 0])}); for jaxbn at "
+        f"most {largest(jaxbn['gradient_error'])} in all cases.",
+        f"With no example there, the loss of flax is {loss} and its test "
+        f"accuracy {accuracy['flax']}; that of jaxbn is {accuracy['jaxbn']}, "
+        f"and {accuracy['one device']} on one device.",
+        held("jaxbn is exact, and flax NaN with no example", numbers["holds"]),
+        "Uneven shards that are not empty do not change the test accuracy here "
+        f"(flax, one example: {percent(flax['test_accuracy'][:, one])}).",
+    ]
 
 
 def draw(axes: Any, numbers: dict[str, Any]) -> None:
-    x = np.arange(len(LAST))
-    units = {"gradient_error": 1, "loss": 1, "test_accuracy": 100}
-    for place, (key, unit) in zip(axes, units.items()):
-        for name, arm in ARMS.items():
-            values = unit * numbers[name][key]
-            plots.band(place, x, values, arm._replace(style="o-"))
-            where = {"transform": place.get_xaxis_transform(), "ha": "center"}
-            text = {"va": "top", "color": arm.color, "weight": "bold"}
-            for n in x[np.isnan(values).any(0)]:
-                place.text(n, 0.88, "NaN", **text, **where)
-        if key != "gradient_error":
-            truth = unit * numbers["one device"][key].mean(0)
-            plots.theory(place, x, truth, "one device", ":")
+    error, accuracy = axes
+    x, empty = np.arange(len(LAST)), LAST.index(0)
+    for name, method in METHODS.items():
+        line = method._replace(style="o-")
+        found = numbers[name]
+        plots.band(error, x, 100 * found["gradient_error"], line)
+        plots.band(accuracy, x, 100 * found["test_accuracy"], line)
+    means = 100 * numbers["flax"]["gradient_error"].mean(0)
+    text = {"ha": "center", "color": WITHOUT.color, "fontsize": 9}
+    for place, value in zip(x[:empty], means):
+        if value > 1:
+            error.text(place, value + 3, f"{value:.0f}%", **text)
+    text["weight"] = "bold"
+    error.text(x[empty], means[empty - 1], "NaN", va="center", **text)
+    accuracy.text(x[empty] - 0.25, 1, "NaN", **text | {"ha": "right"})
+    plots.name(error, 0.05, 0.6, METHODS["flax"])
+    plots.note(error, 0.4, 0.14, "jaxbn: equal to one device", WITH.color)
+    plots.name(accuracy, 0.07, 0.83, METHODS["jaxbn"])
+    plots.note(accuracy, 0.66, 0.5, "flax", WITHOUT.color)
+    for place in axes:
         place.set_xticks(x, [str(n) for n in LAST])
         place.margins(x=0.08)
-    axes[0].semilogy()
-    axes[1].set_ylim(0)
-    axes[2].set_ylim(0, 103)
+    error.set_ylim(-4, 55)
+    accuracy.set_ylim(-4, 105)
 
 
-_X = "examples on the last of 8 devices"
+_X = "examples on the last device (7 others: 8)"
 PANELS = (
-    f"gradient against one device, error | {_X} | ",
-    f"training loss at the end (nats) | {_X} | ",
-    f"test accuracy (%) | {_X} | ",
+    f"Error of the first gradient | {_X} | relative error (%)",
+    f"Accuracy after training | {_X} | test accuracy (%)",
 )
 EXPERIMENT = Experiment(
-    measure, verdict, draw, PANELS, shape=(1, 3), size=(10.5, 3.1)
+    measure,
+    verdict,
+    draw,
+    PANELS,
+    shape=(1, 2),
+    height=2.9,
+    grid={"width_ratios": (1.25, 1)},
 )

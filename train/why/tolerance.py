@@ -1,13 +1,14 @@
-"""Learning rates and initial scales that train.
+"""Test accuracy (%) by learning rate and weight scale.
 
-Claim: Batch norm trains at learning rates and initial scales at which a plain
-net does not (Ioffe and Szegedy 2015, 3.3; Santurkar et al. 2018, figure 1;
-Bjorck et al. 2018). What counts is lr / |w|^2: kernels s times as large want
-s^2 times the rate (van Laarhoven 2017).
+Claim: Batch norm trains with learning rates and initial scales with which the
+same network without it does not (Ioffe and Szegedy 2015, section 3.3; Santurkar
+et al. 2018, figure 1; Bjorck et al. 2018). Only lr / |w|^2 matters: weights s
+times as large need a learning rate s^2 times as large (van Laarhoven 2017).
 
-Published: ResNet-110 on CIFAR-10 reaches about 93% at lr 0.1 with batch norm;
-without, about 82% at lr 0.0001, nearly the largest that trains; there batch
-norm gives nothing (81%). Read off figures of Bjorck et al.
+Published: With batch norm, ResNet-110 on CIFAR-10 reaches about 93% at lr 0.1.
+Without, it reaches about 82% at lr 0.0001, close to the largest with which it
+trains; with batch norm, lr 0.0001 gives 81% (read off the figures of Bjorck et
+al.).
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import numpy as np
 import optax
 
 from train.why import nets, plots
-from train.why.arms import ARMS
 from train.why.data import Data, Setting, Settings
 from train.why.experiment import Experiment, each
+from train.why.methods import METHODS
 from train.why.nets import Norm, Sizes
-from train.why.words import say
+from train.why.words import held, span
 
 HIDDEN = (64,) * 6
 SCALES = np.array([0.1, 0.3, 1.0, 3.0, 10.0])
 RATES = 10 ** np.arange(-3, 1.01, 0.5)
-# Shares of the best test accuracy of any cell: one that has learned, and the
-# one that the wanted rate of a scale is read off at.
+# Fractions of the best test accuracy of all cells: a cell above the first has
+# learned, and the smallest rate that reaches the second is compared with s^2.
 GOOD, WANTED = 0.91, 0.95
 
 
@@ -40,15 +41,13 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
     rates = RATES[::2] if quick else RATES
     steps = 100 if quick else 200
     setting = data.setting(settings.seeds, steps=steps, batch_size=64)
-    found = each(ARMS, sweep, setting, data.sizes(*HIDDEN), scales, rates)
+    found = each(METHODS, sweep, setting, data.sizes(*HIDDEN), scales, rates)
     accuracy = {name: cells[0] for name, cells in found.items()}
     best = max(cells.max() for cells in accuracy.values())
     wanted = wanted_rates(accuracy["with"], rates, WANTED * best)
     return {
         "scales": scales,
         "rates": rates,
-        "hidden": HIDDEN,
-        "steps": steps,
         "accuracy": accuracy,
         "finite": {name: cells[1] for name, cells in found.items()},
         "best": best,
@@ -64,14 +63,14 @@ def measure(settings: Settings, data: Data) -> dict[str, Any]:
 def sweep(
     setting: Setting, sizes: Sizes, scales: Any, rates: Any, *, norm: Norm
 ) -> list[np.ndarray]:
-    """Trains a net in every cell, from the same draw and examples.
+    """Trains a network in every cell, on the same examples.
 
-    Hidden kernels are drawn after He et al., times a scale.
+    Hidden kernels are the same draw (He et al.) times a scale.
 
     Returns:
       test accuracy with the statistics of all training data, and whether the
-      last loss was finite: (seeds, scales, rates). What is not finite guesses:
-      it is right for one class.
+      last loss was finite: (seeds, scales, rates). Where it is not, the
+      accuracy is that of chance.
     """
 
     def cell(key, indices, train, test, scale, rate):
@@ -96,10 +95,10 @@ def sweep(
 def wanted_rates(
     accuracy: np.ndarray, rates: np.ndarray, level: float
 ) -> np.ndarray:
-    """The smallest of the rising rates that reaches a level: (S, J).
+    """The smallest rate whose accuracy reaches a level, for each scale: (S, J).
 
-    Between cells of accuracy (S, J, I) by a line in the logarithm of the rate.
-    NaN where no rate reaches it, or the smallest already does.
+    Interpolates accuracy (S, J, I) linearly in the logarithm of the rate. NaN
+    where no rate reaches the level, or the first one already does.
     """
     found = np.full(accuracy.shape[:2], np.nan)
     logs = np.log(rates)
@@ -120,49 +119,41 @@ def exponent(
     return np.log(wanted[:, j] / wanted[:, i]) / np.log(scales[j] / scales[i])
 
 
-def verdict(numbers: dict[str, Any]) -> str:
+def verdict(numbers: dict[str, Any]) -> list[str]:
     good, power = numbers["good"], numbers["exponent"]
-    text = (
-        "{good[with]:g} of {cells:g} cells learn with batch norm and "
-        "{good[without]:g} without (they come to "
-        f"{GOOD:.0%} of the best test accuracy of all, {{best:.1%}}). "
-        "{holds:verdict}"
-    )
+    cells = numbers["scales"].size * numbers["rates"].size
+    sentences = [
+        f"{span(good['with'], 'g')} of {cells} combinations of learning rate "
+        f"and scale learn with batch norm, {span(good['without'], 'g')} without "
+        f"(that is, reach {GOOD:.0%} of the best test accuracy, "
+        f"{numbers['best']:.1%}).",
+        held("More with batch norm", good["with"] > good["without"]),
+    ]
     if np.isfinite(power).all():
-        text += (
-            " From s = 0.3 to 1 the smallest rate that comes to "
-            f"{WANTED:.0%} of the best grows as s to the power {{power:.2f}}; "
-            "the law says 2."
+        sentences.append(
+            f"The smallest learning rate that reaches {WANTED:.0%} of the best "
+            "test accuracy grows from s = 0.3 to 1 as s to the power of "
+            f"{span(power, '.2f')}; the theory is 2."
         )
-    return say(
-        text,
-        good=good,
-        cells=numbers["scales"].size * numbers["rates"].size,
-        best=numbers["best"],
-        holds=good["with"] > good["without"],
-        power=power,
-    )
+    return sentences
 
 
 def draw(axes: Any, numbers: dict[str, Any]) -> None:
     scales, rates = numbers["scales"], numbers["rates"]
-    unit = int(np.argmin(np.abs(scales - 1)))
     for name, place in zip(("with", "without"), axes):
-        arm = ARMS[name]
         _draw_cells(numbers, name, place)
-        place.title.set_color(arm.color)
-        values = 100 * numbers["accuracy"][name][:, unit]
-        plots.lines(axes[2], rates, values, arm._replace(style=".-"))
-    axes[2].semilogx()
-    axes[2].set_ylim(0, 103)
-    # The rates that the law expects.
+    # The rates that theory predicts from that for s = 1.
+    unit = int(np.argmin(np.abs(scales - 1)))
     wanted = np.median(numbers["wanted_rates"][:, unit])
     if not np.isfinite(wanted):
         return
     law = wanted * scales**2
     inside = np.flatnonzero((law >= rates[0]) & (law <= rates[-1]))
     columns = np.interp(np.log(law), np.log(rates), np.arange(len(rates)))
-    axes[0].plot(columns[inside], inside, "--", color="black", lw=1.2)
+    law = columns[inside], inside, "rate ∝ s²"
+    plots.theory(axes[0], *law, color="black", alpha=0.6)
+    above = {"loc": "lower right", "bbox_to_anchor": (1, 1)}
+    axes[0].legend(**above, borderpad=0.2, borderaxespad=0, handlelength=1.6)
 
 
 def _draw_cells(numbers: dict[str, Any], name: str, axes: Any) -> None:
@@ -175,26 +166,13 @@ def _draw_cells(numbers: dict[str, Any], name: str, axes: Any) -> None:
     for j, i in np.ndindex(cells.shape):
         text = f"{cells[j, i]:.0f}" if finite[j, i] else "NaN"
         color = "black" if cells[j, i] > 55 else "white"
-        options = {"ha": "center", "va": "center", "fontsize": 7.5}
+        options = {"ha": "center", "va": "center", "fontsize": 8, "zorder": 4}
         axes.text(i, j, text, color=color, **options)
     ticks = np.flatnonzero(np.isclose(np.log10(rates) % 1, 0))
-    names = [f"$10^{{{round(np.log10(rates[i]))}}}$" for i in ticks]
-    axes.set_xticks(ticks, names)
+    axes.set_xticks(ticks, [f"{rates[i]:g}" for i in ticks])
     axes.set_yticks(range(len(scales)), [f"{s:g}" for s in scales])
 
 
-PANELS = (
-    "with batch norm: test accuracy (%) | learning rate (dashed: as s²) | "
-    "scale s of the kernels",
-    "without: test accuracy (%) | learning rate | scale s of the kernels",
-    "At s = 1, a line a seed | learning rate | test accuracy (%)",
-)
-EXPERIMENT = Experiment(
-    measure,
-    verdict,
-    draw,
-    PANELS,
-    shape=(1, 3),
-    size=(10.5, 3.5),
-    grid={"width_ratios": (1, 1, 0.85)},
-)
+_AXES = "learning rate | scale s of the initial weights"
+PANELS = (f"Batch norm | {_AXES}", f"No batch norm | {_AXES}")
+EXPERIMENT = Experiment(measure, verdict, draw, PANELS, shape=(1, 2), height=3)
