@@ -9,12 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from train import (
-    clock,
-    lock,
-    networks,
-    processes,
-)
+from train import clock, lock, networks, processes
 from train.checkpoint import Checkpoints, Progress
 from train.checkpoint_errors import with_resume_hint
 from train.duration import tested_epochs
@@ -28,11 +23,7 @@ from train.summary import headline, summarize
 from train.timing import Timer
 from train.trace import Trace
 from train.weight_average import evaluate_average
-from train.workdir import (
-    check_name,
-    open_workdir,
-    read_summary,
-)
+from train.workdir import check_name, open_workdir, read_summary
 
 
 def train(
@@ -132,7 +123,7 @@ def _train(
     def summary() -> dict[str, Any]:
         """Runs in the main process, which has the records."""
         made = summarize(report.records, session, timer) | average
-        if not found:  # a resumed run has measured only a part of them
+        if not found:  # of a resumed run only the last part was timed
             made["training_seconds"] = round(runner.seconds, 4)
             made["seconds"] = round(time.monotonic() - started, 1)
         path = workdir / "summary.json"
