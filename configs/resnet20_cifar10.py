@@ -2,7 +2,7 @@
 
 python -m train --config configs/resnet20_cifar10.py --workdir runs/r20
 
-The paper reports 91.25%. Not yet measured here: an estimated 11 hours on two
+The paper reports 91.25%. Not yet measured here: an estimated 8 hours on two
 CPU cores.
 """
 
