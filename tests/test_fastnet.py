@@ -16,16 +16,21 @@ from train.fastnet import check_widths, enlarge, identity_kernel
 from train.whitening import whitening_kernel
 
 
+def filtered_moments(images, kernel):
+    """Second moments of the first half of the outputs, in float64."""
+    windows = np.lib.stride_tricks.sliding_window_view(images, (2, 2), (1, 2))
+    out = np.einsum("nyxcij,ijco->nyxo", windows, np.float64(kernel))
+    first = out[..., : out.shape[-1] // 2].reshape(-1, out.shape[-1] // 2)
+    return first.T @ first / len(first)
+
+
 def test_whitening_whitens():
     rng = np.random.default_rng(0)
     mixed = rng.normal(size=(40, 9, 8, 3)) @ rng.normal(size=(3, 3))
     mixed += np.roll(mixed, 1, axis=2)
     kernel = whitening_kernel(jnp.float32(mixed), epsilon=1e-9)
     assert kernel.shape == (2, 2, 3, 24)
-    windows = np.lib.stride_tricks.sliding_window_view(mixed, (2, 2), (1, 2))
-    out = np.einsum("nyxcij,ijco->nyxo", windows, np.float64(kernel))
-    first = out[..., :12].reshape(-1, 12)
-    moments = first.T @ first / len(first)
+    moments = filtered_moments(mixed, kernel)
     np.testing.assert_allclose(moments, np.eye(12), atol=2e-3)
     np.testing.assert_allclose(kernel[..., 12:], -kernel[..., :12])
     # Filters grow: the first ones belong to the largest eigenvalues.
@@ -171,15 +176,13 @@ def test_head_begins_with_the_deviation_asked_for():
 
 def test_initialization_computes_the_first_layer_from_its_input():
     images = np.random.default_rng(0).normal(size=(9, 16, 16, 3))
-    net = network(small())
-    init = jax.jit(functools.partial(net.init, train=False))
-    kernel = init(jax.random.key(0), jnp.float32(images))["frozen"]
-    np.testing.assert_allclose(
-        kernel["whitening"]["kernel"],
-        whitening_kernel(jnp.float32(images), epsilon=5e-4),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    init = jax.jit(functools.partial(network(small()).init, train=False))
+    frozen = init(jax.random.key(0), jnp.float32(images))["frozen"]
+    # Not compared with filters computed here: the eigenvalues of noise are
+    # close to each other, so that rounding rotates the eigenvectors.
+    moments = filtered_moments(images, frozen["whitening"]["kernel"])
+    # Variances are about 1, and epsilon is 5e-4.
+    np.testing.assert_allclose(moments, np.eye(12), atol=1e-3)
 
 
 def test_small_images_are_enlarged():
