@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 
 from jaxbn._arithmetic import plus, times, widen
 from jaxbn._collectives import Devices
@@ -102,17 +101,3 @@ def nan_for_unknown_ids(
     shape = [1] * y.ndim
     shape[spec.affine.axes[0]] = -1
     return jnp.where(known.reshape(shape), y, jnp.nan)
-
-
-def without_explicit_axes(fn: Any, x: jax.Array) -> Any:
-    """Leaves shardings inside fn to the compiler.
-
-    With Explicit mesh axes, chunks of a sharded axis cannot be typed: a chunk
-    of examples may span devices.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit not in mesh.axis_types:
-        return fn
-    return jax.sharding.auto_axes(
-        fn, out_sharding=(jax.typeof(x).sharding.spec, PartitionSpec())
-    )

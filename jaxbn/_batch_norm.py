@@ -6,8 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jaxbn._affine import Spec, without_explicit_axes
+from jaxbn._affine import Spec
 from jaxbn._arithmetic import widen
 from jaxbn._axis_names import AxisName
 from jaxbn._check_values import check_epsilon
@@ -22,7 +23,11 @@ from jaxbn._checks import (
     describe,
     split_axes,
 )
-from jaxbn._collectives import Devices, devices_along
+from jaxbn._collectives import (
+    Devices,
+    devices_along,
+    without_explicit_axes,
+)
 from jaxbn._formula import Constants, Renorm, train
 from jaxbn._passes import Moments
 from jaxbn._reduction import Reduction
@@ -136,7 +141,8 @@ def batch_norm(
 
     Raises:
       ValueError: an argument does not match x; axis_name is not bound, but
-        another named axis is; or sharing does not divide the batch.
+        another mesh axis, or an axis of a similar name, is; or sharing does not
+        divide the batch.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (32, 8, 8, 16))
@@ -224,7 +230,9 @@ def normalize_batch(
     spec = Spec(reduction, affine, devices, float(epsilon), dtype)
     run = functools.partial(train, spec, devices_along(axis_name))
     if affine.has_rows:
-        run = without_explicit_axes(run, x)
+        # The moments are replicated.
+        specs = jax.typeof(x).sharding.spec, P()
+        run = without_explicit_axes(run, specs)
     constants = Constants(where, ids, shift, renorm)
     found: tuple[jax.Array, Moments] = run(x, scale, bias, constants)
     return found

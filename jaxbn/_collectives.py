@@ -6,15 +6,16 @@ import contextlib
 import contextvars
 import itertools
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jaxbn._axis_names import AxisName, bound_axes
-from jaxbn._compat import Names, bind_axes, varying_axes
+from jaxbn._compat import Names, bind_axes, explicit_spec, varying_axes
 
 Partition = tuple[tuple[int, ...], ...]
 
@@ -62,13 +63,15 @@ def all_sum(tree: Any, devices: Devices) -> Any:
     if not devices.names:
         return tree
     leaves, treedef = jax.tree.flatten(tree)
-    flat, unravel = _ravel([a for a in leaves if not isinstance(a, np.ndarray)])
-    with bind_axes(devices.names, devices.sizes):
-        if devices.groups is None:
-            flat = jax.lax.psum(flat, devices.names)
-        else:
-            flat = _gather(flat, devices.names, devices.groups).sum(0)
-    summed = iter(unravel(flat))
+
+    def summed_up(flat: jax.Array) -> Any:
+        with bind_axes(devices.names, devices.sizes):
+            if devices.groups is None:
+                return jax.lax.psum(flat, devices.names)
+            return _gather(flat, devices.names, devices.groups).sum(0)
+
+    traced = [a for a in leaves if not isinstance(a, np.ndarray)]
+    summed = iter(_map_flat(summed_up, traced))
     return jax.tree.unflatten(
         treedef,
         [
@@ -116,6 +119,15 @@ def lockstep(axis_name: Hashable) -> Iterator[None]:
         _microbatches.reset(token)
 
 
+def in_lockstep() -> bool:
+    """Whether microbatches are traced, to run in lockstep.
+
+    They can stop at any collective, where no value may be on a mesh other than
+    that of the program.
+    """
+    return _microbatches.get() is not None
+
+
 def microbatch_axis(devices: Devices) -> Hashable | None:
     """Returns the axis of the microbatches among devices, or None."""
     name = _microbatches.get()
@@ -132,6 +144,39 @@ def _gather(flat: jax.Array, names: Names, groups: Partition) -> jax.Array:
     own = jnp.array([members[i] for i in range(len(members))])
     all_devices = jax.lax.all_gather(flat, names)
     return all_devices[own[jax.lax.axis_index(names)]]
+
+
+def _map_flat(
+    fn: Callable[[jax.Array], Any], leaves: list[jax.Array]
+) -> list[jax.Array]:
+    """Applies fn to all leaves as one vector, and keeps their shardings.
+
+    Leaves that are sharded differently over Explicit mesh axes cannot be
+    concatenated: the compiler chooses the sharding of the vector.
+    """
+
+    def run(leaves: list[jax.Array]) -> Any:
+        flat, unravel = _ravel(leaves)
+        return unravel(fn(flat))
+
+    specs = [explicit_spec(jax.typeof(leaf)) or P() for leaf in leaves]
+    if any(axis is not None for spec in specs for axis in spec):
+        run = without_explicit_axes(run, specs)
+    mapped: list[jax.Array] = run(leaves)
+    return mapped
+
+
+def without_explicit_axes(fn: Any, out_sharding: Any) -> Any:
+    """Leaves shardings inside fn to the compiler.
+
+    With Explicit mesh axes, chunks of a sharded axis cannot be typed: a chunk
+    of examples may span devices. Nor can vmap map a conditional that has
+    sharded inputs.
+    """
+    explicit = tuple(jax.sharding.get_abstract_mesh().explicit_axes)
+    if not explicit:
+        return fn
+    return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out_sharding)
 
 
 def _ravel(leaves: list[jax.Array]) -> tuple[jax.Array, Any]:
@@ -163,9 +208,11 @@ def vary_like(tree: Any, x: jax.Array) -> Any:
     it is a no-op.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    flat, unravel = _ravel(leaves)
-    axes = varying_axes(x) - varying_axes(flat)
+    axes = varying_axes(x).difference(*map(varying_axes, leaves))
     if not axes:
         return tree
-    varying = jax.lax.pcast(flat, tuple(axes), to="varying")
-    return jax.tree.unflatten(treedef, unravel(varying))
+
+    def cast(flat: jax.Array) -> Any:
+        return jax.lax.pcast(flat, tuple(axes), to="varying")
+
+    return jax.tree.unflatten(treedef, _map_flat(cast, leaves))

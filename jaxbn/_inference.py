@@ -24,7 +24,7 @@ from jaxbn._checks import (
     check_where,
     split_axes,
 )
-from jaxbn._collectives import THIS_DEVICE
+from jaxbn._collectives import THIS_DEVICE, without_explicit_axes
 from jaxbn._moments import moments
 from jaxbn._reduction import Reduction
 
@@ -187,13 +187,6 @@ def normalize_weighted(
     # Each example becomes a batch of one, with a new first axis.
     inner = tuple(f + 1 if f < examples else f for f in features)
 
-    def row(value: jax.Array | None) -> tuple[jax.Array | None, int | None]:
-        """Returns the row of each example, and its vmap axis."""
-        if value is None or ids is None or value.ndim == len(features):
-            return value, None
-        known = jnp.where(ids < 0, len(value), ids)
-        return value.at[known].get(mode="fill", fill_value=jnp.nan), 0
-
     def one(
         x: jax.Array,
         where: jax.Array | None,
@@ -222,8 +215,27 @@ def normalize_weighted(
             dtype=dtype,
         )[0]
 
-    if where is not None:
-        where = jnp.broadcast_to(where, x.shape)
-    each = [(v, None if v is None else examples) for v in (x, where)]
-    values, in_axes = zip(*each, *map(row, (mean, var, scale, bias)))
-    return jax.vmap(one, in_axes, examples)(*values)
+    def run(
+        x: jax.Array,
+        where: jax.Array | None,
+        parameters: tuple[jax.Array | None, ...],
+        ids: jax.Array | None,
+    ) -> jax.Array:
+        def row(
+            value: jax.Array | None,
+        ) -> tuple[jax.Array | None, int | None]:
+            """Returns the row of each example, and its vmap axis."""
+            if value is None or ids is None or value.ndim == len(features):
+                return value, None
+            known = jnp.where(ids < 0, len(value), ids)
+            return value.at[known].get(mode="fill", fill_value=jnp.nan), 0
+
+        if where is not None:
+            where = jnp.broadcast_to(where, x.shape)
+        each = [(v, None if v is None else examples) for v in (x, where)]
+        values, in_axes = zip(*each, *map(row, parameters))
+        y: jax.Array = jax.vmap(one, in_axes, examples)(*values)
+        return y
+
+    run = without_explicit_axes(run, jax.typeof(x).sharding.spec)
+    return run(x, where, (mean, var, scale, bias), ids)

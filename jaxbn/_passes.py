@@ -15,7 +15,9 @@ from jaxbn._collectives import (
     Devices,
     all_agree,
     all_sum,
+    in_lockstep,
     microbatch_axis,
+    without_explicit_axes,
 )
 from jaxbn._compat import match_type, vary_over, varying_axes
 
@@ -143,14 +145,23 @@ def _about_shift(
     shift = match_type(shift, found[1])
     first = _from_sums(count, shift, *found[1:])
 
-    def again(shift: jax.Array, offset: jax.Array, _: jax.Array) -> Any:
-        mean = shift + offset
-        s1, s2 = all_sum(sums(values, constants, mean)[1:], devices)
-        return _from_sums(count, mean, s1, s2)[1:]
+    def choose(cancels: jax.Array, given: Any, first: Any) -> Any:
+        count, values, constants = given
+
+        def again(shift: jax.Array, offset: jax.Array, _: jax.Array) -> Any:
+            mean = shift + offset
+            s1, s2 = all_sum(sums(values, constants, mean)[1:], devices)
+            return _from_sums(count, mean, s1, s2)[1:]
+
+        # Not a while_loop: TPUs would copy the values before it even if not
+        # run.
+        return jax.lax.cond(cancels, again, lambda *first: first, *first)
 
     cancels = all_agree(_cancels(first, epsilon), devices)
-    # Not a while_loop: TPUs would copy the values before it even if not run.
-    best = jax.lax.cond(cancels, again, lambda *first: first, *first[1:])
+    if not in_lockstep():
+        specs = tuple(jax.typeof(a).sharding.spec for a in first[1:])
+        choose = without_explicit_axes(choose, specs)
+    best = choose(cancels, (count, values, constants), first[1:])
     return Centered(jnp.asarray(found[0]), *best)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxbn._arithmetic import widen
+from jaxbn._arithmetic import promoted, widen
+from jaxbn._compat import match_type
 from jaxbn._moments import merge
 from jaxbn._passes import Moments
 from jaxbn._running import RunningStats
@@ -56,9 +56,9 @@ def put_row(
     if row is None:
         return new
 
-    def put(rows: jax.Array, new: jax.Array) -> jax.Array:
-        rows = rows.astype(np.promote_types(rows.dtype, new.dtype))
-        return rows.at[row].set(new)
+    def put(rows: jax.Array, new: jax.Array) -> Any:
+        rows, new = promoted(rows, new)
+        return _set_row(rows, match_type(new, rows[row]), row)
 
     rows: RunningStats = jax.tree.map(put, running, new)
     return rows
@@ -71,13 +71,19 @@ def in_row(
     if row is None:
         return batch
     every = jnp.broadcast_to(batch.count, batch.mean.shape)
-    rows: Moments = jax.tree.map(
-        lambda a: (
-            jnp.zeros((len(running.mean), *a.shape), a.dtype).at[row].set(a)
-        ),
-        batch._replace(count=every),
-    )
+    length = len(running.mean)
+
+    def put(own: jax.Array) -> Any:
+        empty = jnp.broadcast_to(jnp.zeros_like(own), (length, *own.shape))
+        return _set_row(empty, own, row)
+
+    rows: Moments = jax.tree.map(put, batch._replace(count=every))
     return rows
+
+
+def _set_row(rows: jax.Array, value: jax.Array, row: jax.Array) -> Any:
+    # Not rows.at[row].set, which needs value to be unsharded.
+    return jax.lax.dynamic_update_index_in_dim(rows, value, row, 0)
 
 
 def no_moments(running: RunningStats) -> Moments:
