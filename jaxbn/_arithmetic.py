@@ -52,9 +52,16 @@ def plus(a: jax.Array, b: jax.Array | None) -> jax.Array:
     return a + b
 
 
+def wide_dtype(dtype: Any) -> np.dtype:
+    """Returns float32, or dtype if it is wider; float32 for integers."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return np.dtype(np.float32)
+    return np.promote_types(dtype, np.float32)
+
+
 def widen(x: jax.Array) -> jax.Array:
     """Returns x in float32 or wider."""
-    return x.astype(np.promote_types(x.dtype, np.float32))
+    return x.astype(wide_dtype(x.dtype))
 
 
 def abs2(x: jax.Array) -> jax.Array:

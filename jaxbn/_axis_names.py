@@ -7,12 +7,21 @@ from collections.abc import Hashable
 
 import jax
 
-from jaxbn._compat import axes_in_scope, is_bound
+from jaxbn._compat import Names, axes_in_scope, is_bound
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 
 
-def bound_axes(axis_name: AxisName) -> tuple[Hashable, ...]:
+def all_names(axis_name: AxisName) -> Names:
+    """Returns the names as a tuple; as in `jax.lax.psum`, a list is one too."""
+    if axis_name is None:
+        return ()
+    if isinstance(axis_name, (tuple, list)):
+        return tuple(axis_name)
+    return (axis_name,)
+
+
+def bound_axes(axis_name: AxisName) -> Names:
     """Returns the named axes to reduce over; () if x is global already.
 
     Outside shard_map, pmap and vmap(axis_name=...) no axis is bound, and arrays
@@ -20,9 +29,7 @@ def bound_axes(axis_name: AxisName) -> tuple[Hashable, ...]:
     and for models under vmap over another axis. Any other unbound name is an
     error that would leave statistics unsynchronized.
     """
-    if axis_name is None:
-        return ()
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    names = all_names(axis_name)
     bound = tuple(name for name in names if is_bound(name))
     for name in names:
         if name not in bound:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, Self, get_args
 
 import jax
@@ -61,7 +61,7 @@ class LayerOptions:
                     f"debias=True needs momentum < 1; got {self.momentum}."
                 )
         if self.renorm is not None and not callable(self.renorm):
-            if len(self.renorm) != 2:
+            if not isinstance(self.renorm, Sized) or len(self.renorm) != 2:
                 raise ValueError(
                     "renorm must be (r_max, d_max), or a function that returns "
                     f"them; got {self.renorm}."

@@ -40,6 +40,9 @@ def batch_moments(
     if jnp.iscomplexobj(shift) and not jnp.iscomplexobj(x):
         shift = shift.real
     shift = shift.astype(dtype)
+    # The functions below must not close over traced values: they are static
+    # arguments, which JAX keeps in caches.
+    real = jnp.finfo(dtype).dtype
 
     def sums(x: jax.Array, constants: Any, shift: jax.Array) -> Any:
         where, ids = constants
@@ -48,7 +51,7 @@ def batch_moments(
             d = widen(x) - reduction.broadcast(shift, ids)
             return d if where is None else jnp.where(where, d, 0)
 
-        count = reduction.counts(where, ids, shift.real.dtype)
+        count = reduction.counts(where, ids, real)
         s1 = reduction.sum(centered(shift), ids)
         s2 = reduction.sum(abs2(centered(hide_from_cse(shift))), ids)
         return count, s1, s2
@@ -57,7 +60,7 @@ def batch_moments(
         where, ids = constants
         part, x, where = reduction.sample(x, where, LARGEST_SHIFT)
         x = widen(x) if where is None else jnp.where(where, widen(x), 0)
-        return part.counts(where, ids, shift.real.dtype), part.sum(x, ids)
+        return part.counts(where, ids, real), part.sum(x, ids)
 
     passes = Passes(sums, sample, devices, epsilon)
     found: Centered = centered_moments(passes, x, (where, ids), shift)
@@ -139,7 +142,7 @@ def sync(
     Args:
       local: moments of this device's shard; the count may be 0.
       axis_name: name or tuple of names of the mapped axes to reduce over. If
-        not bound and no named axis is in scope, local is global already.
+        not bound, local is global already.
       shift: (C,), equal on all devices: a value near the mean, such as the
         running mean. None is 0.
 
@@ -147,7 +150,8 @@ def sync(
       Moments over all devices, equal on all of them.
 
     Raises:
-      ValueError: axis_name is not bound, but another named axis is.
+      ValueError: axis_name is not bound, but another mesh axis, or an axis of a
+        similar name, is.
 
     Source: Chan, Golub, LeVeque (1979), Updating Formulae.
     """

@@ -99,7 +99,8 @@ class Reduction(NamedTuple):
         for axis in self.axes[1:]:
             size = shape[axis]
             masked = where is not None and where.shape[axis] != 1
-            if not isinstance(size, int) or masked or spec[axis] is not None:
+            static = isinstance(size, int) and size > 0
+            if not static or masked or spec[axis] is not None:
                 continue
             # A slice is only worthwhile for at most half of the axis.
             kept = math.ceil(size / left)

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxbn._arithmetic import plus, promoted, times
+from jaxbn._arithmetic import plus, promoted, times, wide_dtype
 from jaxbn._check_values import (
     check_at_least,
     check_between,
@@ -52,7 +51,7 @@ def init_running(
     Returns:
       RunningStats.
     """
-    dtype = np.promote_types(dtype, jnp.float32)
+    dtype = wide_dtype(dtype)
     return RunningStats(
         jnp.zeros(shape, dtype),
         jnp.ones(shape, jnp.finfo(dtype).dtype),
@@ -134,7 +133,9 @@ def update_running(
         weights = (old_weight, new_weight)
         first, second = (jnp.asarray(w).astype(old.dtype) for w in weights)
         mixed = first * old + second * new
-        kept = match_type(known, mixed) if known.ndim else known
+        kept = known
+        if known.ndim:
+            kept = match_type(jnp.broadcast_to(known, mixed.shape), mixed)
         return jnp.where(kept, mixed, match_type(old, mixed))
 
     steps = old.steps

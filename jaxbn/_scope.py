@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import jax
 
-from jaxbn._axis_names import AxisName
+from jaxbn._axis_names import AxisName, all_names
 from jaxbn._check_values import check_at_least
 from jaxbn._checks import given_fields
 from jaxbn._collectives import (
@@ -191,8 +191,8 @@ def _split_or_join(over: int, examples: int, devices: int) -> tuple[int, int]:
 
 def _devices_of_mesh(axis_name: AxisName, size: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if axis_name is None or any(n not in mesh.shape for n in names):
+    names = all_names(axis_name)
+    if not names or any(n not in mesh.shape for n in names):
         raise ValueError(
             f"group_size={size} counts devices along axis_name={axis_name!r}, "
             "which is neither bound here nor an axis of the mesh in use "

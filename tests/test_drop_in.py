@@ -250,6 +250,15 @@ class TestScopes:
         assert y.shape == (0, C)
         chex.assert_trees_all_equal(batch.mean, jnp.zeros_like(batch.mean))
 
+    def test_examples_without_values(self):
+        def norm(x):
+            return jaxbn.batch_norm(x, sharing=Scope(normalize_over=2))
+
+        y, pull, batch = jax.vjp(norm, jnp.ones((4, 0, C)), has_aux=True)
+        assert y.shape == pull(y)[0].shape == (4, 0, C)
+        chex.assert_trees_all_equal(batch.mean, jnp.zeros(C))
+        assert batch.count == 0
+
     @pytest.mark.parametrize("is_complex", (False, True))
     def test_masks_per_feature(self, is_complex):
         x = (X + 1j * X[::-1]).astype(np.complex64) if is_complex else X

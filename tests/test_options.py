@@ -1,6 +1,7 @@
 """Options, masks and ids that the layers and the core take or refuse."""
 
 import re
+import warnings
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import pytest
 import jaxbn
 import jaxbn.linen
 from jaxbn.precise import with_statistics
+from jaxbn.testing import float64_reference
 from tests.helpers.layers import (
     call_linen,
     call_nnx,
@@ -70,7 +72,10 @@ OUT_OF_RANGE = [
     (dict(renorm=(0.5, 1.0)), "r_max must be a number and at least 1; got 0.5"),
     (dict(renorm=(1.0, -1.0)), "d_max must be a number and at least 0; got -1"),
     (dict(renorm=(NAN, 1.0)), "r_max must be a number and at least 1; got nan"),
-    (dict(renorm=(3.0,)), "renorm must be (r_max, d_max), or a function"),
+    *(
+        (dict(renorm=value), "renorm must be (r_max, d_max), or a function")
+        for value in ((3.0,), 3.0, True)
+    ),
     (
         dict(running=jaxbn.Running(debias=True), momentum=1.0),
         "debias=True needs momentum < 1",
@@ -185,6 +190,47 @@ def test_clones_and_submodules_are_checked():
 )
 def test_the_ends_of_a_range_are_in_it(make, options):
     make(**options)
+
+
+@pytest.mark.parametrize("wide", (False, True))
+def test_integers_in_place_of_floats(wide):
+    """They are float32 too, not float64 as numpy promotes int32."""
+    x = draw(8, 3)
+    running = jaxbn.init_running(3)
+
+    def norm(kind):
+        y, _ = jaxbn.batch_renorm(
+            x,
+            np.array([1, 2, 3], kind),
+            np.array([4, 5, 6], kind),
+            running=running,
+            r_max=kind(3),
+            d_max=kind(5),
+        )
+        mean, var = np.ones(3, kind), np.array([1, 4, 9], kind)
+        return y, jaxbn.normalize(x, mean, var)
+
+    with jax.enable_x64(wide), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got, want = norm(np.int32), norm(np.float32)
+        for a, b in zip(got, want):
+            assert a.dtype == np.float32
+            np.testing.assert_array_equal(a, b)
+        of_integers = jaxbn.init_running(3, dtype=np.int32)
+        assert {a.dtype.name for a in of_integers[:2]} == {"float32"}
+
+
+@pytest.mark.parametrize("names", ("data", ("data",), ["data"]))
+def test_names_of_axes(names):
+    x = draw(8, 3)
+
+    def norm(x):
+        return nnx_layer(axis_name=names)(x)
+
+    y = jax.vmap(norm, axis_name="data")(x.reshape(4, 2, 3))
+    np.testing.assert_allclose(
+        y.reshape(8, 3), float64_reference(x).y, atol=1e-5
+    )
 
 
 def test_traced_options_pass():

@@ -138,3 +138,17 @@ def test_shuffle():
         return jaxbn.unshuffle(shuffled, key, axis_name="data")
 
     chex.assert_trees_all_close(in_context(run, x)[0], x)
+
+
+def test_no_tracer_is_kept():
+    """jax.checking_leaks, which searches what refers to each tracer."""
+    x = draw(N, C)
+
+    @jax.jit
+    def loss(x, ids):
+        y, batch = jaxbn.batch_norm(x, ids=ids, sharing=Scope(num_ids=2))
+        return jnp.sin(y).sum() + batch.mean.sum()
+
+    with jax.checking_leaks():
+        jax.grad(loss)(x, IDS)
+        jax.jit(jaxbn.merge)(jaxbn.moments(x), jaxbn.moments(x))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._axis_names import all_names
 from jaxbn.testing._blame import blame
 from jaxbn.testing._evaluate import Split, evaluate
 from jaxbn.testing._float64 import narrowest
@@ -87,7 +88,7 @@ def assert_shard_invariant(
     apply_fn, variables = as_function(
         apply_fn, variables, call=call, rngs=rngs, mutable=mutable
     )
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    names = all_names(axis_name)
     splits = _splits(batch, devices, len(names))
     inputs = jax.device_get((variables, batch))
 
