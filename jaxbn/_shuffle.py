@@ -51,9 +51,9 @@ def shuffle(tree: Any, key: jax.Array, *, axis_name: AxisName) -> Any:
         and a new one each step. Together with n and D it determines the
         permutation.
       axis_name: name or tuple of names of the mapped axes of the batch. If not
-        bound and no named axis is in scope, the tree is the global batch, and
-        leaves are permuted individually under the compiler's control. None
-        permutes the examples of each device.
+        bound, the tree is the global batch, and leaves are permuted
+        individually under the compiler's control. None permutes the examples of
+        each device.
 
     Returns:
       The tree with permuted examples, bitwise equal.
@@ -61,7 +61,7 @@ def shuffle(tree: Any, key: jax.Array, *, axis_name: AxisName) -> Any:
     Raises:
       ValueError: a leaf is a scalar, leaves differ in length, key is not a
         single key or is known to differ between devices, or axis_name is not
-        bound, but another named axis is.
+        bound, but another mesh axis, or an axis of a similar name, is.
 
     Source: He et al. (2020), Momentum Contrast, section 3.3 (shuffling BN).
     """
@@ -92,6 +92,9 @@ def unshuffle(tree: Any, key: jax.Array, *, axis_name: AxisName) -> Any:
 
 def _permute(tree: Any, key: jax.Array, axis_name: AxisName, back: bool) -> Any:
     key = _check_key(key)
+    if back:
+        # The key of shuffle, on purpose: not an error for jax_debug_key_reuse.
+        key = jax.random.clone(key)
     leaves, treedef = jax.tree.flatten(tree)
     leaves, length = _check_leaves(leaves)
     names = bound_axes(axis_name)

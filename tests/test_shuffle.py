@@ -363,3 +363,18 @@ def test_an_axis_that_is_not_bound_is_refused():
     run = on_devices(lambda k, x: shuffle(x, k, axis_name="batch"))
     with pytest.raises(ValueError, match="'batch' is not bound here"):
         run(jax.random.key(0), np.arange(64))
+
+
+def test_the_same_key_is_no_reuse():
+    def both(key, x):
+        return home(there(x, key), key)
+
+    def thrice(key, x):
+        return there(both(key, x), key)
+
+    x = np.arange(64)
+    with jax.debug_key_reuse(True):
+        back = on_devices(both)(jax.random.key(0), x)
+        np.testing.assert_array_equal(back, x)
+        with pytest.raises(jax.errors.KeyReuseError):
+            on_devices(thrice)(jax.random.key(0), x)
