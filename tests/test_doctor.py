@@ -179,10 +179,11 @@ def test_layers_that_are_not_synchronized(healthy, batches):
         (dict(sharing=jaxbn.Scope(group_size=2)), 16),
         (dict(sharing=jaxbn.Scope(normalize_over=8)), 8),
         (dict(axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]]), 32),
+        (dict(sharing=jaxbn.Scope(normalize_over=2), axis_name=None), 2),
     ],
 )
 def test_over_how_many_examples(options, examples, batches):
-    layer = jaxbn.linen.BatchNorm(axis_name="data", **options)
+    layer = jaxbn.linen.BatchNorm(**{"axis_name": "data", **options})
     variables = layer.init(jax.random.key(0), batches[0], False)
     report = examine(variables, batches, model=layer, devices=8)
     assert report.layers[0].examples == examples
@@ -192,6 +193,47 @@ def test_over_how_many_examples(options, examples, batches):
     )
     few = any(f"over {examples} examples" in w for w in report.warnings)
     assert few == (examples < 16)
+
+
+def test_ids_share_the_examples_of_a_batch(batches):
+    ids = np.arange(64) % 8
+
+    def call(layer, x, train):
+        return layer(x, not train, ids=ids)
+
+    options = dict(axis_name="data", sharing=jaxbn.Scope(num_ids=8))
+    layer = jaxbn.linen.BatchNorm(**options)
+    variables = layer.init(jax.random.key(0), batches[0], False, ids=ids)
+    report = examine(variables, batches, model=layer, call=call, devices=2)
+    (health,) = report.layers
+    assert health.examples == health.values == 8
+    # Means and standard deviations of eight examples, in float64.
+    parts = np.float64(batches).reshape(len(batches), 8, 8, 3)  # as by id
+    mean, std = parts.mean(1), parts.std(1)
+    center, whole = mean.mean(0), parts.var((0, 1))
+    whole = np.sqrt(whole)
+    gaps = ((mean - center) / whole) ** 2 + (1 - std / whole) ** 2
+    assert health.noise == pytest.approx(np.sqrt(gaps.mean()), rel=1e-3)
+    assert any("normalizes over 8 examples" in w for w in report.warnings)
+
+
+def test_examples_are_counted_along_most_arrays(healthy, batches):
+    def call(model, batch, train):
+        return model(batch["x"], train=train)
+
+    dicts = [
+        dict(anchors=np.ones((3, 4)), x=x, y=np.zeros(64)) for x in batches
+    ]
+    report = examine(healthy, dicts, call=call)
+    assert [layer.examples for layer in report.layers] == [64, 64]
+
+
+def test_a_batch_without_examples(healthy):
+    def call(model, key, train):
+        return model(jax.random.normal(key, (8, 3)), train=train)
+
+    with pytest.raises(ValueError, match="no array with an axis of examples"):
+        examine(healthy, [jax.random.key(0)], call=call)
 
 
 def test_channels_in_trouble(healthy, batches):

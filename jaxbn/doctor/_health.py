@@ -20,7 +20,8 @@ class Health:
       path: path of the layer's variables in the model.
       kind: flax, jaxbn, or the name of the class.
       axis_name: mesh axis or axes; None if not synchronized.
-      examples: number of examples normalized together.
+      examples: number of examples normalized together, masked ones included;
+        with ids, on average.
       momentum: momentum of the layer; None weights all batches equally.
       running_mean: (C,) running mean, unit of the input.
       running_var: (C,) running variance, unit of the input squared.

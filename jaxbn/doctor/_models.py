@@ -180,11 +180,13 @@ class NnxModel:
 
 def _options(layer: Any) -> dict[str, Any]:
     sharing = getattr(layer, "sharing", Scope())
+    per_id = getattr(layer, "per_id", "statistics")
     groups = getattr(layer, "axis_index_groups", None)
     options = {
         "group_size": sharing.group_size,
         "axis_index_groups": groups or sharing.axis_index_groups,
         "normalize_over": sharing.normalize_over,
+        "num_ids": None if per_id == "affine" else sharing.num_ids,
     }
     kind = type(layer).__module__.split(".")[0]
     plain = (nn.BatchNorm, nnx.BatchNorm)

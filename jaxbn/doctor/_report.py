@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import sys
 import textwrap
@@ -111,8 +112,9 @@ def examine(
       Report.
 
     Raises:
-      ValueError: there is no batch, no batch norm layer, none in training mode,
-        or the model cannot be called without `call`.
+      ValueError: there is no batch, none of its arrays has an axis of
+        examples, there is no batch norm layer, none in training mode, or the
+        model cannot be called without `call`.
     """
     devices = devices or jax.device_count()
     if isinstance(model, nn.Module):
@@ -127,7 +129,7 @@ def examine(
     for batch in batches:
         if not parts:
             layers = examined.layers(batch)
-            size = next(len(a) for a in jax.tree.leaves(batch) if np.ndim(a))
+            size = _examples(batch)
         found, squares = jax.device_get(examined.read(batch, len(parts)))
         parts.append({path: _to_float64(part) for path, part in found.items()})
         totals = None if squares is None else totals + squares
@@ -157,6 +159,18 @@ def examine(
     return report
 
 
+def _examples(batch: Any) -> int:
+    """Returns the length that most arrays have; other data may be among them."""
+    lengths = [len(a) for a in jax.tree.leaves(batch) if np.ndim(a)]
+    if not lengths:
+        raise ValueError(
+            "The batch has no array with an axis of examples, so that their "
+            "number is unknown. Draw inputs such as latents outside of the "
+            "model, and pass them as the batch."
+        )
+    return collections.Counter(lengths).most_common(1)[0][0]
+
+
 def _wrapped(text: str, *, indent: str = "") -> list[str]:
     """Wraps at 80 columns; code, which has no spaces, is not broken."""
     return textwrap.wrap(
@@ -181,26 +195,32 @@ def _health(
 ) -> Health:
     layer = dict(layer)
     group, groups = layer.pop("group_size"), layer.pop("axis_index_groups")
-    over = layer.pop("normalize_over")
-    examples = size / devices
+    over, ids = layer.pop("normalize_over"), layer.pop("num_ids")
+    members = 1
     if layer["axis_name"] is not None:
         members = len(groups[0]) if groups else group or devices
-        examples = over or size * members / devices
+    examples = size * members / devices
+    if over is not None:
+        # Without axis_name, examples of other devices cannot be joined.
+        alone = layer["axis_name"] is None
+        examples = min(over, examples) if alone else over
+    share = examples / size
     for name in ("running_mean", "running_var", "scale"):
         if layer[name] is not None:
             value = np.asarray(layer[name])
             wide = np.promote_types(value.dtype, np.float64)
             layer[name] = value.astype(wide).ravel()
     measured = measure(parts, layer["momentum"])
-    measured["values"] *= examples / size
+    measured["values"] *= share
     epsilon = layer["epsilon"]
     running = layer["running_mean"], layer["running_var"]
     exact = measured["mean"], measured["var"]
     return Health(
         path=path or "(the layer)",
-        examples=examples,
+        # Moments, and so the gap, are those of each id already.
+        examples=examples / (ids or 1),
         gap=gap(parts, *running, epsilon),
-        noise=gap(parts, *exact, epsilon) * (size / examples) ** 0.5,
+        noise=gap(parts, *exact, epsilon) * share**-0.5,
         **measured,
         **layer,
     )
