@@ -230,6 +230,27 @@ class OneLayerTest(parameterized.TestCase):
             assert not count["mul"] + count["div"] + count["neg"] + count["sub"]
             assert_close(folded.apply(folded.params, x), jax.jit(apply)(v, x))
 
+    def test_a_scale_that_is_a_product_of_variables(self):
+        """Whatever jax.default_matmul_precision the program is traced with."""
+
+        def apply(v, x):
+            y = x @ v["w"] * (v["embedding"] @ v["to_scale"]) - v["mean"]
+            return y / jnp.sqrt(v["var"] + EPSILON)
+
+        v = dict(w=normal(4, 5), embedding=normal(2), to_scale=normal(2, 5))
+        v |= dict(mean=normal(5), var=normal(5) ** 2)
+        folded = fold(apply, v, normal(3, 4))
+        wide = {k: np.float64(a) for k, a in v.items()}
+        slope = 1 / np.sqrt(wide["var"] + EPSILON)
+        kernel = wide["w"] * (wide["embedding"] @ wide["to_scale"]) * slope
+        assert_close(folded.params["w"], kernel)
+        assert_close(folded.params["w_bias"], -wide["mean"] * slope)
+        x = normal(7, 4)
+        for precision in ("default", "highest"):
+            with jax.default_matmul_precision(precision):
+                y = folded.apply(folded.params, x)
+            assert_close(y, x @ kernel - wide["mean"] * slope)
+
 
 class Bottleneck(nn.Module):
     width: int
