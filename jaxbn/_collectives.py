@@ -64,14 +64,14 @@ def all_sum(tree: Any, devices: Devices) -> Any:
         return tree
     leaves, treedef = jax.tree.flatten(tree)
 
-    def summed_up(flat: jax.Array) -> Any:
+    def reduce(flat: jax.Array) -> Any:
         with bind_axes(devices.names, devices.sizes):
             if devices.groups is None:
                 return jax.lax.psum(flat, devices.names)
             return _gather(flat, devices.names, devices.groups).sum(0)
 
     traced = [a for a in leaves if not isinstance(a, np.ndarray)]
-    summed = iter(_map_flat(summed_up, traced))
+    summed = iter(_map_flat(reduce, traced))
     return jax.tree.unflatten(
         treedef,
         [
@@ -119,15 +119,6 @@ def lockstep(axis_name: Hashable) -> Iterator[None]:
         _microbatches.reset(token)
 
 
-def in_lockstep() -> bool:
-    """Whether microbatches are traced, to run in lockstep.
-
-    They can stop at any collective, where no value may be on a mesh other than
-    that of the program.
-    """
-    return _microbatches.get() is not None
-
-
 def microbatch_axis(devices: Devices) -> Hashable | None:
     """Returns the axis of the microbatches among devices, or None."""
     name = _microbatches.get()
@@ -160,7 +151,7 @@ def _map_flat(
         return unravel(fn(flat))
 
     specs = [explicit_spec(jax.typeof(leaf)) or P() for leaf in leaves]
-    if any(axis is not None for spec in specs for axis in spec):
+    if any(map(any, specs)):
         run = without_explicit_axes(run, specs)
     mapped: list[jax.Array] = run(leaves)
     return mapped
@@ -171,10 +162,11 @@ def without_explicit_axes(fn: Any, out_sharding: Any) -> Any:
 
     With Explicit mesh axes, chunks of a sharded axis cannot be typed: a chunk
     of examples may span devices. Nor can vmap map a conditional that has
-    sharded inputs.
+    sharded inputs. Microbatches in lockstep can stop at any collective, where
+    no value may be on another mesh, so nothing is left to the compiler there.
     """
     explicit = tuple(jax.sharding.get_abstract_mesh().explicit_axes)
-    if not explicit:
+    if not explicit or _microbatches.get() is not None:
         return fn
     return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out_sharding)
 

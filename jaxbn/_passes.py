@@ -15,7 +15,6 @@ from jaxbn._collectives import (
     Devices,
     all_agree,
     all_sum,
-    in_lockstep,
     microbatch_axis,
     without_explicit_axes,
 )
@@ -158,9 +157,8 @@ def _about_shift(
         return jax.lax.cond(cancels, again, lambda *first: first, *first)
 
     cancels = all_agree(_cancels(first, epsilon), devices)
-    if not in_lockstep():
-        specs = tuple(jax.typeof(a).sharding.spec for a in first[1:])
-        choose = without_explicit_axes(choose, specs)
+    specs = tuple(jax.typeof(a).sharding.spec for a in first[1:])
+    choose = without_explicit_axes(choose, specs)
     best = choose(cancels, (count, values, constants), first[1:])
     return Centered(jnp.asarray(found[0]), *best)
 

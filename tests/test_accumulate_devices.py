@@ -4,12 +4,14 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import accumulate
+from jaxbn import Scope, accumulate
 from jaxbn.testing._collectives import split_conditional
 from tests.helpers.accumulation import (
     BOTH,
@@ -82,6 +84,37 @@ def test_global_arrays(kind):
         batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
         got = jit(exact_step())(params, stats, batch)
         assert_close(jax.device_get(in_rows(got)), expected(), 1e-12)
+
+
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
+@pytest.mark.parametrize(
+    "sharing", (Scope(num_ids=2), Scope(normalize_over=4)), ids=("ids", "ghost")
+)
+def test_rows_of_global_arrays(sharing, kind):
+    """Statistics of ids and of chunks, which may span devices."""
+    x, weights = np.random.default_rng(0).normal(2, 3, (2, 64, 3))
+    ids = np.arange(64) % 2 if sharing.num_ids else None
+
+    def loss(scale, batch, axis_name="micro"):
+        x, weights, ids = batch
+        y, _ = jaxbn.batch_norm(
+            jnp.sin(x * scale),
+            ids=ids,
+            axis_name=axis_name,
+            sharing=sharing,
+        )
+        return (jnp.sin(y) * weights).mean()
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    step = accumulate.value_and_grad(loss, axis_name="micro", microbatches=2)
+    with jax.enable_x64(True):
+        batch, scale = (x, weights, ids), jnp.array([1.0, 2.0, 3.0])
+        whole = functools.partial(loss, axis_name=None)
+        want = jit(jax.value_and_grad(whole))(scale, batch)
+        with jax.set_mesh(mesh):
+            batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
+            got = jax.device_get(jit(step)(scale, batch))
+    assert_close(got, want, 1e-12)
 
 
 def test_mapped_axis_around():
