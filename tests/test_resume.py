@@ -71,14 +71,19 @@ def test_only_some_epochs_are_tested(made):
     assert made[3]["test_loss"] == records[-1]["test_loss"]
 
 
-def test_stopped_after_each_dispatch(made, tmp_path, monkeypatch):
-    config, session, whole, _ = made
+def train_with_stops(config, workdir, session, monkeypatch):
+    """Stops after each dispatch, then trains to the end."""
     with monkeypatch.context() as patch:
         patch.setattr(signals.Interrupt, "requested", True)
         for _ in range(DISPATCHES):
             with pytest.raises(Stopped):
-                loop.train(config, tmp_path, session)
-    loop.train(config, tmp_path, session)
+                loop.train(config, workdir, session)
+    loop.train(config, workdir, session)
+
+
+def test_stopped_after_each_dispatch(made, tmp_path, monkeypatch):
+    config, session, whole, _ = made
+    train_with_stops(config, tmp_path, session, monkeypatch)
     assert_same(tmp_path, whole)
     # Also the best one, which was saved before it was tested.
     records = records_of(whole)
@@ -128,12 +133,7 @@ def test_skipped_batches_are_counted_once(tmp_path, monkeypatch):
     session = make_session(config)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     loop.train(config, whole, session)
-    with monkeypatch.context() as patch:
-        patch.setattr(signals.Interrupt, "requested", True)
-        for _ in range(DISPATCHES):
-            with pytest.raises(Stopped):
-                loop.train(config, stopped, session)
-    loop.train(config, stopped, session)
+    train_with_stops(config, stopped, session, monkeypatch)
     records = records_of(whole)
     assert [record["skipped"] for record in records] == [7, 6]
     assert [record["train_loss"] is None for record in records] == [True] * 2
